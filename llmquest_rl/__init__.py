@@ -1,0 +1,1 @@
+"""llmquest_rl: the library room. Models, algorithms, objectives and data in plain PyTorch; no Ray, vLLM or DeepSpeed."""

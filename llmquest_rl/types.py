@@ -1,0 +1,97 @@
+"""The nouns that travel between rooms: Sample, Request, Completion, Score, Group. Torch-free, so that graders start fast.
+
+A task yields a `Sample`; a rollout worker answers a `Request` with `Completion`s; graders give each a `Score`;
+the three together are a `Group`, from which the learner's batch is packed (see `llmquest_rl.batch`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmquest_rl.options import Options
+
+Message = dict[str, str]
+"""One chat message: `{"role": ..., "content": ...}`."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A problem to solve: what the model is asked, and what a reward needs to judge the answer."""
+
+    id: str
+    """Stable identity, e.g. `gsm8k/train/17`: seeds, logs and replays refer to it."""
+    prompt: str | list[Message]
+    """As the data set has it, before the chat template."""
+    prompt_ids: list[int]
+    """The tokens that the model sees: chat template applied, ready for generation."""
+    answer: Any
+    """The gold answer, in whatever form the task's reward expects."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Every further column of the data set: rewards receive these as keyword arguments."""
+
+
+class Sampling(Options):
+    """How tokens are drawn. Log-probs returned by an engine are those of the distribution that was sampled from."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 means greedy decoding (log-probs are then those at temperature 1)."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
+    max_tokens: int = 256
+    """Longest completion, in tokens, the end-of-sequence token included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text is cut before the string, the tokens that formed it stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be completed `n` times."""
+
+    prompt_ids: list[int]
+    n: int
+    seed: int
+    """Completion i of the request is drawn with a generator seeded from (seed, i): independent of the batch around it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation."""
+
+    token_ids: list[int]
+    """Sampled tokens, the end-of-sequence token included when it was sampled."""
+    logprobs: list[float]
+    """The engine's own log-probs [len(token_ids)] of the sampled tokens, under the distribution sampled from."""
+    text: str
+    """Decoded without special tokens, cut before a stop string."""
+    finish_reason: FinishReason
+    weight_version: int
+    """The version of the weights that sampled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What grading one completion gave. `value is None` means unscored: left out of baseline and loss."""
+
+    value: float | None
+    """The weighted total."""
+    parts: dict[str, float | None] = field(default_factory=dict)
+    """Each reward by name before weighting; None = the reward does not apply to this item."""
+    failure: str | None = None
+    """None, or the kind of failure: `timeout`, `memory`, `crash`, `exception`, `invalid`."""
+    detail: str = ""
+    """For a failure: the message that a person needs to find its cause."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A sample with its completions and their scores: the unit of advantage estimation and of packing."""
+
+    sample: Sample
+    completions: list[Completion]
+    scores: list[Score]
