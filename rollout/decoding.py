@@ -6,6 +6,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder that has one of these has a tokenizer."""
+
 
 class Decoder:
     """The tokenizer of a model folder, as far as engines need it.
@@ -18,7 +21,7 @@ class Decoder:
     """
 
     def __init__(self, model_path: Path) -> None:
-        has_tokenizer = any((model_path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        has_tokenizer = any((model_path / name).exists() for name in TOKENIZER_FILES)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True) if has_tokenizer else None
         self.eos_ids = _configured_eos_ids(model_path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -27,7 +30,7 @@ class Decoder:
     def check_stop(self, stop: Sequence[str]) -> None:
         """Raise ValueError when stop strings are asked for and there is no tokenizer to find them with."""
         if stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and the model folder has none: leave `sampling.stop` empty")
+            raise ValueError("stop strings need a tokenizer, and the model folder has none: leave `stop` empty")
 
     def texts(self, sequences: list[list[int]], stop: Sequence[str] = ()) -> list[str]:
         """Decode completions without special tokens, each cut before the earliest stop string."""

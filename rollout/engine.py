@@ -3,7 +3,8 @@
 An engine `foo` is the file `rollout/engines/foo.py`, which has
 
 * `Config(Options)`: the keys beside `name:` in the configuration;
-* `check(model_path, config, setup)`: raises ValueError, before any weight is loaded or process started, when this engine cannot serve that model;
+* `check(model_path, config, setup)`: raises ValueError, before any weight is loaded or process started, when this
+  engine cannot serve that model;
 * `build(model_path, config, setup) -> RolloutEngine`.
 
 Nothing is registered: adding an engine is adding a file.
@@ -63,10 +64,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def logprobs(self, sequences: list[list[int]], temperature: float = 1.0) -> list[list[float]]:
-        """Log-prob of each token given those before it: [sequences][len - 1], the first token has none.
+    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-prob, at temperature 1, of each token given those before it: [sequences][len - 1].
 
-        For checks (probes, parity), not for speed. `temperature` divides the logits first.
+        For checks (probes, parity), not for speed: the caller compares them with the learner's own.
         """
         ...
 
