@@ -1,0 +1,231 @@
+"""Members as Ray actors: placement, time limits, restarts. The only file that imports Ray.
+
+A member that dies and may be restarted is rebuilt and its work redone; every wait has a limit, and the error names who did
+not answer.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from trainer.cluster import Cluster, ClusterError, Handle, Need
+from trainer.config import ClusterConfig
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""How often one piece of work is redone on a fresh member before the run stops: it is then the work that kills."""
+
+PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
+"""Environment variables with these prefixes reach every actor."""
+
+Work = tuple[int, tuple[Any, ...]]
+"""The index of a piece of work, and its arguments."""
+
+
+class MemberDied(ClusterError):
+    """The process of one member ended."""
+
+
+class Host:
+    """What Ray runs: builds the member inside the actor's process, its output in a log file of its own."""
+
+    def __init__(self, cls: type, kwargs: dict[str, Any], log_file: str) -> None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        stream = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.close(stream)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
+        self.member = cls(**kwargs)
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.member, method)(*args)
+
+
+class RayHandle(Handle):
+    """Members are Ray actors inside a placement group."""
+
+    def __init__(self, name: str, build: Callable[[int], ActorHandle], size: int, max_restarts: int, log_dir: Path) -> None:
+        super().__init__(name, size)
+        self.build = build
+        self.max_restarts = max_restarts
+        self.log_dir = log_dir
+        self.start_timeout_s = 0.0
+        self.actors = [build(i) for i in range(size)]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        self.start_timeout_s = timeout_s
+        self._gather([actor.ready.remote() for actor in self.actors], range(self.size), "start", timeout_s)
+
+    def one(self, member: int, method: str, *args: Any, timeout_s: float) -> Any:
+        return self._gather([self.actors[member].call.remote(method, *args)], [member], method, timeout_s)[0]
+
+    def all(self, method: str, *args: Any, timeout_s: float, fetch: bool = True) -> list[Any]:
+        if not fetch:
+            return [actor.call.remote(method, *args) for actor in self.actors]
+        if self.max_restarts:
+            return self._work(method, [deque([(i, args)]) for i in range(self.size)], timeout_s)
+        refs = [actor.call.remote(method, *args) for actor in self.actors]
+        return self._gather(refs, range(self.size), method, timeout_s)
+
+    def each(self, method: str, items: Sequence[Any], *, timeout_s: float) -> list[Any]:
+        refs = [actor.call.remote(method, item) for actor, item in zip(self.actors, items, strict=True)]
+        return self._gather(refs, range(self.size), method, timeout_s)
+
+    def map(self, method: str, items: Sequence[tuple[Any, ...]], *, timeout_s: float) -> list[Any]:
+        return self._work(method, [deque(enumerate(items))] * self.size, timeout_s)
+
+    def close(self) -> None:
+        refs = [actor.call.remote("close") for actor in self.actors]
+        done, late = ray.wait(refs, num_returns=len(refs), timeout=30)
+        for ref in done:
+            with contextlib.suppress(RayActorError):  # already dead: nothing left to close
+                ray.get(ref)
+        if late:
+            log.warning("%d of %d %s did not close within 30 s and were killed", len(late), self.size, self.name)
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _gather(self, refs: list[Any], members: Sequence[int], method: str, timeout_s: float) -> list[Any]:
+        """Answers in order; the first failure raises at once, since members in step would wait for the failed one."""
+        pending = dict(zip(refs, members, strict=True))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not done:
+                raise self._late(method, pending.values(), timeout_s)
+            member = pending.pop(done[0])
+            answers[member] = self._get(member, method, done[0])
+        return [answers[member] for member in members]
+
+    def _work(self, method: str, queues: list[deque[Work]], timeout_s: float) -> list[Any]:
+        """One piece in flight for each member, taken from the member's queue (which members may share)."""
+        indices = sorted({index for queue in queues for index, _ in queue})
+        answers: dict[int, Any] = {}
+        deaths: Counter[int] = Counter()
+        running: dict[Any, tuple[int, Work, float]] = {}
+        while len(answers) < len(indices):
+            busy = {member for member, _, _ in running.values()}
+            for member in range(self.size):
+                if member not in busy and queues[member]:
+                    work = queues[member].popleft()
+                    ref = self.actors[member].call.remote(method, *work[1])
+                    running[ref] = (member, work, time.monotonic() + timeout_s)
+            remaining = min(deadline for _, _, deadline in running.values()) - time.monotonic()
+            done, _ = ray.wait(list(running), num_returns=1, timeout=max(remaining, 0.0))
+            if not done:
+                raise self._late(method, [member for member, _, _ in running.values()], timeout_s)
+            member, work, _ = running.pop(done[0])
+            try:
+                answers[work[0]] = self._get(member, method, done[0])
+            except MemberDied as error:
+                deaths[work[0]] += 1
+                if deaths[work[0]] >= MAX_ATTEMPTS:
+                    raise ClusterError(f"{error} The same work has killed {MAX_ATTEMPTS} members: not redone.") from error
+                self._restart(member, error)
+                queues[member].appendleft(work)
+        return [answers[index] for index in indices]
+
+    def _restart(self, member: int, error: "MemberDied") -> None:
+        if self.restarts >= self.max_restarts:
+            raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are this group's limit.") from error
+        self.restarts += 1
+        log.warning("%s A new one is started and its work redone (restart %d).", error, self.restarts)
+        self.actors[member] = self.build(member)
+        self._gather([self.actors[member].ready.remote()], [member], "start", self.start_timeout_s)
+        if self.on_restart is not None:
+            self.on_restart(member)
+
+    def _get(self, member: int, method: str, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayActorError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise MemberDied(f"{self.name}-{member} died during {method} ({reason}); its log: {self._log(member)}.") from error
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+
+    def _late(self, method: str, members: Iterable[int], timeout_s: float) -> ClusterError:
+        who = ", ".join(f"{self.name}-{member} (log: {self._log(member)})" for member in sorted(members))
+        return ClusterError(f"no answer to {method} within {timeout_s:g} s from {who}.")
+
+    def _log(self, member: int) -> Path:
+        return self.log_dir / f"{self.name}-{member}.log"
+
+
+class RayCluster(Cluster):
+    """A Ray cluster of our own on this machine, or the one that `RAY_ADDRESS` names."""
+
+    def __init__(self, config: ClusterConfig, needs: list[Need], log_dir: Path) -> None:
+        self.log_dir = log_dir.resolve()
+        self.needs = {need.name: need for need in needs}
+        self._connect(needs)
+        self.group = self._place(needs, config.start_timeout_s)
+
+    def spawn(self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0) -> Handle:
+        need = self.needs[name]
+        first = sum(other.count for other in list(self.needs.values())[: list(self.needs).index(name)])
+
+        def build(member: int) -> ActorHandle:
+            place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=first + member)
+            log_file = str(self.log_dir / f"{name}-{member}.log")
+            options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "scheduling_strategy": place}
+            return ray.remote(Host).options(**options).remote(cls, kwargs(member), log_file)
+
+        return RayHandle(name, build, need.count, max_restarts, self.log_dir)
+
+    def close(self) -> None:
+        remove_placement_group(self.group)
+        ray.shutdown()
+
+    def _connect(self, needs: list[Need]) -> None:
+        # Tensors travel through the object store without a copy; actors must agree on it, so it is set for all of them.
+        env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"} | {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "logging_level": logging.WARNING, "log_to_driver": False}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**common)
+            return
+        # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
+        slots = max(os.cpu_count() or 1, math.ceil(sum(need.count * need.cpus for need in needs)))
+        ray.init(num_cpus=slots, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+
+    def _place(self, needs: list[Need], timeout_s: float) -> PlacementGroup:
+        have = ray.cluster_resources()
+        for resource, total in (
+            ("CPU", sum(need.count * need.cpus for need in needs)),
+            ("GPU", sum(need.count * need.gpus for need in needs)),
+        ):
+            if total > have.get(resource, 0.0) + 1e-6:
+                asked = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in needs)
+                raise ClusterError(
+                    f"the Ray cluster has {have.get(resource, 0.0):g} {resource}s, but this run asks for {total:g} ({asked}). "
+                    f"Add nodes, or lower rollout.workers, graders.workers, learner.processes or cluster.{resource.lower()}s_per_*."
+                )
+        bundles = [{"CPU": need.cpus, "GPU": need.gpus} for need in needs for _ in range(need.count)]
+        group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="PACK")
+        if not group.wait(timeout_s):
+            remove_placement_group(group)
+            raise ClusterError(
+                f"Ray did not place {bundles} within {timeout_s:g} s, although the totals suffice: free now is "
+                f"{ray.available_resources()}. Another job holds the rest, or no single node is large enough for one member."
+            )
+        return group
