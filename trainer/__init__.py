@@ -1,0 +1,1 @@
+"""The trainer: configuration, cluster, learner, sources, the loop, checkpoints, tracking, command line."""

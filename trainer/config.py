@@ -1,0 +1,247 @@
+"""The configuration tree: every option of a run, with its unit and its reason.
+
+Files are read by `trainer.config_load`; rules that join several fields stand in `trainer.config_rules`; the sections of
+components (`task`, `engine`, ...) are validated against the component's own file by `trainer.components`.
+`docs/configuration.md` is made from the docstrings here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llmquest_rl.options import Options
+from llmquest_rl.types import Sampling
+from trainer.components import DatasetSection, EngineSection, ObjectiveSection, TaskSection
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelConfig(Options):
+    """The model that is trained."""
+
+    path: str = "smollm2-135m-instruct"
+    """A folder in the Hub's layout, a Hub id, or `smollm2-135m-instruct` (from an installed package, no network)."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` reads the folder's config.json and tokenizer only and draws new weights from the seed."""
+    dtype: Dtype = "auto"
+    """Of the learner's arithmetic; master weights are float32 always. `auto` = bfloat16 on GPUs, and on CPUs what a short probe finds faster."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time for far less memory."""
+
+
+class DataConfig(Options):
+    """What the run learns from: a task of prompts (RL), or a data set of sequences (supervised)."""
+
+    task: TaskSection | None = None
+    """For objectives that learn from rollouts."""
+    dataset: DatasetSection | None = None
+    """For objectives that learn from given sequences."""
+    system_prompt: str | None = None
+    """Put before every prompt as a system message; null leaves the chat template's own default."""
+    chat_template: str | None = None
+    """A Jinja template or a file with one; null = the tokenizer's own."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longest prompt in tokens, chat template included."""
+    long_prompts: Literal["drop", "error"] = "drop"
+    """What happens to a longer prompt: dropped and counted, or the run stops."""
+    malformed_rows: Literal["drop", "error"] = "error"
+    """What happens to a row that cannot be read: dropped and counted, or the run stops; its line is named in both cases."""
+    eval_samples: NonNegativeInt = 64
+    """Held-out samples (prompts or sequences), disjoint from training, drawn with the seed."""
+
+
+class BatchConfig(Options):
+    """The one vocabulary for sizes. What follows from it is printed as a table before the start."""
+
+    prompts_per_step: PositiveInt = 16
+    """RL: prompts sampled from in each step, over all rollout workers."""
+    samples_per_prompt: PositiveInt = 8
+    """RL: completions of each prompt, compared with each other (one group)."""
+    sequences_per_step: PositiveInt = 16
+    """Supervised: packed sequences in each step, over all learners."""
+    tokens_per_sequence: PositiveInt = 512
+    """Supervised: longest sequence in tokens; documents are cut and packed to it."""
+    updates_per_step: PositiveInt = 1
+    """Minibatches, hence optimizer updates, that a step's data is split into."""
+    passes_per_step: PositiveInt = 1
+    """Times that a step's data is gone through (mu, the inner updates of GRPO)."""
+    tokens_per_microbatch: PositiveInt = 8192
+    """Tokens of one forward and backward pass of one learner. A memory knob only: results do not depend on it."""
+    uniform_rewards: Literal["skip", "take"] = "skip"
+    """What happens to a step in which every group has equal rewards, hence no advantages: no update, or the update all the same."""
+    max_uniform_steps: PositiveInt = 5
+    """Such steps in a row before a warning with sample completions."""
+
+
+class RolloutConfig(Options):
+    """Sampling completions. Ignored by supervised objectives."""
+
+    engine: EngineSection = Field(default_factory=lambda: EngineSection(name="native"))
+    """What samples: `vllm`, or `native`, our own."""
+    workers: PositiveInt = 1
+    """Rollout workers, each around one engine."""
+    dtype: Dtype = "auto"
+    """Of the engine's weights and arithmetic; `auto` as for the model."""
+    sampling: Sampling = Sampling()
+    """How training completions are drawn."""
+    timeout_s: PositiveFloat = 600.0
+    """Longest wait for one step's completions, in seconds; the message names the worker that did not answer."""
+    gap_limit: PositiveFloat | None = 0.5
+    """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run stops: beyond it the two do not have the same weights. null = never stop."""
+    save: bool = False
+    """Keep every step's rollouts in the run folder, for `train --replay`."""
+
+
+class OptimizerConfig(Options):
+    """AdamW over float32 master weights."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate. Full fine-tuning with RL wants about 1e-6 to 2e-5, small models the upper end."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of the averages of gradient and squared gradient; RL gradients are noisy and short-lived, so 0.95 rather than 0.999."""
+    eps: PositiveFloat = 1e-8
+    """Keeps the division by the squared gradient's root finite."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay per unit of learning rate; norms and biases are left alone."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global L2 norm; null = no clipping (the norm is logged all the same)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after warm-up, over the run's optimizer updates."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer updates in which the learning rate rises linearly from 0."""
+    min_lr_ratio: Share = 0.0
+    """Where `linear` and `cosine` end, as a share of `lr`."""
+
+
+class LearnerConfig(Options):
+    """The processes that compute gradients."""
+
+    processes: PositiveInt = 1
+    """Learner processes: one for each GPU; on CPUs mostly one."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed ZeRO shares out over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory instead of GPU memory; `parameters` includes the optimizer."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest wait for one update and for a collective between learners, in seconds."""
+    max_bad_steps: NonNegativeInt = 3
+    """Updates with NaN or inf in loss or gradients that are skipped and counted before the run stops and saves the batch."""
+
+
+class EvalConfig(Options):
+    """Evaluation on held-out data."""
+
+    every: NonNegativeInt = 10
+    """Steps between evaluations, the last step always included; 0 = never."""
+    at_start: bool = True
+    """Also before the first step: the number to compare with."""
+    samples_per_prompt: PositiveInt = 1
+    """RL: completions of each held-out prompt; more than one with a temperature above 0 gives pass@k and mean@k."""
+    temperature: NonNegativeFloat = 0.0
+    """RL: 0 = greedy."""
+    max_tokens: PositiveInt | None = None
+    """RL: longest completion in tokens; null = that of `rollout.sampling`."""
+
+
+class CheckpointConfig(Options):
+    """Saving everything that an exact resume needs."""
+
+    every: NonNegativeInt = 10
+    """Steps between checkpoints, the last step always included; 0 = the last step only."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept, the best not counted."""
+    best_metric: str | None = "eval/accuracy"
+    """The checkpoint with the best value of this metric is kept as well; null = none."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best (`min` for losses)."""
+
+
+class TrackingConfig(Options):
+    """Where metrics go. `metrics.jsonl` in the run folder is always written."""
+
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of Accelerate: `tensorboard`, `wandb`, `trackio`, ..."""
+    completions_per_step: NonNegativeInt = 4
+    """Sample completions saved in each step with their rewards by name."""
+
+
+class RewardConfig(Options):
+    """One reward of the weighted sum."""
+
+    model_config = {"extra": "allow"}
+    name: str | None = None
+    function: str | None = None
+    weight: float = 1.0
+
+
+class GraderConfig(Options):
+    """The graders."""
+
+    workers: PositiveInt = 1
+    processes: PositiveInt = 2
+    timeout_s: PositiveFloat = 5.0
+    memory_mb: PositiveInt = 1024
+    max_unscored_share: Share = 0.2
+
+
+class AlgorithmSection(Options):
+    """A preset row; any cell beside the name overrides it."""
+
+    model_config = {"extra": "allow"}
+    name: str = "grpo"
+
+
+class ClusterConfig(Options):
+    """Where the parts run. `cluster: inline` is short for `cluster: {kind: inline}`."""
+
+    kind: Literal["ray", "inline"] = "ray"
+    """`ray` starts a local Ray or joins the one at RAY_ADDRESS; `inline` runs all in one process, for a debugger or notebook."""
+    gpus_per_rollout_worker: NonNegativeFloat = 0.0
+    """GPUs given to each rollout worker; a fraction shares one."""
+    gpus_per_learner: NonNegativeFloat = 0.0
+    """GPUs given to each learner process; a fraction shares one with a rollout worker."""
+    cpus_per_rollout_worker: PositiveFloat = 1.0
+    """CPU cores reserved for each rollout worker."""
+    cpus_per_learner: PositiveFloat = 1.0
+    """CPU cores reserved for each learner process."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for placement and for actors to start, in seconds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class Config(Options):
+    """A run."""
+
+    name: str
+    """The run folder is `runs/<name>/<start>/`."""
+    seed: NonNegativeInt = 0
+    """Every random number of the run follows from it."""
+    steps: PositiveInt
+    """Times around the loop."""
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="policy"))
+    """Which loss: `policy` (RL), `next_token` (pretraining, SFT)."""
+    algorithm: AlgorithmSection = AlgorithmSection()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    rewards: tuple[RewardConfig, ...] = ()
+    graders: GraderConfig = GraderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>| '):
+            raise ValueError("it names a folder: use letters, digits, '-', '_' and '.' only")
+        return name
