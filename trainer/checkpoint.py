@@ -1,0 +1,272 @@
+"""Atomic checkpoints: whatever dies at whatever moment, the newest complete checkpoint stays loadable.
+
+A checkpoint is written beside the others under a temporary name, its files are brought to disk and listed with size
+and CRC-32 in `manifest.json`, and one rename makes it `step-000012`. CRC-32 finds truncation and bit rot at several
+GB/s, which a cryptographic hash does not do on two cores; it is no protection from a forger.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
+_CHUNK = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be loaded; the message says what was found instead."""
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint did not fit on the disk. The older ones are untouched and nothing of it is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """What makes one checkpoint better than another."""
+
+    metric: str
+    value: float
+    mode: Literal["max", "min"] = "max"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint whose files are as they were written."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    """The trainer's own state, as given to `save`."""
+    messages: list[str] = field(default_factory=list)
+    """What a person should know, e.g. that a newer checkpoint is damaged and was passed over."""
+
+
+def save(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], object],
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    best: Best | None = None,
+) -> Path:
+    """Write a checkpoint, then remove the ones that need not be kept.
+
+    Args:
+        folder: holds the checkpoints of one run.
+        step: the step after which the state is saved.
+        write: puts its files (weights, optimizer, ...) into the folder that it is given.
+        state: what JSON can hold exactly: no tuples, keys are strings.
+        keep_last: newest checkpoints kept, at least 1; the best is kept as well. Checkpoints of later steps belong to
+            a history that a resume has left, and go.
+        best: the value by which this checkpoint competes to be the best; None = it does not.
+
+    Raises:
+        DiskFullError: it did not fit.
+        TypeError: `state` would not come back from JSON as it is.
+    """
+    _check_state(state, "state")
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(folder.glob(".tmp-*"))
+    temporary, final = folder / f".tmp-step-{step:06d}", folder / f"step-{step:06d}"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        (temporary / STATE).write_text(json.dumps(state))
+        _seal(temporary, step, best)
+        _publish(temporary, final)
+    except BaseException as error:
+        full = _is_disk_full(error, folder)
+        # What cannot be removed now, e.g. because another process still writes to it, the next save removes.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if full:
+            raise DiskFullError(_disk_full_message(folder, step)) from error
+        raise
+    _prune(folder, step, keep_last, best)
+    return final
+
+
+def latest(folder: Path) -> Checkpoint:
+    """The newest complete checkpoint; a damaged one is passed over, and `messages` says so.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    messages: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            checkpoint = load(path)
+        except CheckpointError as error:
+            messages.append(f"{error}; falling back to the checkpoint before it")
+            continue
+        return Checkpoint(checkpoint.path, checkpoint.step, checkpoint.state, messages)
+    raise CheckpointError("\n".join([*messages, f"{folder}: no complete checkpoint to resume from"]))
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, every file compared with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or not as it was written.
+    """
+    manifest = _read_manifest(path)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [fault for fault in pool.map(lambda item: _fault(path, *item), manifest["files"].items()) if fault]
+    if faults:
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(faults)}")
+    return Checkpoint(path, manifest["step"], json.loads((path / STATE).read_text()))
+
+
+def best_checkpoint(folder: Path, metric: str, mode: Literal["max", "min"] = "max") -> Path | None:
+    """The checkpoint with the best value of `metric`, the newer of equals; None when none has a value of it."""
+    scored = []
+    for path in _newest_first(folder):
+        try:
+            score = _read_manifest(path)["score"]
+        except CheckpointError:
+            continue  # a damaged checkpoint is reported by whoever loads it
+        if score and score["metric"] == metric and math.isfinite(score["value"]):
+            scored.append((score["value"], path))
+    return {"max": max, "min": min}[mode](scored, key=lambda item: item[0])[1] if scored else None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    names = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("step-*")]
+    found = [(int(match[1]), match[2] is None, path) for path, match in names if match]
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _seal(path: Path, step: int, score: Best | None) -> None:
+    """List every file with size and checksum, and bring all of it to disk."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        entries = list(pool.map(_entry, files))
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "score": None if score is None else {"metric": score.metric, "value": float(score.value)},
+        "files": {file.relative_to(path).as_posix(): entry for file, entry in zip(files, entries, strict=True)},
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(path / MANIFEST)
+    for sub_folder in {file.parent for file in files} | {path}:
+        _sync(sub_folder)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    if final.exists():
+        # `latest` knows this other name too: a death between the two renames loses nothing.
+        replaced = final.with_name(f"{final.name}.replaced")
+        _remove([replaced])
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _entry(file: Path) -> dict[str, int | str]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+
+
+def _checksum(file: Path) -> str:
+    value = 0
+    buffer = memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
+    return f"{value:08x}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        known = manifest["format"] == FORMAT and {"step", "score", "files"} <= manifest.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from None
+    if not known:
+        raise CheckpointError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
+    return manifest
+
+
+def _fault(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    file = path / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+    return None if _checksum(file) == entry["crc32"] else f"{name} has other content than was written"
+
+
+def _prune(folder: Path, step: int, keep_last: int, score: Best | None) -> None:
+    assert keep_last >= 1
+    paths = _newest_first(folder)
+    current = [path for path in paths if path.suffix != ".replaced" and int(path.name.removeprefix("step-")) <= step]
+    kept = set(current[:keep_last])
+    if score is not None and (winner := best_checkpoint(folder, score.metric, score.mode)) is not None:
+        kept.add(winner)
+    _remove(path for path in paths if path not in kept)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.exists():
+            # Out of sight first: a half-removed checkpoint must not look like a damaged one.
+            hidden = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}")
+            shutil.rmtree(path.rename(hidden))
+
+
+def _disk_full_message(folder: Path, step: int) -> str:
+    names = ", ".join(path.name for path in _newest_first(folder)) or "none"
+    return (
+        f"the disk is full: the checkpoint of step {step} does not fit in {folder} "
+        f"({shutil.disk_usage(folder).free / 1e9:.1f} GB free without it). Older checkpoints are intact: {names}. "
+        "Free some space, or keep fewer (checkpoint.keep_last)"
+    )
+
+
+def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether the disk was the cause. Libraries wrap the system's error in their own: its text and the disk tell."""
+    if not isinstance(error, Exception):
+        return False
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    if any(isinstance(link, OSError) and link.errno in DISK_FULL for link in chain):
+        return True
+    text = " ".join(map(str, chain))
+    return "No space left on device" in text or "os error 28" in text or shutil.disk_usage(folder).free < _CHUNK
+
+
+def _check_state(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: key {key!r} would come back from JSON as a string")
+            _check_state(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_state(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise TypeError(f"{where}: {type(value).__name__} would not come back from JSON as it is")

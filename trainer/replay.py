@@ -1,0 +1,142 @@
+"""Rollouts on disk: the groups of one step, exactly, so that training can be debugged without an engine.
+
+One gzipped file of JSON lines for each step: a header, then one group a line. JSON has no tuples, dates or sets and no
+keys but strings, and data sets have all of these, so what JSON lacks is written as `{"$type": [...]}`.
+"""
+
+import base64
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from llmquest_rl.types import Completion, Group, Sample, Score
+
+FORMAT = 1
+_FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
+
+_CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    tuple: ("tuple", lambda value: list(map(_encode, value)), lambda data: tuple(map(_decode, data))),
+    set: ("set", lambda value: list(map(_encode, value)), lambda data: set(map(_decode, data))),
+    frozenset: ("frozenset", lambda value: list(map(_encode, value)), lambda data: frozenset(map(_decode, data))),
+    bytes: ("bytes", lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    complex: ("complex", lambda value: [value.real, value.imag], lambda data: complex(*data)),
+    Decimal: ("decimal", str, Decimal),
+    Fraction: ("fraction", str, Fraction),
+    datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
+    date: ("date", date.isoformat, date.fromisoformat),
+    time: ("time", time.isoformat, time.fromisoformat),
+    timedelta: (
+        "timedelta",
+        lambda value: [value.days, value.seconds, value.microseconds],
+        lambda data: timedelta(*data),
+    ),
+}
+_DECODERS = {name: decode for name, _, decode in _CODECS.values()}
+
+
+def save_rollouts(folder: Path, step: int, groups: Sequence[Group]) -> Path:
+    """Write the groups of a step, atomically, and return the file.
+
+    Raises:
+        TypeError: an answer or column is of a type that cannot be written; the message names the sample.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _path(folder, step)
+    lines = [json.dumps({"format": FORMAT, "step": step, "groups": len(groups)})]
+    for group in groups:
+        try:
+            lines.append(json.dumps(_row(group)))
+        except TypeError as error:
+            raise TypeError(f"sample {group.sample.id} cannot be saved for replay: {error}") from None
+    # Level 1 and no time stamp: rollouts are mostly digits, and equal rollouts make equal files.
+    data = gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=1, mtime=0)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+    return path
+
+
+def load_rollouts(folder: Path, step: int) -> list[Group]:
+    """The groups of a step as they were saved, every float exact.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged; the message says which steps there are.
+    """
+    path = _path(folder, step)
+    if not path.is_file():
+        raise ValueError(f"{folder}: no rollouts of step {step}; saved steps: {replay_steps(folder) or 'none'}")
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        header, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:] if line]
+        if header["format"] != FORMAT or header["groups"] != len(rows):
+            raise ValueError(f"its header is {header}, but it has {len(rows)} groups")
+        return [_group(_decode(row)) for row in rows]
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: damaged, or no rollouts ({error})") from error
+
+
+def replay_steps(folder: Path) -> list[int]:
+    """The steps whose rollouts are in `folder`, in order."""
+    matches = [_FILE.fullmatch(path.name) for path in folder.glob("step-*.jsonl.gz")]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.jsonl.gz"
+
+
+def _row(group: Group) -> dict[str, Any]:
+    return {
+        "sample": _fields(group.sample),
+        "completions": [_fields(completion) for completion in group.completions],
+        "scores": [_fields(score) for score in group.scores],
+    }
+
+
+def _fields(item: Sample | Completion | Score) -> dict[str, Any]:
+    return {field.name: _encode(getattr(item, field.name)) for field in fields(item)}
+
+
+def _group(row: dict[str, Any]) -> Group:
+    return Group(
+        sample=Sample(**row["sample"]),
+        completions=[Completion(**completion) for completion in row["completions"]],
+        scores=[Score(**score) for score in row["scores"]],
+    )
+
+
+def _encode(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [_encode(item) for item in value]
+    if type(value) is dict:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: _encode(item) for key, item in value.items()}
+        return {"$dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    if type(value) not in _CODECS:
+        raise TypeError(f"{value!r} is a {type(value).__name__}")
+    name, encode, _ = _CODECS[type(value)]
+    return {f"${name}": encode(value)}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value), "")
+    if tag == "$dict":
+        return {_decode(key): _decode(item) for key, item in value[tag]}
+    if tag.startswith("$"):
+        return _DECODERS[tag[1:]](value[tag])
+    return {key: _decode(item) for key, item in value.items()}
