@@ -1,0 +1,1 @@
+"""Architectures, one file each, and their way from and to the Hub's folder layout."""

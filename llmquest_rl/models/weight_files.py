@@ -1,0 +1,150 @@
+"""The safetensors files of a checkpoint folder: found, checked against their own headers, and read one tensor at a time.
+
+Everything here knows only the folder, never a model.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies, as its file's header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: `F32`, `BF16`, ..."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint folder.
+
+    Raises:
+        ValueError: the file is missing, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: is {path.parent} a checkpoint folder in the Hub's layout?") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, fetch or save it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def weight_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint by its key, from the headers alone: no weight is read.
+
+    Raises:
+        ValueError: there are no weights, a file is missing or damaged, or the index and the files disagree.
+    """
+    files = _weight_files(folder)
+    entries = {key: entry for file in files for key, entry in read_header(file).items()}
+    if (folder / INDEX).exists():
+        promised: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        for key, name in promised.items():
+            if key not in entries or entries[key].file.name != name:
+                raise ValueError(f"{folder / INDEX} places {key!r} in {name}, which does not hold it: fetch or save the checkpoint again")
+    return entries
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map: the file is damaged, fetch or save it again")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: fetch or save the checkpoint again")
+        return files
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
+    hint = f"; it has {', '.join(others)}: convert with transformers' save_pretrained" if others else ""
+    raise ValueError(f"{folder} has no weights: expected {SINGLE} or {INDEX}{hint}")
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors that a safetensors file says it holds.
+
+    Raises:
+        ValueError: the header is damaged, or the file's size is not what the header promises (a broken download).
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            if not 2 <= header_size <= size - 8:
+                raise ValueError("its header does not fit into it")
+            header = json.loads(stream.read(header_size))
+        header.pop("__metadata__", None)
+        entries = {key: Entry(file, tuple(value["shape"]), value["dtype"]) for key, value in header.items()}
+        end = max((value["data_offsets"][1] for value in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file} is damaged ({error}): fetch or save it again") from error
+    promised = 8 + header_size + end
+    if promised != size:
+        state = "truncated" if size < promised else "damaged"
+        raise ValueError(f"{file} is {state}: {size} bytes, but its header promises {promised}; fetch or save it again")
+    return entries
+
+
+def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its key, on the CPU in its dtype on disk, file by file."""
+    for file in sorted({entry.file for entry in entries.values()}):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as stream:
+                for key in stream.keys():  # noqa: SIM118 (not a dict)
+                    yield key, stream.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): fetch or save it again") from error
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
+    """Write safetensors into `folder`: one file, or shards with an index. Holds one shard in memory at a time.
+
+    Files get their final names after all are written, the index last.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+    for key, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > max_shard_bytes:
+            shards.append(_write_part(shard, folder, len(shards)))
+            shard, size = {}, 0
+        shard[key] = tensor.detach().cpu().contiguous()
+        size += bytes_
+        total += bytes_
+    shards.append(_write_part(shard, folder, len(shards)))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE]
+    for i, name in enumerate(names):
+        _part(folder, i).replace(folder / name)
+    if len(shards) > 1:
+        weight_map = {key: name for keys, name in zip(shards, names, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number}.incomplete"
+
+
+def _write_part(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    save_file(shard, _part(folder, number), metadata={"format": "pt"})
+    return list(shard)
