@@ -1,0 +1,146 @@
+"""Numbers that can be merged: over microbatches, over optimizer updates, and over processes.
+
+A mean is carried as a sum and a count, so that merging parts of any size gives the mean of the whole.
+Names read `area/what_unit`; `DESCRIPTIONS` says what each one is.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["mean", "sum", "max"]
+Number = float | Tensor
+"""A float, or a tensor with one element: left on its device until `to_floats`, since fetching it means waiting."""
+
+DESCRIPTIONS: dict[str, str] = {
+    "reward/mean": "weighted total reward of a sample, mean over the scored samples of the step",
+    "reward/std": "standard deviation of the total reward over all scored samples of the step",
+    "reward/group_std": "standard deviation of the total reward within a group, mean over groups",
+    "reward/<name>": "one reward by name, before weighting, mean over the samples that it applies to",
+    "reward/uniform_group_share": "share of groups whose rewards are all equal: they have no advantage to learn from",
+    "reward/unscored_share": "share of samples without a score: in neither baseline nor loss",
+    "reward/scored_samples": "samples with a score",
+    "rollout/completion_tokens": "length of a completion in tokens, mean",
+    "rollout/completion_tokens_max": "length of the longest completion in tokens",
+    "rollout/truncated_share": "share of completions that were cut at the token limit",
+    "rollout/empty_samples": "completions without a token: left out",
+    "policy/loss": "weighted mean of the token losses; near 0 while ratios are 1, because advantages sum to 0",
+    "policy/entropy": "entropy of the next-token distribution in nats, mean over tokens",
+    "policy/clip_frac": "share of tokens whose gradient the clipping removed",
+    "policy/clip_low_frac": "the part of it with a ratio below 1 - clip_low (and a negative advantage)",
+    "policy/clip_high_frac": "the part of it with a ratio above 1 + clip_high (and a positive advantage)",
+    "policy/ratio": "importance ratio of the current to the old policy, mean over tokens",
+    "policy/ratio_max": "largest importance ratio",
+    "policy/kl": "k3 estimate of KL(policy || reference) in nats, mean over tokens",
+    "policy/approx_kl": "k3 estimate of KL(old policy || current policy) in nats, mean over tokens",
+    "policy/logp_gap": "absolute difference of engine's and learner's log-prob of a sampled token in nats, mean",
+    "policy/logp_gap_max": "largest such difference",
+    "policy/tis_weight": "truncated importance weight between engine and learner, mean over tokens",
+    "policy/tis_capped_share": "share of tokens whose importance weight was cut at the cap",
+    "policy/tis_square": "square of that weight, mean over tokens",
+    "policy/tis_ess": "effective sample size of these weights as a share of tokens; 1 = engine and learner agree",
+    "policy/tokens": "completion tokens in the loss",
+    "train/loss": "next-token loss in nats, mean over target tokens",
+    "train/perplexity": "exp of it",
+    "train/tokens": "target tokens in the loss",
+    "eval/loss": "next-token loss on held-out sequences in nats, mean over target tokens",
+    "eval/perplexity": "exp of it",
+    "eval/tokens": "target tokens of the held-out sequences",
+    "aux/<name>": "a loss that the model itself asks for, by name, mean over microbatches weighted by their tokens",
+    "learner/grad_norm": "global L2 norm of the gradient before clipping, mean over the step's updates",
+    "learner/lr": "learning rate of the step's last update",
+    "learner/updates": "optimizer updates attempted since the start of the run",
+    "learner/bad_steps": "updates skipped since the start of the run because of NaN or inf in loss or gradients",
+    "learner/tokens": "tokens computed in forward and backward passes of the step, shared prompts counted once",
+    "learner/tokens_per_s": "the same by second, all learner processes together",
+    "learner/microbatches": "forward and backward passes of the step in each process",
+    "memory/learner_peak_gb": "largest memory of a learner process so far: GPU memory, or resident memory on a CPU",
+    "time/learner_prepare_s": "seconds for old and reference log-probs, the slowest process",
+    "time/learner_update_s": "seconds for forward and backward passes and optimizer updates, the slowest process",
+}
+"""Every name given by algorithms, objectives and the learner. `<name>` stands for any word."""
+
+DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
+    "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: weight**2 / square),
+    "train/perplexity": (("train/loss",), lambda loss: math.exp(min(loss, 700.0))),
+}
+"""Numbers that no merging gives: computed from merged ones, by name."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One reducible value: `total / count` for a mean, `total` otherwise."""
+
+    kind: Kind
+    total: Number
+    count: Number = 1.0
+
+
+def _largest(a: Number, b: Number) -> Number:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
+
+
+class Metrics:
+    """Named reducible values. Give every name one kind only."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def mean(self, name: str, total: Number, count: Number = 1.0) -> None:
+        """Add `count` observations that sum to `total`. A mean without observations is left out of `to_floats`."""
+        self._add(name, Entry("mean", total, count))
+
+    def sum(self, name: str, value: Number) -> None:
+        """Add to a total."""
+        self._add(name, Entry("sum", value))
+
+    def max(self, name: str, value: Number) -> None:
+        """Keep the largest value."""
+        self._add(name, Entry("max", value))
+
+    def _add(self, name: str, new: Entry) -> None:
+        old = self.entries.get(name)
+        if old is None:
+            self.entries[name] = Entry(new.kind, new.total, new.count)
+            return
+        assert old.kind == new.kind, f"{name} is a {old.kind} and a {new.kind}"
+        if new.kind == "max":
+            old.total = _largest(old.total, new.total)
+        else:
+            old.total, old.count = old.total + new.total, old.count + new.count
+
+    def merge(self, others: "Iterable[Metrics]") -> "Metrics":
+        """Add the entries of others to these; returns itself."""
+        for other in others:
+            for name, entry in other.entries.items():
+                self._add(name, entry)
+        return self
+
+    def fetched(self) -> "Metrics":
+        """The same with plain floats: one transfer from the device, ready to be sent to another process."""
+        numbers = [number for entry in self.entries.values() for number in (entry.total, entry.count)]
+        tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, Tensor)]
+        values = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
+        floats = iter([next(values) if isinstance(number, Tensor) else float(number) for number in numbers])
+        plain = Metrics()
+        plain.entries = {name: Entry(entry.kind, next(floats), next(floats)) for name, entry in self.entries.items()}
+        return plain
+
+    def to_floats(self) -> dict[str, float]:
+        """What a log line shows, by name."""
+        plain = self.fetched().entries.items()
+        floats = {
+            name: float(entry.total / entry.count) if entry.kind == "mean" else float(entry.total)
+            for name, entry in plain
+            if entry.kind != "mean" or entry.count
+        }
+        for name, (inputs, function) in DERIVED.items():
+            if all(floats.get(needed) for needed in inputs):
+                floats[name] = function(*(floats[needed] for needed in inputs))
+        return floats

@@ -1,0 +1,67 @@
+"""What a batch is trained with. An objective `foo` is the file `llmquest_rl/objectives/foo.py`, which has
+
+* `Config(Options)`: the keys beside `name:` in the configuration;
+* `build(config, algorithm, sampling) -> Objective`.
+
+The learner asks an objective for what this protocol names and never which one it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one microbatch gives."""
+
+    value: Tensor
+    """A scalar with a gradient: the sum of weight x token loss, plus the model's own terms. Sums over microbatches and
+    processes are the loss of the whole update, because the weights already carry the global mean."""
+    metrics: Metrics
+
+
+def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metrics: Metrics) -> Loss:
+    """The objective's value plus the model's terms: those are means, so they count by the microbatch's share of weight."""
+    share = batch.streams["weights"].sum()
+    for name, term in aux.items():
+        metrics.mean(f"aux/{name}", term.detach() * share, share)
+        value = value + share * term
+    return Loss(value, metrics)
+
+
+class Objective(Protocol):
+    """A loss, and what it needs."""
+
+    @property
+    def source(self) -> Literal["rollout", "dataset"]:
+        """Where its batches come from."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits of every forward pass, so that log-probs are those of the distribution sampled from."""
+        ...
+
+    def streams(self, updates: int) -> tuple[str, ...]:
+        """The log-probs that must be computed without gradient first, given how many updates a step's batch serves:
+        `old_logprobs` (of the model before the step) and `ref_logprobs` (of the frozen initial model)."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the initial model is held."""
+        ...
+
+    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
+        """Set stream `weights` on all atoms of one optimizer update, before they are shared out to processes."""
+        ...
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
+        """Forward pass and loss of one microbatch."""
+        ...

@@ -1,0 +1,58 @@
+"""Next-token prediction: pretraining, and supervised fine-tuning where a mask leaves the prompt out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.options import Options
+from llmquest_rl.types import Sampling
+
+
+class Config(Options):
+    """No options."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """Mean negative log-prob of the target tokens: every target of an update weighs the same."""
+
+    source: Literal["rollout", "dataset"] = "dataset"
+    temperature: float = 1.0
+    needs_reference: bool = False
+
+    def streams(self, updates: int) -> tuple[str, ...]:
+        return ()
+
+    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
+        weight = 1 / max(1, sum(_num_targets(atom) for atom in atoms))
+        return [
+            atom.with_stream("weights", [[weight] * len(completion) for completion in atom.completions])
+            for atom in atoms
+        ]
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
+        output = model(batch)
+        weights = batch.streams["weights"]
+        value = -(weights * output.logprobs).sum()
+        counted = weights != 0
+        metrics = Metrics()
+        metrics.mean("train/loss", -output.logprobs.detach()[counted].sum(), counted.sum())
+        metrics.sum("train/tokens", counted.sum())
+        return with_aux(value, output.aux, batch, metrics)
+
+
+def _num_targets(atom: Atom) -> int:
+    masks = atom.mask if atom.mask is not None else [[True] * len(completion) for completion in atom.completions]
+    first = 0 if atom.prompt else 1
+    return sum(sum(mask[first:]) for mask in masks)
+
+
+def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> NextToken:
+    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    return NextToken()

@@ -1,0 +1,1 @@
+"""What torch's optimizers leave open: learning-rate schedules, and which parameters decay."""
