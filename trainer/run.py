@@ -29,11 +29,11 @@ MARKER = "config.yaml"
 LIVE_METRICS = {
     "reward/mean": "reward",
     "policy/loss": "loss",
-    "train/loss": "loss",
+    "loss/train": "loss",
     "eval/accuracy": "held-out accuracy",
-    "eval/loss": "held-out loss",
+    "loss/eval": "validation loss",
     "rollout/tokens_per_s": "rollout tok/s",
-    "train/tokens_per_s": "train tok/s",
+    "learner/tokens_per_s": "learner tok/s",
 }
 """Metrics drawn beside the progress bar, by key, with their label; those that a step does not have are left out."""
 
