@@ -1,0 +1,128 @@
+"""Rows of problems, the policy for malformed ones, and splits that share no question.
+
+A question is identified by its text. Which question is held out is decided by a hash of (seed, text), so it does not
+depend on the order of the rows, and a question that occurs twice is never on both sides.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from llmquest_rl.types import Message
+
+MalformedPolicy = Literal["drop", "error"]
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says where it stands and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One problem as the data set has it, before the chat template."""
+
+    id: str
+    """Stable identity, e.g. `gsm8k/train/17`."""
+    prompt: str | list[Message]
+    answer: Any
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Every further column: rewards receive these as keyword arguments."""
+
+
+class Rows(Protocol):
+    """One side of a task's split."""
+
+    @property
+    def size(self) -> int | None:
+        """Number of rows; None = endless."""
+
+    def row(self, index: int) -> Row:
+        """The same row for the same index, always."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRows:
+    """Rows held in memory."""
+
+    rows: Sequence[Row]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+
+@dataclass(slots=True)
+class MalformedRows:
+    """Applies `data.malformed_rows` and counts what it drops. One for each task or data set."""
+
+    policy: MalformedPolicy = "error"
+    count: int = 0
+    reports: list[str] = field(default_factory=list)
+    """The first few, for people."""
+
+    def report(self, where: str, problem: str) -> None:
+        """Count the row at `where` (`file:line`) as dropped, or stop.
+
+        Raises:
+            DataError: the policy is `error`.
+        """
+        message = f"{where}: {problem}"
+        if self.policy == "error":
+            raise DataError(f"{message} (set data.malformed_rows: drop to leave such rows out and count them)")
+        self.count += 1
+        if len(self.reports) < 5:
+            self.reports.append(message)
+            logger.warning("malformed row dropped: %s", message)
+
+
+def question_key(prompt: str | list[Message]) -> str:
+    """What makes two questions the same: their text, without surrounding space."""
+    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def rank(seed: int, key: Hashable) -> bytes:
+    """A seeded pseudo-random sort key for a question."""
+    return hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+
+
+def held_out_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
+    """The share of the distinct keys that is held out: at least one, and never all.
+
+    Raises:
+        DataError: fewer than two distinct keys, so that no split exists.
+    """
+    ranked = sorted(set(keys), key=lambda key: rank(seed, key))
+    if len(ranked) < 2:
+        raise DataError(
+            f"{len(ranked)} distinct questions cannot be split into train and held-out: "
+            "give more rows, or held-out rows of their own"
+        )
+    return set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
+
+
+def check_message(message: object) -> str | None:
+    """What is wrong with one chat message, or None."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        return "a message must be an object with `role` and `content`"
+    if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+        return "`role` and `content` of a message must be strings"
+    return None
+
+
+def check_prompt(prompt: object) -> str | None:
+    """What is wrong with a prompt, or None: it must be a non-empty string or list of messages."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "the prompt is empty"
+    if not isinstance(prompt, list):
+        return f"the prompt must be a string or a list of messages, not {type(prompt).__name__}"
+    if not prompt:
+        return "the prompt has no messages"
+    return next((problem for message in prompt if (problem := check_message(message))), None)

@@ -1,0 +1,212 @@
+"""Resumable streams: what a step takes from a task or a data set.
+
+A stream's whole state is one position. The order of every epoch follows from (seed, epoch), so a resumed stream gives
+exactly what an uninterrupted one would have given, also in the middle of an epoch.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.dataset import SupervisedData
+from llmquest_rl.data.rows import DataError, Row
+from llmquest_rl.data.task import Task
+from llmquest_rl.data.tokenizer import PromptRenderer
+from llmquest_rl.types import Sample
+
+LongPrompts = Literal["drop", "error"]
+MAX_DROPPED_IN_A_ROW = 1000
+
+
+class EpochOrder:
+    """Maps a running position to an index: every epoch is a new seeded permutation; endless data is counted through."""
+
+    def __init__(self, size: int | None, seed: int) -> None:
+        self.size = size
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __call__(self, position: int) -> int:
+        if self.size is None:
+            return position
+        epoch, offset = divmod(position, self.size)
+        if epoch != self._epoch:
+            self._order = list(range(self.size))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+            self._epoch = epoch
+        return self._order[offset]
+
+
+def _check_same_data(state: dict[str, Any], name: str, size: int | None, seed: int) -> None:
+    for key, now in (("name", name), ("size", size), ("seed", seed)):
+        if state[key] != now:
+            raise DataError(
+                f"the checkpoint was made with other data ({key} was {state[key]!r}, is {now!r}), "
+                "so it cannot be continued exactly"
+            )
+
+
+class PromptStream:
+    """Samples of a task, rendered, in a seeded order without end.
+
+    Args:
+        max_prompt_tokens: longer prompts are dropped and counted, or an error (`long_prompts`).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        renderer: PromptRenderer,
+        seed: int,
+        max_prompt_tokens: int = 512,
+        long_prompts: LongPrompts = "drop",
+    ) -> None:
+        if task.train.size == 0:
+            raise DataError(f"task {task.name} has no training rows")
+        self._task = task
+        self._renderer = renderer
+        self._seed = seed
+        self._max_prompt_tokens = max_prompt_tokens
+        self._long_prompts = long_prompts
+        self._order = EpochOrder(task.train.size, seed)
+        self._position = 0
+        self._dropped_long = 0
+        self._dropped_long_held_out = 0
+
+    @property
+    def epoch(self) -> float:
+        """How often the data was gone through; 0 for endless data."""
+        return self._position / self._order.size if self._order.size else 0.0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was left out, by cause. A long prompt counts each time its turn comes."""
+        return {
+            "dropped_malformed_rows": 0,
+            **self._task.counters,
+            "dropped_long_prompts": self._dropped_long,
+            "dropped_long_held_out_prompts": self._dropped_long_held_out,
+        }
+
+    def take(self, n: int) -> list[Sample]:
+        """The next n samples; a task smaller than that goes on with its next epoch.
+
+        Raises:
+            DataError: a prompt is too long where that is an error, or a whole epoch of prompts is too long.
+        """
+        samples: list[Sample] = []
+        dropped_in_a_row = 0
+        while len(samples) < n:
+            row = self._task.train.row(self._order(self._position))
+            self._position += 1
+            sample = self._render(row)
+            if sample is not None:
+                samples.append(sample)
+                dropped_in_a_row = 0
+                continue
+            self._dropped_long += 1
+            dropped_in_a_row += 1
+            if dropped_in_a_row >= (self._order.size or MAX_DROPPED_IN_A_ROW):
+                raise DataError(
+                    f"{dropped_in_a_row} prompts in a row of task {self._task.name} have more than "
+                    f"{self._max_prompt_tokens} tokens: raise data.max_prompt_tokens"
+                )
+        return samples
+
+    def held_out(self, n: int) -> list[Sample]:
+        """The same n held-out samples at every call, drawn with the seed; fewer when the task has fewer."""
+        size = self._task.held_out.size
+        assert size is not None, "held-out rows are finite"
+        order = EpochOrder(size, self._seed)
+        samples: list[Sample] = []
+        dropped = 0
+        for position in range(size):
+            if len(samples) == n:
+                break
+            sample = self._render(self._task.held_out.row(order(position)))
+            if sample is None:
+                dropped += 1
+            else:
+                samples.append(sample)
+        self._dropped_long_held_out = dropped
+        return samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs: small and JSON-able."""
+        return {
+            "name": self._task.name,
+            "size": self._order.size,
+            "seed": self._seed,
+            "position": self._position,
+            "dropped_long": self._dropped_long,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            DataError: it belongs to other data or another seed.
+        """
+        _check_same_data(state, self._task.name, self._order.size, self._seed)
+        self._position = state["position"]
+        self._dropped_long = state["dropped_long"]
+
+    def _render(self, row: Row) -> Sample | None:
+        ids = self._renderer.prompt_ids(row.prompt)
+        if len(ids) > self._max_prompt_tokens:
+            if self._long_prompts == "error":
+                raise DataError(
+                    f"the prompt {row.id} has {len(ids)} tokens, more than data.max_prompt_tokens = "
+                    f"{self._max_prompt_tokens}: raise it, or set data.long_prompts: drop"
+                )
+            return None
+        return Sample(row.id, row.prompt, ids, row.answer, row.columns)
+
+
+class AtomStream:
+    """Training sequences of a supervised data set, in a seeded order without end."""
+
+    def __init__(self, data: SupervisedData, seed: int) -> None:
+        if len(data.train) == 0:
+            raise DataError(f"data set {data.name} has no training sequences")
+        self._data = data
+        self._seed = seed
+        self._order = EpochOrder(len(data.train), seed)
+        self._position = 0
+
+    @property
+    def epoch(self) -> float:
+        """How often the data was gone through."""
+        return self._position / len(self._data.train)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What loading left out, by cause."""
+        return dict(self._data.counters)
+
+    def take(self, n: int) -> list[Atom]:
+        """The next n sequences; a data set smaller than that goes on with its next epoch."""
+        start, self._position = self._position, self._position + n
+        return [self._data.train[self._order(position)] for position in range(start, self._position)]
+
+    def validation(self, n: int | None = None) -> list[Atom]:
+        """The same n validation sequences at every call, drawn with the seed; all of them when n is None."""
+        sequences: Sequence[Atom] = self._data.validation
+        order = EpochOrder(len(sequences), self._seed)
+        count = len(sequences) if n is None else min(n, len(sequences))
+        return [sequences[order(position)] for position in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs: small and JSON-able."""
+        return {"name": self._data.name, "size": len(self._data.train), "seed": self._seed, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            DataError: it belongs to other data or another seed.
+        """
+        _check_same_data(state, self._data.name, len(self._data.train), self._seed)
+        self._position = state["position"]

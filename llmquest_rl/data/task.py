@@ -1,0 +1,156 @@
+"""A task: problems to train on, and held-out problems that are never trained on."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from llmquest_rl.data.rows import (
+    DataError,
+    ListedRows,
+    MalformedRows,
+    Row,
+    Rows,
+    check_prompt,
+    held_out_keys,
+    question_key,
+)
+from llmquest_rl.options import Options
+
+MAX_ROWS = 5_000_000
+"""A user's function that yields more rows than this is taken for endless."""
+REDRAWS = 256
+PROBES_PER_HELD_OUT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Two sets of problems without a common question."""
+
+    name: str
+    train: Rows
+    held_out: Rows
+    """Always finite."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """What loading left out, by cause: `dropped_malformed_rows`, `dropped_overlapping_rows`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One generated problem and what makes it the same problem as another (by default its question text)."""
+
+    row: Row
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedRows:
+    """Endless training problems from a generator, without those that are held out."""
+
+    name: str
+    draw: Callable[[int], Draw]
+    held_out: frozenset[str]
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def row(self, index: int) -> Row:
+        """The problem number `index`; where the first draw is held out, the next free one of a far-away block."""
+        drawn = self.draw(index)
+        for redraw in range(REDRAWS):
+            if drawn.key not in self.held_out:
+                return Row(f"{self.name}/train/{index}", drawn.row.prompt, drawn.row.answer, drawn.row.columns)
+            drawn = self.draw(2**40 + index * REDRAWS + redraw)
+        raise DataError(
+            f"task {self.name}: {REDRAWS} draws in a row were held-out problems: make `held_out` smaller or the space larger"
+        )
+
+
+def generated_task(name: str, draw: Callable[[int], Draw], held_out: int, seed: int) -> Task:
+    """A task from a generator, where `draw(i)` gives the same problem for the same i.
+
+    The held-out side is fixed first, from a probe of four draws for each problem wanted: of the distinct problems
+    found, those with the smallest hash of (seed, problem), at most a quarter. Training then skips every problem of the
+    held-out side, so the sides are disjoint by problem, and also a space of two problems leaves something on both.
+    """
+    probe = {drawn.key: drawn for drawn in map(draw, range(held_out * PROBES_PER_HELD_OUT))}
+    if len(probe) < 2:
+        raise DataError(f"task {name} generates a single problem: its parameters leave no room for a held-out split")
+    keys = held_out_keys(probe, 1 / PROBES_PER_HELD_OUT, seed)
+    rows = [
+        Row(f"{name}/held_out/{i}", probe[key].row.prompt, probe[key].row.answer, probe[key].row.columns)
+        for i, key in enumerate(sorted(keys))
+    ]
+    return Task(name, GeneratedRows(name, draw, frozenset(keys)), ListedRows(rows))
+
+
+def listed_task(name: str, rows: list[Row], held_out: list[Row] | float, seed: int, malformed: MalformedRows) -> Task:
+    """A task from rows in memory, with its own held-out rows or a share of the questions.
+
+    Training rows that ask a held-out question are left out and counted.
+    """
+    if not rows:
+        raise DataError(f"task {name} has no rows ({malformed.count} malformed rows were dropped)")
+    if isinstance(held_out, float):
+        keys = held_out_keys((question_key(row.prompt) for row in rows), held_out, seed)
+        test = [row for row in rows if question_key(row.prompt) in keys]
+        overlapping = 0
+    else:
+        keys, test = {question_key(row.prompt) for row in held_out}, held_out
+        overlapping = sum(question_key(row.prompt) in keys for row in rows)
+    train = [row for row in rows if question_key(row.prompt) not in keys]
+    if not train or not test:
+        side = "training" if not train else "held-out"
+        raise DataError(
+            f"task {name} has no {side} rows left ({malformed.count} malformed, {overlapping} on both sides)"
+        )
+    counters = {"dropped_malformed_rows": malformed.count, "dropped_overlapping_rows": overlapping}
+    return Task(name, ListedRows(train), ListedRows(test), counters)
+
+
+def open_task(name: str, function: Callable[..., Any], options: Options, seed: int, malformed: MalformedRows) -> Task:
+    """The task that a section of the configuration names.
+
+    `function` is the `load` of a task file, or, when `name` has a colon, a user's function: it is called with its
+    options as keyword arguments (and `seed`, if it takes one) and returns an iterable of rows, dicts with `prompt`,
+    `answer` and any further columns, or a whole `Task`.
+
+    Raises:
+        DataError: no usable rows, or a malformed one where those are errors.
+    """
+    if ":" not in name:
+        loaded = function(options, seed, malformed)
+        assert isinstance(loaded, Task), f"{name}: load must return a Task"
+        return loaded
+    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
+    if "seed" in inspect.signature(function).parameters:
+        keywords["seed"] = seed
+    result = function(**keywords)
+    if isinstance(result, Task):
+        return result
+    short = name.rpartition(":")[2]
+    return listed_task(short, _user_rows(short, name, result, malformed), 0.1, seed, malformed)
+
+
+def _user_rows(short: str, name: str, result: object, malformed: MalformedRows) -> list[Row]:
+    if not isinstance(result, Iterable):
+        raise DataError(
+            f"{name} must return an iterable of dicts with `prompt` and `answer`, not {type(result).__name__}"
+        )
+    rows: list[Row] = []
+    for i, item in enumerate(islice(result, MAX_ROWS + 1)):
+        if i == MAX_ROWS:
+            raise DataError(f"{name} yielded more than {MAX_ROWS} rows: return a Task if it is endless (docs/data.md)")
+        if not isinstance(item, Mapping):
+            malformed.report(f"{name}, row {i}", f"a row must be a dict, not {type(item).__name__}")
+            continue
+        columns: dict[str, Any] = dict(item)
+        prompt = columns.pop("prompt", None)
+        problem = check_prompt(prompt)
+        if problem is None:
+            rows.append(Row(f"{short}/{i}", prompt, columns.pop("answer", None), columns))
+        else:
+            malformed.report(f"{name}, row {i}", problem)
+    return rows

@@ -1,0 +1,81 @@
+"""Sums that are made, not read: endless, offline, and easy enough for a small model to improve on within minutes."""
+
+import random
+from typing import Literal
+
+from pydantic import PositiveInt, field_validator
+
+from llmquest_rl.data.rows import DataError, MalformedRows, Row
+from llmquest_rl.data.task import Draw, Task, generated_task
+from llmquest_rl.options import Options
+
+Operation = Literal["+", "-", "*"]
+
+
+class Config(Options):
+    """Which sums, and how they are asked."""
+
+    digits: PositiveInt = 2
+    """Decimal digits of every operand; one-digit operands include 0."""
+    terms: PositiveInt = 2
+    """Operands of each sum, at least 2."""
+    operations: tuple[Operation, ...] = ("+",)
+    """Drawn from for every place between two operands; `*` binds first, as usual."""
+    template: str = "What is {question}? Reply with the number only."
+    """The prompt; `{question}` becomes the sum, e.g. `12 + 7`."""
+    held_out: PositiveInt = 100
+    """Distinct problems set aside for evaluation; of small spaces (one-digit sums) at most a quarter."""
+
+    @field_validator("terms")
+    @classmethod
+    def _at_least_two(cls, terms: int) -> int:
+        if terms < 2:
+            raise ValueError("a sum needs at least 2 terms")
+        return terms
+
+    @field_validator("operations")
+    @classmethod
+    def _some_operation(cls, operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        if not operations:
+            raise ValueError("name at least one of '+', '-', '*'")
+        return operations
+
+    @field_validator("template")
+    @classmethod
+    def _shows_the_question(cls, template: str) -> str:
+        if "{question}" not in template:
+            raise ValueError("it must contain {question}")
+        return template
+
+
+def evaluate(operands: list[int], operators: list[str]) -> int:
+    """The value of a sum, products first."""
+    total, product = 0, operands[0]
+    for operator, operand in zip(operators, operands[1:], strict=True):
+        if operator == "*":
+            product *= operand
+        else:
+            total, product = total + product, operand if operator == "+" else -operand
+    return total + product
+
+
+def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
+    """The task. Sums that differ only in the order of their operands are one problem: 3 + 5 is held out with 5 + 3."""
+    low = 0 if config.digits == 1 else 10 ** (config.digits - 1)
+    high = 10**config.digits - 1
+
+    def draw(index: int) -> Draw:
+        rng = random.Random(f"{seed}/{index}")
+        operands = [rng.randint(low, high) for _ in range(config.terms)]
+        operators = [rng.choice(config.operations) for _ in range(config.terms - 1)]
+        steps = zip(operators, operands[1:], strict=True)
+        question = str(operands[0]) + "".join(f" {operator} {operand}" for operator, operand in steps)
+        commutes = set(operators) in ({"+"}, {"*"})
+        key = f" {operators[0]} ".join(map(str, sorted(operands))) if commutes else question
+        row = Row(question, config.template.replace("{question}", question), str(evaluate(operands, operators)))
+        return Draw(row, key)
+
+    try:
+        return generated_task("arithmetic", draw, config.held_out, seed)
+    except DataError as error:
+        raise DataError(f"{error} (digits: {config.digits}, terms: {config.terms})") from error

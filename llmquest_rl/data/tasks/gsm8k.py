@@ -1,0 +1,31 @@
+"""GSM8K, grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168): `table` with GSM8K's columns and answers."""
+
+from llmquest_rl.data.rows import MalformedRows
+from llmquest_rl.data.task import Task
+from llmquest_rl.data.tasks import table
+
+
+class Config(table.Config):
+    """Every option of `table`; by default from the Hub, trained on `train` and evaluated on `test`."""
+
+    path: str = "openai/gsm8k"
+    """A Hub id, or a file with the rows to train on."""
+    subset: str | None = "main"
+    """Hub only: the data set's configuration name."""
+    held_out_split: str | None = "test"
+    """Hub only: the split to evaluate on. For files give `held_out_path`."""
+    columns: table.Columns = table.Columns(prompt="question", answer="answer")
+    """The column mapping."""
+    template: str = "{prompt}\nThink step by step, then give the final number in \\boxed{}."
+    """The prompt; `{prompt}` is the question."""
+    answer_after: str | None = "####"
+    """GSM8K writes the number after its worked solution and this mark."""
+    answer_remove: str = ","
+    """Thousands separators."""
+    name: str = "gsm8k"
+    """How samples are named in logs."""
+
+
+def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
+    """The task; see `table.load`."""
+    return table.load(config, seed, malformed)

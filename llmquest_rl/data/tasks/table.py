@@ -1,0 +1,130 @@
+"""Problems from a table: jsonl, json, parquet or csv files, or a data set of the Hub, with a column mapping."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llmquest_rl.data.files import PlacedRow, is_local, read_files, read_hub
+from llmquest_rl.data.rows import DataError, MalformedRows, Row, check_prompt
+from llmquest_rl.data.task import Task, listed_task
+from llmquest_rl.options import Options
+
+
+class Columns(Options):
+    """Which column is what. Every other column is given to the rewards under its own name."""
+
+    prompt: str = "prompt"
+    """The question: a string, or a list of chat messages."""
+    answer: str | None = "answer"
+    """The gold answer; null = the rewards need none."""
+
+
+class Config(Options):
+    """Where the rows are, and how they are read."""
+
+    path: str
+    """A file, a glob pattern, or a Hub id such as `openai/gsm8k`."""
+    subset: str | None = None
+    """Hub only: the data set's configuration name."""
+    split: str = "train"
+    """Hub only: the split to train on."""
+    held_out_path: str | None = None
+    """A file of its own for evaluation; null = `held_out_split` of a Hub data set, else a share of the rows."""
+    held_out_split: str | None = None
+    """Hub only: the split to evaluate on."""
+    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+    columns: Columns = Columns()
+    """The column mapping."""
+    template: str = "{prompt}"
+    """The prompt; `{prompt}` and further columns in braces are replaced. Prompts of messages stay as they are."""
+    answer_after: str | None = None
+    """Keep what follows the last such string in the gold answer, e.g. `####`; a row without it is malformed."""
+    answer_remove: str = ""
+    """Characters taken out of the gold answer, e.g. `,` in `1,000`."""
+    name: str = "table"
+    """How samples are named in logs: `<name>/train/<row>`."""
+
+
+def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
+    """The task.
+
+    Raises:
+        DataError: no such file or column, or a malformed row where those are errors.
+    """
+    rows = list(_rows(config, "train", _read(config.path, config.subset, config.split, malformed), malformed))
+    held_out: list[Row] | float = config.held_out_share
+    if config.held_out_path is not None or (config.held_out_split is not None and not is_local(config.path)):
+        path, split = config.held_out_path or config.path, config.held_out_split or config.split
+        held_out = list(_rows(config, "held_out", _read(path, config.subset, split, malformed), malformed))
+    return listed_task(config.name, rows, held_out, seed, malformed)
+
+
+def _read(path: str, subset: str | None, split: str, malformed: MalformedRows) -> Iterator[PlacedRow]:
+    return read_files(path, malformed) if is_local(path) else read_hub(path, subset, split)
+
+
+def _rows(config: Config, side: str, placed: Iterator[PlacedRow], malformed: MalformedRows) -> Iterator[Row]:
+    for number, (where, record) in enumerate(placed):
+        if number == 0:
+            _check_columns(config, where, record)
+        problem = _problem(config, record)
+        if problem is not None:
+            malformed.report(where, problem)
+            continue
+        mapped = (config.columns.prompt, config.columns.answer)
+        extra = {key: value for key, value in record.items() if key not in mapped}
+        prompt = _prompt(config.template, record[config.columns.prompt], extra)
+        yield Row(f"{config.name}/{side}/{number}", prompt, _answer(config, record), extra)
+
+
+def _check_columns(config: Config, where: str, record: dict[str, Any]) -> None:
+    """A mapping that fits not even the first row is the user's mistake, not a malformed row."""
+    for role, column in (("prompt", config.columns.prompt), ("answer", config.columns.answer)):
+        if column is not None and column not in record:
+            raise DataError(f"{where} has no column {column!r} (columns.{role}); it has: {', '.join(record)}")
+    offered = {"prompt", *record} - {config.columns.answer}
+    for name in _placeholders(config.template):
+        if name not in offered:
+            raise DataError(f"template: {{{name}}} is none of {', '.join(sorted(offered))} (the answer is not offered)")
+
+
+def _problem(config: Config, record: dict[str, Any]) -> str | None:
+    """What makes a row unusable, or None."""
+    prompt = record.get(config.columns.prompt)
+    wrong_prompt = check_prompt(prompt)
+    if wrong_prompt:
+        return f"{wrong_prompt} (column {config.columns.prompt!r})"
+    missing = [name for name in _placeholders(config.template) if name != "prompt" and name not in record]
+    if missing:
+        return f"the template needs the missing column {missing[0]!r}"
+    if config.columns.answer is None:
+        return None
+    answer = record.get(config.columns.answer)
+    if answer is None or answer == "":
+        return f"there is no gold answer (column {config.columns.answer!r})"
+    if config.answer_after is not None and config.answer_after not in str(answer):
+        return f"the gold answer has no {config.answer_after!r}"
+    return None
+
+
+def _placeholders(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def _prompt(template: str, prompt: Any, columns: dict[str, Any]) -> Any:
+    if not isinstance(prompt, str):
+        return prompt
+    values = {**columns, "prompt": prompt}
+    return re.sub(r"\{(\w+)\}", lambda match: str(values[match[1]]), template)
+
+
+def _answer(config: Config, record: dict[str, Any]) -> Any:
+    answer = None if config.columns.answer is None else record[config.columns.answer]
+    if config.answer_after is not None:
+        answer = str(answer).rpartition(config.answer_after)[2].strip()
+    for character in config.answer_remove:
+        answer = str(answer).replace(character, "")
+    return answer
