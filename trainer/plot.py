@@ -107,7 +107,9 @@ def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
             close = get_close_matches(key, present, n=3) or sorted(present)
             raise ValueError(f"no run has the metric {key!r}; did you mean {', '.join(close)}?")
     if not chosen:
-        raise ValueError(f"the runs have none of {', '.join(PANELS)}: name what to plot, of {', '.join(sorted(present))}")
+        raise ValueError(
+            f"the runs have none of {', '.join(PANELS)}: name what to plot, of {', '.join(sorted(present))}"
+        )
     return chosen
 
 
@@ -172,7 +174,9 @@ def _draw(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         marker = "o" if len(curve.steps) <= 40 else ""
-        axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
+        axes.plot(
+            curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8
+        )
         if curve.low and curve.high:
             axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     title = PANELS.get(key, key)
@@ -181,7 +185,9 @@ def _draw(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("step")
     if curves and any(curve.low and curve.num_runs == 1 for curve in curves):
-        axes.annotate("band: 95 % interval", (1, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="#777777")
+        axes.annotate(
+            "band: 95 % interval", (1, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="#777777"
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     values = [value for curve in curves for value in [*curve.values, *(curve.low or ()), *(curve.high or ())]]
     if min(values) >= 0 and max(values) <= 1 and not key.startswith("loss/"):
@@ -200,5 +206,10 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, len(entries)), frameon=False, fontsize=9
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=min(3, len(entries)),
+        frameon=False,
+        fontsize=9,
     )
