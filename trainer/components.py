@@ -1,12 +1,13 @@
 """Components named in YAML: `{name: x, key: value, ...}`, where x is a file of the component's package.
 
-Nothing is registered. `name: gsm8k` in the task section is the file `llmquest_rl/data/tasks/gsm8k.py`; a name with a colon,
-`module:function` or `path/to/file.py:function`, is a user's own code. The keys beside `name` are validated against
-the class `Config(Options)` of that file before anything starts.
+Nothing is registered. `name: gsm8k` in the task section is the file `llmquest_rl/data/tasks/gsm8k.py`; a name with a
+colon, `module:function` or `path/to/file.py:function`, is a user's own code. The keys beside `name` are validated
+against the class `Config(Options)` of that file (or else the function's parameters) before anything starts.
 """
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, create_model, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmquest_rl.options import Options
@@ -55,12 +56,10 @@ class Component(BaseModel):
     @model_validator(mode="after")
     def _validate_options(self) -> "Component":
         try:
-            module = self.module
-            if ":" in self.name:
-                _ = self.function
+            options = options_class(self.package, self.name)
         except (ImportError, AttributeError) as error:
             raise PydanticCustomError("component", "{reason}", {"reason": str(error)}) from error
-        self._options = getattr(module, "Config", NoOptions)(**(self.model_extra or {}))
+        self._options = options(**(self.model_extra or {}))
         return self
 
     @model_serializer(mode="plain")
@@ -72,6 +71,28 @@ def component_names(package: str) -> list[str]:
     """The names that a component package offers: its files."""
     paths = importlib.import_module(package).__path__
     return sorted(module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
+
+
+def options_class(package: str, name: str) -> type[Options]:
+    """The class `Config` of a component's file.
+
+    Raises:
+        ImportError: see `find_module`.
+    """
+    module = find_module(package, name)
+    function = getattr(module, name.partition(":")[2]) if ":" in name else None
+    found: type[Options] = getattr(module, "Config", _parameters(function) if function else NoOptions)
+    return found
+
+
+def _parameters(function: Callable[..., Any]) -> type[Options]:
+    """Options made from a user's function: its parameters, but for `seed`, which the run gives."""
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name != "seed" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+            fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+    return create_model("Parameters", __base__=Options, **fields)
 
 
 def find_module(package: str, name: str) -> ModuleType:
@@ -93,7 +114,9 @@ def find_module(package: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"{name!r} needs the package {error.name!r}, which is not installed: run `make setup`") from error
+        raise ImportError(
+            f"{name!r} needs the package {error.name!r}, which is not installed: run `make setup`"
+        ) from error
 
 
 def _import_path(path: Path) -> ModuleType:

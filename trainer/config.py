@@ -7,11 +7,22 @@ components (`task`, `engine`, ...) are validated against the component's own fil
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
+from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+from rewards.config import GraderConfig, RewardConfig
 from trainer.components import DatasetSection, EngineSection, ObjectiveSection, TaskSection
+from trainer.run import RUN_NAME
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -25,7 +36,8 @@ class ModelConfig(Options):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` reads the folder's config.json and tokenizer only and draws new weights from the seed."""
     dtype: Dtype = "auto"
-    """Of the learner's arithmetic; master weights are float32 always. `auto` = bfloat16 on GPUs, and on CPUs what a short probe finds faster."""
+    """Of the learner's arithmetic; master weights are float32 always. `auto` = bfloat16 on GPUs, and on CPUs whatever
+    a short probe finds faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for far less memory."""
 
@@ -46,7 +58,7 @@ class DataConfig(Options):
     long_prompts: Literal["drop", "error"] = "drop"
     """What happens to a longer prompt: dropped and counted, or the run stops."""
     malformed_rows: Literal["drop", "error"] = "error"
-    """What happens to a row that cannot be read: dropped and counted, or the run stops; its line is named in both cases."""
+    """What happens to a row that cannot be read: dropped and counted, or the run stops. Its line is always named."""
     eval_samples: NonNegativeInt = 64
     """Held-out samples (prompts or sequences), disjoint from training, drawn with the seed."""
 
@@ -69,7 +81,8 @@ class BatchConfig(Options):
     tokens_per_microbatch: PositiveInt = 8192
     """Tokens of one forward and backward pass of one learner. A memory knob only: results do not depend on it."""
     uniform_rewards: Literal["skip", "take"] = "skip"
-    """What happens to a step in which every group has equal rewards, hence no advantages: no update, or the update all the same."""
+    """What happens to a step in which every group has equal rewards, hence no advantages: no update, or the update all
+    the same."""
     max_uniform_steps: PositiveInt = 5
     """Such steps in a row before a warning with sample completions."""
 
@@ -88,7 +101,10 @@ class RolloutConfig(Options):
     timeout_s: PositiveFloat = 600.0
     """Longest wait for one step's completions, in seconds; the message names the worker that did not answer."""
     gap_limit: PositiveFloat | None = 0.5
-    """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run stops: beyond it the two do not have the same weights. null = never stop."""
+    """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run
+    stops: beyond it the two do not have the same weights. null = never stop."""
+    sleep: bool = False
+    """Free the engine's memory while the learners work: for workers and learners that share a GPU."""
     save: bool = False
     """Keep every step's rollouts in the run folder, for `train --replay`."""
 
@@ -99,7 +115,8 @@ class OptimizerConfig(Options):
     lr: PositiveFloat = 1e-5
     """Peak learning rate. Full fine-tuning with RL wants about 1e-6 to 2e-5, small models the upper end."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of the averages of gradient and squared gradient; RL gradients are noisy and short-lived, so 0.95 rather than 0.999."""
+    """Decay of the averages of gradient and squared gradient; RL runs are short and their gradients change fast, so
+    0.95 rather than 0.999."""
     eps: PositiveFloat = 1e-8
     """Keeps the division by the squared gradient's root finite."""
     weight_decay: NonNegativeFloat = 0.0
@@ -120,13 +137,15 @@ class LearnerConfig(Options):
     processes: PositiveInt = 1
     """Learner processes: one for each GPU; on CPUs mostly one."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed ZeRO shares out over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """What DeepSpeed ZeRO shares out over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
+    parameters."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lives in host memory instead of GPU memory; `parameters` includes the optimizer."""
     timeout_s: PositiveFloat = 1800.0
     """Longest wait for one update and for a collective between learners, in seconds."""
     max_bad_steps: NonNegativeInt = 3
-    """Updates with NaN or inf in loss or gradients that are skipped and counted before the run stops and saves the batch."""
+    """Updates with NaN or inf in loss or gradients that are skipped and counted before the run stops and saves the
+    batch."""
 
 
 class EvalConfig(Options):
@@ -142,6 +161,10 @@ class EvalConfig(Options):
     """RL: 0 = greedy."""
     max_tokens: PositiveInt | None = None
     """RL: longest completion in tokens; null = that of `rollout.sampling`."""
+    reward: str | None = None
+    """RL: the name of the reward that decides whether a completion is correct; null = the first in `rewards`."""
+    threshold: float = 1.0
+    """RL: the smallest value of that reward that counts as correct."""
 
 
 class CheckpointConfig(Options):
@@ -166,37 +189,28 @@ class TrackingConfig(Options):
     """Sample completions saved in each step with their rewards by name."""
 
 
-class RewardConfig(Options):
-    """One reward of the weighted sum."""
+class AlgorithmSection(Algorithm):
+    """A policy-gradient algorithm: a preset row, any cell of which can be overridden beside its name."""
 
-    model_config = {"extra": "allow"}
-    name: str | None = None
-    function: str | None = None
-    weight: float = 1.0
-
-
-class GraderConfig(Options):
-    """The graders."""
-
-    workers: PositiveInt = 1
-    processes: PositiveInt = 2
-    timeout_s: PositiveFloat = 5.0
-    memory_mb: PositiveInt = 1024
-    max_unscored_share: Share = 0.2
-
-
-class AlgorithmSection(Options):
-    """A preset row; any cell beside the name overrides it."""
-
-    model_config = {"extra": "allow"}
     name: str = "grpo"
+    """A row of `llmquest_rl/algorithms/presets.py`: `grpo`, `dr_grpo`, `dapo`, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name = value.get("name", "grpo")
+        resolve(name)
+        return {**PRESETS[name], "name": name, **value}
 
 
 class ClusterConfig(Options):
     """Where the parts run. `cluster: inline` is short for `cluster: {kind: inline}`."""
 
     kind: Literal["ray", "inline"] = "ray"
-    """`ray` starts a local Ray or joins the one at RAY_ADDRESS; `inline` runs all in one process, for a debugger or notebook."""
+    """`ray` starts a local Ray or joins the one at RAY_ADDRESS; `inline` runs all in one process, for a debugger or
+    notebook."""
     gpus_per_rollout_worker: NonNegativeFloat = 0.0
     """GPUs given to each rollout worker; a fraction shares one."""
     gpus_per_learner: NonNegativeFloat = 0.0
@@ -226,11 +240,12 @@ class Config(Options):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="policy"))
     """Which loss: `policy` (RL), `next_token` (pretraining, SFT)."""
-    algorithm: AlgorithmSection = AlgorithmSection()
+    algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection(name="grpo"))
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rewards: tuple[RewardConfig, ...] = ()
+    """The total is their weighted sum; each is logged by name."""
     graders: GraderConfig = GraderConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -242,6 +257,6 @@ class Config(Options):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>| '):
-            raise ValueError("it names a folder: use letters, digits, '-', '_' and '.' only")
+        if not RUN_NAME.fullmatch(name) or name == "latest":
+            raise ValueError("it names a folder: use letters, digits, '-', '_' and '.' only (and not the word latest)")
         return name

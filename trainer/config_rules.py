@@ -1,0 +1,186 @@
+"""Rules that join several options, and the numbers that follow from them. The one place for both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from trainer.config import Config
+
+GROUP_BASELINES = ("group_mean", "group_mean_std")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`holds` must be true of every configuration to which it `applies`."""
+
+    key: str
+    """The option that a person would change."""
+    holds: Callable[[Config], bool]
+    message: str
+
+
+def from_rollouts(config: Config) -> bool:
+    """Whether the objective learns from rollouts (RL) rather than from given sequences."""
+    section = config.objective
+    objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
+    return bool(objective.source == "rollout")
+
+
+def _optimizer_updates(config: Config) -> int:
+    return config.steps * config.batch.updates_per_step * config.batch.passes_per_step
+
+
+def _items_per_step(config: Config) -> int:
+    return config.batch.prompts_per_step if from_rollouts(config) else config.batch.sequences_per_step
+
+
+def _longest_item(config: Config) -> int:
+    if from_rollouts(config):
+        return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
+    return config.batch.tokens_per_sequence
+
+
+RULES = [
+    Rule(
+        "data.task",
+        lambda c: not from_rollouts(c) or c.data.task is not None,
+        "the objective learns from rollouts: name a task, e.g. `data: {task: {name: gsm8k}}`",
+    ),
+    Rule(
+        "data.dataset",
+        lambda c: from_rollouts(c) or c.data.dataset is not None,
+        "the objective learns from given sequences: name a data set, e.g. `data: {dataset: {name: text, path: a.txt}}`",
+    ),
+    Rule(
+        "rewards",
+        lambda c: not from_rollouts(c) or len(c.rewards) > 0,
+        "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`",
+    ),
+    Rule(
+        "rewards",
+        lambda c: len({reward.name for reward in c.rewards}) == len(c.rewards),
+        "two rewards have the same name; give one of them another `name` and point to it with `function`",
+    ),
+    Rule(
+        "batch.samples_per_prompt",
+        lambda c: (
+            not from_rollouts(c) or c.batch.samples_per_prompt > 1 or c.algorithm.advantage not in GROUP_BASELINES
+        ),
+        "this algorithm compares the samples of a group with each other: at least 2",
+    ),
+    Rule(
+        "batch.updates_per_step",
+        lambda c: _items_per_step(c) % c.batch.updates_per_step == 0,
+        "it must divide prompts_per_step (RL) or sequences_per_step (supervised), so that minibatches are equal",
+    ),
+    Rule(
+        "batch.tokens_per_microbatch",
+        lambda c: c.batch.tokens_per_microbatch >= _longest_item(c),
+        "one sequence of the longest allowed length must fit: at least max_prompt_tokens + sampling.max_tokens (RL) or "
+        "tokens_per_sequence (supervised)",
+    ),
+    Rule(
+        "rollout.sampling.temperature",
+        lambda c: not from_rollouts(c) or c.rollout.sampling.temperature > 0,
+        "training samples must differ: above 0 (greedy decoding is for `eval.temperature`)",
+    ),
+    Rule(
+        "optimizer.warmup_steps",
+        lambda c: c.optimizer.warmup_steps < _optimizer_updates(c) or c.optimizer.warmup_steps == 0,
+        "the warm-up must end before the run does: fewer than steps x updates_per_step x passes_per_step",
+    ),
+    Rule(
+        "learner.offload",
+        lambda c: c.learner.offload != "optimizer" or c.learner.zero_stage >= 1,
+        "DeepSpeed offloads the optimizer from zero_stage 1 on",
+    ),
+    Rule(
+        "learner.offload",
+        lambda c: c.learner.offload != "parameters" or c.learner.zero_stage == 3,
+        "DeepSpeed offloads parameters with zero_stage 3 only",
+    ),
+    Rule(
+        "cluster.kind",
+        lambda c: c.cluster.kind != "inline" or c.learner.processes == 1,
+        "`inline` is one process: set learner.processes to 1, or use `ray`",
+    ),
+    Rule(
+        "eval.every",
+        lambda c: c.eval.every == 0 or c.data.eval_samples > 0,
+        "there is nothing to evaluate on: set data.eval_samples above 0, or eval.every to 0",
+    ),
+    Rule(
+        "eval.reward",
+        lambda c: c.eval.reward is None or c.eval.reward in {reward.name for reward in c.rewards},
+        "no reward has this name; it must be one of `rewards`, or null for the first",
+    ),
+    Rule(
+        "checkpoint.best_metric",
+        lambda c: not (c.checkpoint.best_metric or "").startswith("eval/") or c.eval.every > 0,
+        "it is never measured: set eval.every above 0, or best_metric to null",
+    ),
+]
+
+
+def broken_rules(config: Config) -> list[tuple[str, str]]:
+    """(key, message) of every rule that the configuration breaks."""
+    return [(rule.key, rule.message) for rule in RULES if not rule.holds(config)]
+
+
+def sizes(config: Config) -> list[tuple[str, str, str]]:
+    """(what, how many, from what) of every number that follows from the configured sizes."""
+    batch, learners = config.batch, config.learner.processes
+    updates = batch.updates_per_step * batch.passes_per_step
+    rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
+    total_gpus = config.rollout.workers * config.cluster.gpus_per_rollout_worker * from_rollouts(config)
+    total_gpus += learners * config.cluster.gpus_per_learner
+    update = f"{batch.updates_per_step} minibatch(es) x {batch.passes_per_step} pass(es)"
+    return [
+        *rows,
+        ("optimizer updates per step", f"{updates:,}", update),
+        ("optimizer updates in the run", f"{_optimizer_updates(config):,}", f"{config.steps:,} steps x {updates:,}"),
+        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of one learner; memory only"),
+        ("learner processes", f"{learners:,}", f"ZeRO stage {config.learner.zero_stage}"),
+        ("GPUs", f"{total_gpus:g}", "rollout workers and learners" if total_gpus else "all on CPUs"),
+    ]
+
+
+def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
+    batch, longest, graders = config.batch, config.rollout.sampling.max_tokens, config.graders
+    prompts, samples = batch.prompts_per_step, batch.samples_per_prompt
+    completions = prompts * samples
+    computed = prompts * config.data.max_prompt_tokens + completions * longest
+    groups = prompts // batch.updates_per_step
+    return [
+        ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
+        ("sampled tokens per step", f"<= {completions * longest:,}", f"{longest} tokens each at most"),
+        ("tokens computed per pass", f"<= {computed:,}", "completions, and each prompt once"),
+        ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
+        ("prompts in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps"),
+        ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
+        ("grader processes", f"{graders.workers * graders.processes:,}", f"{graders.workers} x {graders.processes}"),
+    ]
+
+
+def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:
+    batch = config.batch
+    tokens = batch.sequences_per_step * batch.tokens_per_sequence
+    shape = f"{batch.sequences_per_step} sequences x {batch.tokens_per_sequence} tokens"
+    per_update = batch.sequences_per_step // batch.updates_per_step
+    return [
+        ("tokens per step", f"<= {tokens:,}", shape),
+        ("sequences per update", f"{per_update:,}", f"{batch.updates_per_step} updates share a step's sequences"),
+        ("tokens in the run", f"<= {tokens * config.steps:,}", f"{config.steps:,} steps"),
+    ]
+
+
+def sizes_table(config: Config) -> Table:
+    """`sizes` as a table to print before the start."""
+    table = Table(title=f"{config.name}: what follows from the configured sizes", title_justify="left")
+    table.add_column("what")
+    table.add_column("how many", justify="right")
+    table.add_column("from", style="dim")
+    for row in sizes(config):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,179 @@
+"""Plain YAML values on their way to a `Config`: read, inherit, override, and remember where each came from.
+
+A file may have one `inherit: other.yaml`, relative to itself. Sections merge key by key; lists, and components of
+another `name`, are replaced as a whole.
+"""
+
+import re
+from collections.abc import Hashable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+KeyPath = tuple[str | int, ...]
+COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every problem with its file and key."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        super().__init__(f"{count} in the configuration\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats may be written `1e-5`, and in which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+class ConfigTree:
+    """Nested plain values, with the file or command line that each came from."""
+
+    def __init__(self, values: dict[str, Any], origin: str) -> None:
+        self.values: dict[str, Any] = {}
+        self._origins: dict[KeyPath, str] = {}
+        self._origin = origin
+        self.merge(values, origin)
+
+    @classmethod
+    def read(cls, path: Path) -> "ConfigTree":
+        """A file over the file that it inherits from.
+
+        Raises:
+            ConfigError: a file is missing, is no YAML, or inherits more than one level deep.
+        """
+        values = read_yaml(path)
+        parent_name = values.pop("inherit", None)
+        if parent_name is None:
+            return cls(values, str(path))
+        if not isinstance(parent_name, str):
+            raise ConfigError([f"{path}: inherit: expected the path of one file, found {describe_value(parent_name)}"])
+        parent = path.parent / parent_name
+        base = read_yaml(parent)
+        if "inherit" in base:
+            raise ConfigError([f"{path}: inherit: {parent} inherits itself; only one level is allowed"])
+        tree = cls(base, str(parent))
+        tree.merge(values, str(path))
+        return tree
+
+    def merge(self, values: dict[str, Any], origin: str) -> None:
+        """Lay `values` over what is there."""
+        self._origin = origin
+        self.values = self._merged(self.values, values, (), origin)
+
+    def override(self, text: str) -> str | None:
+        """Lay one `a.b.c=value` over what is there; returns a problem, or None."""
+        key, equals, raw = text.partition("=")
+        path = parse_key(key)
+        if not equals or "" in path:
+            return f"{COMMAND_LINE}: {text!r}: expected key=value, for instance optimizer.lr=1e-5"
+        try:
+            value = yaml.load(raw, Loader=_Loader)
+        except yaml.YAMLError as error:
+            return f"{COMMAND_LINE}: {key}: {raw!r} cannot be read as YAML: {error}"
+        node: Any = self.values
+        for i, part in enumerate(path[:-1]):
+            node = _enter(node, part)
+            if node is None:
+                where = ".".join(map(str, path[: i + 1]))
+                return f"{COMMAND_LINE}: {key}: {where} is neither a section nor an item of a list"
+        return self._set(node, path, value)
+
+    def origin(self, path: KeyPath) -> str:
+        """The file, or the command line, that the value at `path` came from."""
+        while path and path not in self._origins:
+            path = path[:-1]
+        return self._origins.get(path, self._origin)
+
+    def _set(self, node: Any, path: KeyPath, value: Any) -> str | None:
+        last = path[-1]
+        if isinstance(node, list):
+            if not isinstance(last, int) or last >= len(node):
+                return (
+                    f"{COMMAND_LINE}: {'.'.join(map(str, path))}: the list has items 0 to {len(node) - 1}, no {last!r}"
+                )
+            node[last] = self._merged(None, value, path, COMMAND_LINE)
+            return None
+        if last == "name" and len(path) > 1 and node.get("name") != value:
+            node.clear()  # the other keys belonged to the component that is replaced
+        node[last] = self._merged(node.get(last), value, path, COMMAND_LINE)
+        return None
+
+    def _merged(self, base: Any, new: Any, at: KeyPath, origin: str) -> Any:
+        if not (isinstance(new, dict) and isinstance(base, dict)) or (at and _is_other_component(base, new)):
+            self._remember(new, at, origin)
+            return new
+        return base | {key: self._merged(base.get(key), value, (*at, key), origin) for key, value in new.items()}
+
+    def _remember(self, value: Any, at: KeyPath, origin: str) -> None:
+        self._origins[at] = origin
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            self._remember(item, (*at, key), origin)
+
+
+def _is_other_component(base: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "name" in new and "name" in base and new["name"] != base["name"]
+
+
+def _enter(node: Any, part: str | int) -> Any:
+    """The section or list below `node`, made when it is missing; None when there cannot be one."""
+    if isinstance(node, list):
+        below = node[part] if isinstance(part, int) and part < len(node) else None
+    else:
+        if node.get(part) is None:
+            node[part] = {}
+        below = node[part]
+    return below if isinstance(below, dict | list) else None
+
+
+def parse_key(text: str) -> KeyPath:
+    """`rewards.0.weight` as ("rewards", 0, "weight")."""
+    return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or is no mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        near = neighbours(str(path), sorted(str(sibling) for sibling in folder.glob("*.yaml")))
+        raise ConfigError([f"{path}: there is no such file{near}"]) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: expected lines of `key: value`, found {describe_value(values)}"])
+    return values
+
+
+def describe_value(value: Any) -> str:
+    """A value as an error message shows it."""
+    kinds = {dict: "a section", list: "a list", type(None): "null"}
+    return kinds.get(type(value), repr(value))
+
+
+def neighbours(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: what was probably meant, or what there is."""
+    near = get_close_matches(word, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; there are: {', '.join(known)}" if known else ""
