@@ -82,9 +82,14 @@ def plot_runs(
     keys = _choose(loaded, metrics)
     figure = Figure(figsize=(0.4 + 4.6 * len(keys), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, len(keys), squeeze=False)[0])
+    panels = list(figure.subplots(1, len(keys), squeeze=False, sharex=True)[0])
+    colours: dict[str, str] = {}
     for axes, key in zip(panels, keys, strict=True):
-        _draw(axes, key, _curves(loaded, key, group_seeds))
+        curves = _curves(loaded, key, group_seeds)
+        for curve in curves:
+            colours.setdefault(curve.label, COLOURS[len(colours) % len(COLOURS)])
+            _draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
+        _dress(axes, key, curves)
     _legend(figure, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Without a date in it, equal runs make equal files.
@@ -107,9 +112,7 @@ def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
             close = get_close_matches(key, present, n=3) or sorted(present)
             raise ValueError(f"no run has the metric {key!r}; did you mean {', '.join(close)}?")
     if not chosen:
-        raise ValueError(
-            f"the runs have none of {', '.join(PANELS)}: name what to plot, of {', '.join(sorted(present))}"
-        )
+        raise ValueError(f"none of {', '.join(PANELS)} is in these runs: choose from {', '.join(sorted(present))}")
     return chosen
 
 
@@ -170,24 +173,24 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return next((labels for labels in candidates if len(set(labels)) == len(runs)), candidates[-1])
 
 
-def _draw(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
-    for number, curve in enumerate(curves):
-        colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if len(curve.steps) <= 40 else ""
-        axes.plot(
-            curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8
-        )
-        if curve.low and curve.high:
+def _draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
+    marker = "o" if len(curve.steps) <= 40 else ""
+    axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
+    if curve.low and curve.high:
+        if crowded and curve.num_runs == 1:
+            axes.vlines(curve.steps, curve.low, curve.high, color=colour, alpha=0.35, linewidth=1.2)
+        else:
             axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _dress(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     title = PANELS.get(key, key)
     if len(curves) == 1 and len(curves[0].values) > 1:
         title += f": {curves[0].values[0]:.3g} → {curves[0].values[-1]:.3g}"
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("step")
-    if curves and any(curve.low and curve.num_runs == 1 for curve in curves):
-        axes.annotate(
-            "band: 95 % interval", (1, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="#777777"
-        )
+    if any(curve.low and curve.num_runs == 1 for curve in curves):
+        axes.text(0.98, 0.03, "with 95 % intervals", transform=axes.transAxes, ha="right", fontsize=8, color="#777777")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     values = [value for curve in curves for value in [*curve.values, *(curve.low or ()), *(curve.high or ())]]
     if min(values) >= 0 and max(values) <= 1 and not key.startswith("loss/"):
@@ -205,11 +208,7 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    columns = min(3, len(entries))
     figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=min(3, len(entries)),
-        frameon=False,
-        fontsize=9,
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
