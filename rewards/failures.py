@@ -1,0 +1,67 @@
+"""Failures are counted and shown, and above a limit they stop the run: a broken grader must never look like reward 0."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from llmquest_rl.types import Score
+from rewards.types import GradeItem
+
+EXAMPLES_SHOWN = 3
+TEXT_SHOWN = 300
+"""Characters of a prompt's or completion's end, and of a failure's message, in an example."""
+
+
+class TooManyUnscored(RuntimeError):
+    """More completions than configured got no score because a reward failed."""
+
+
+def failure_counts(scores: Sequence[Score]) -> dict[str, int]:
+    """How many scores failed, by kind."""
+    return dict(Counter(score.failure for score in scores if score.failure is not None))
+
+
+def unscored_share(scores: Sequence[Score]) -> float:
+    """Share of the scores that failed; "does not apply" is no failure."""
+    return sum(failure_counts(scores).values()) / len(scores) if scores else 0.0
+
+
+def check_unscored(scores: Sequence[Score], items: Sequence[GradeItem], limit: float) -> None:
+    """Stop when a reward fails too often.
+
+    Args:
+        scores: of one step, in the order of `items`.
+        limit: the largest share of failures that is tolerated.
+
+    Raises:
+        TooManyUnscored: with the counts by kind and an example or more of what failed.
+    """
+    share = unscored_share(scores)
+    if share <= limit:
+        return
+    counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(failure_counts(scores).items()))
+    failed = [(item, score) for item, score in zip(items, scores, strict=True) if score.failure is not None]
+    examples = "\n".join(_example(item, score) for item, score in _one_of_each_kind_first(failed)[:EXAMPLES_SHOWN])
+    raise TooManyUnscored(
+        f"{share:.0%} of {len(scores)} completions could not be graded ({counts}); graders.max_unscored_share allows "
+        f"{limit:.0%}. Examples:\n{examples}\n"
+        "Try the reward on a file of completions with `llmquest-rl grade`, or raise graders.timeout_s or graders.memory_mb."
+    )
+
+
+def _one_of_each_kind_first(failed: list[tuple[GradeItem, Score]]) -> list[tuple[GradeItem, Score]]:
+    seen: Counter[str | None] = Counter()
+    ranked = []
+    for position, (item, score) in enumerate(failed):
+        ranked.append((seen[score.failure], position, item, score))
+        seen[score.failure] += 1
+    return [(item, score) for _, _, item, score in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _example(item: GradeItem, score: Score) -> str:
+    prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] if item.prompt else ""
+    return (
+        f"- {score.failure}: {score.detail[:TEXT_SHOWN]}\n"
+        f"  prompt ends: {prompt[-TEXT_SHOWN:]!r}\n"
+        f"  completion ends: {item.completion[-TEXT_SHOWN:]!r}\n"
+        f"  answer: {str(item.answer)[:TEXT_SHOWN]!r}"
+    )
