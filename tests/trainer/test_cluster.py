@@ -1,0 +1,93 @@
+"""The cluster seam on real Ray: order, restarts, time limits that name who is missing, and placement that does not fit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.members import Member
+from trainer.cluster import Cluster, ClusterError, Need, open_cluster
+from trainer.config import ClusterConfig
+
+NEEDS = [Need("workers", 2, cpus=1, gpus=0), Need("frail", 2, cpus=1, gpus=0)]
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def cluster(logs: Path) -> Iterator[Cluster]:
+    opened = open_cluster(ClusterConfig(kind="ray"), NEEDS, logs)
+    yield opened
+    opened.close()
+
+
+def test_answers_come_in_order_and_members_differ(cluster: Cluster) -> None:
+    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
+    handle.wait_ready(60)
+    assert handle.all("whoami", timeout_s=30) == [0, 1]
+    assert handle.map("square", [(x,) for x in range(7)], timeout_s=30) == [x * x for x in range(7)]
+    assert handle.each("store", ["a", "b"], timeout_s=30) == ["a", "b"]
+    assert handle.all("stored", timeout_s=30) == ["a", "b"]
+    reference = handle.all("stored", timeout_s=30, fetch=False)[1]
+    assert handle.all("store", reference, timeout_s=30) == ["b", "b"]
+    with pytest.raises(ValueError, match="as asked"):
+        handle.all("fail", timeout_s=30)
+    handle.close()
+
+
+def test_a_member_that_does_not_answer_is_named(cluster: Cluster, logs: Path) -> None:
+    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
+    handle.wait_ready(60)
+    handle.one(1, "say", "hello from the member", timeout_s=30)
+    assert "hello from the member" in (logs / "workers-1.log").read_text()
+    with pytest.raises(ClusterError, match=r"no answer to hang within 0.5 s from workers-1"):
+        handle.one(1, "hang", 3, timeout_s=0.5)
+    handle.close()
+
+
+def test_a_dead_member_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path: Path) -> None:
+    handle = cluster.spawn(Member, "frail", lambda i: {"number": i}, max_restarts=2)
+    handle.wait_ready(60)
+    restored: list[int] = []
+    handle.on_restart = lambda member: restored.append(handle.one(member, "whoami", timeout_s=30))
+    work = [(str(tmp_path / ("death" if x == 1 else "none")), x) for x in range(4)]
+    (tmp_path / "none").touch()
+    assert handle.map("die_once", work, timeout_s=60) == [0, 1, 2, 3]
+    assert handle.restarts == 1 and len(restored) == 1
+    with pytest.raises(ClusterError, match=r"frail-\d died during die .* 2 restarts are this group's limit"):
+        handle.all("die", timeout_s=60)
+    handle.close()
+
+
+def test_a_member_that_may_not_be_restarted_ends_the_run(cluster: Cluster) -> None:
+    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
+    handle.wait_ready(60)
+    with pytest.raises(ClusterError, match="workers-0 died during die"):
+        handle.one(0, "die", timeout_s=30)
+    handle.close()
+
+
+def test_a_cluster_that_is_too_small_says_what_is_missing(cluster: Cluster, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    from trainer.ray_cluster import RayCluster
+
+    small = object.__new__(RayCluster)
+    with pytest.raises(ClusterError, match=r"has 0 GPUs, but this run asks for 4 .*2 learners x 2"):
+        small._place([Need("learners", 2, cpus=1, gpus=2)], 5)
+    with pytest.raises(ClusterError, match="did not place"):
+        small._place([Need("workers", 4, cpus=1, gpus=0)], 1)
+
+
+def test_inline_members_are_objects_next_door() -> None:
+    cluster = open_cluster(ClusterConfig(kind="inline"), NEEDS, Path())
+    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
+    handle.wait_ready(1)
+    assert handle.map("square", [(2,), (3,), (4,)], timeout_s=1) == [4, 9, 16]
+    assert handle.each("store", [1, 2], timeout_s=1) == handle.all("stored", timeout_s=1) == [1, 2]
+    handle.close()
+    cluster.close()

@@ -1,0 +1,23 @@
+"""The one training loop: pretraining, SFT and RL alike."""
+
+from pathlib import Path
+
+from trainer.assemble import assemble
+from trainer.config import Config
+
+
+def train(config: Config, resume: Path | None = None, replay: Path | None = None) -> Path:
+    """Train as configured; returns the run folder.
+
+    Args:
+        config: the resolved configuration.
+        resume: a run folder to continue from its newest sound checkpoint.
+        replay: a folder of saved rollouts to train on instead of sampling.
+    """
+    with assemble(config, resume, replay) as (run, source, learners):
+        for step in run.steps():
+            batch = source.next(step)
+            metrics = learners.update(batch)
+            metrics |= source.sync(learners, version=step)
+            run.record(step, batch, metrics)
+    return run.folder.path

@@ -1,0 +1,116 @@
+"""Where a step's graded groups come from: live rollout workers and graders, or a folder of saved rollouts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmquest_rl.types import Group, Sample, Sampling
+from rewards.failures import check_unscored, failure_counts
+from trainer.learners import LearnerGroup
+from trainer.replay import load_rollouts, save_rollouts
+from trainer.rollouts import Rollouts, grade_item
+
+
+class Sampler(Protocol):
+    """Answers prompts with graded groups."""
+
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        """Groups for training, and metrics."""
+        ...
+
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        """Groups for evaluation; none where nothing can be sampled."""
+        ...
+
+    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Give the learners' weights to whoever samples; returns metrics."""
+        ...
+
+    def close(self) -> None:
+        """End what sampling needed."""
+        ...
+
+
+def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
+    """Count ungraded completions by cause.
+
+    Raises:
+        TooManyUnscored: their share is above the limit.
+    """
+    scores = [score for group in groups for score in group.scores]
+    items = [grade_item(group.sample, completion) for group in groups for completion in group.completions]
+    check_unscored(scores, items, limit)
+    return {f"reward/failed_{kind}": float(count) for kind, count in failure_counts(scores).items()}
+
+
+class LiveSampler:
+    """Rollout workers and graders."""
+
+    def __init__(self, rollouts: Rollouts, max_unscored_share: float, sleeps: bool, save_to: Path | None) -> None:
+        self.rollouts = rollouts
+        self.max_unscored_share = max_unscored_share
+        self.sleeps = sleeps
+        self.save_to = save_to
+        self.current: tuple[Any, int] | None = None
+        rollouts.workers.on_restart = self._restore
+
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        groups, metrics = self.rollouts.run(samples, n, sampling, f"train/{step}")
+        if self.sleeps:
+            self._all("sleep")
+        if self.save_to is not None:
+            save_rollouts(self.save_to, step, groups)
+        return groups, metrics | check_groups(groups, self.max_unscored_share)
+
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        # The key does not hold the step: evaluations differ by the weights alone.
+        groups, metrics = self.rollouts.run(samples, n, sampling, "eval")
+        check_groups(groups, self.max_unscored_share)
+        return groups, {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
+
+    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Every worker compares what it received with the learners' checksums before it loads them, and answers with what it loaded."""
+        started = time.perf_counter()
+        if self.sleeps:
+            self._all("wake")
+        self.current = (learners.weights(), version)
+        reports = self._all("load_weights", *self.current)
+        assert all(report.version == version for report in reports)
+        return {
+            "time/sync_s": time.perf_counter() - started,
+            "rollout/weight_version": float(version),
+            "rollout/pushed_mb": sum(report.num_bytes for report in reports) / 1e6,
+        }
+
+    def close(self) -> None:
+        self.rollouts.workers.close()
+        self.rollouts.graders.close()
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self.rollouts.workers.all(method, *args, timeout_s=self.rollouts.timeout_s)
+
+    def _restore(self, member: int) -> None:
+        """A rebuilt worker starts with the initial weights: give it the current ones."""
+        if self.current is not None:
+            self.rollouts.workers.one(member, "load_weights", *self.current, timeout_s=self.rollouts.timeout_s)
+
+
+@dataclass
+class ReplayedSampler:
+    """Rollouts that an earlier run saved: training without an engine."""
+
+    folder: Path
+
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        return load_rollouts(self.folder, step), {}
+
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        return [], {}
+
+    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing was started."""

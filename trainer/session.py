@@ -1,0 +1,114 @@
+"""What happens around a step: counting, evaluating, recording, checkpointing, stopping."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.learners import LearnerGroup, StepBatch
+from trainer.run import Progress, RunFolder, StopSignal
+from trainer.sources import BatchSource
+from trainer.tracking import Tracker, completions_table, system_metrics
+
+log = logging.getLogger(__name__)
+
+
+class WeightsDiffer(RuntimeError):
+    """The engine's log-probs are too far from the learner's: the two do not hold the same weights."""
+
+
+class Session:
+    """One run from its first step (or the one after its checkpoint) to its last."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        source: BatchSource,
+        learners: LearnerGroup,
+        tracker: Tracker,
+        progress: Progress,
+        stop: StopSignal,
+        done: int,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.source = source
+        self.learners = learners
+        self.tracker = tracker
+        self.progress = progress
+        self.stop = stop
+        self.done = done
+        self.failed_saves = 0
+        self.last_save: dict[str, float] = {}
+        self._step_started = time.perf_counter()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do, from 1; ends early when the user asks to stop."""
+        if self.done == 0 and self.config.eval.every and self.config.eval.at_start:
+            self.tracker.log(0, self._evaluate(0))
+        for step in self.stop.steps(range(self.done + 1, self.config.steps + 1)):
+            self._step_started = time.perf_counter()
+            yield step
+
+    def record(self, step: int, batch: StepBatch, metrics: dict[str, float]) -> None:
+        """Log a finished step, evaluate and checkpoint when due."""
+        metrics["time/step_s"] = time.perf_counter() - self._step_started
+        self._check_gap(metrics)
+        if _due(self.config.eval.every, step, step == self.config.steps):
+            metrics |= self._evaluate(step)
+        # Logged before saved: a death in between is resumed from an older checkpoint, which drops the line again.
+        row = self.tracker.log(step, metrics | self.last_save | system_metrics())
+        self.tracker.log_completions(step, batch.groups, self.config.tracking.completions_per_step)
+        last = step == self.config.steps or self.stop.requested
+        if _due(self.config.checkpoint.every, step, last) or last:
+            self.last_save = self._save(step, metrics)
+        self.progress.advance(row)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        self.progress.phase("evaluation")
+        return self.source.evaluate(self.learners, step)
+
+    def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """A disk that is full costs this checkpoint, not the run: the older ones are intact, and the next save tries again."""
+        self.progress.phase("checkpoint")
+        started = time.perf_counter()
+        options = self.config.checkpoint
+        value = metrics.get(options.best_metric) if options.best_metric else None
+        best = checkpoint.Best(options.best_metric, value, options.best_mode) if options.best_metric and value is not None else None
+        state = {"step": step, "source": self.source.state_dict()}
+        try:
+            checkpoint.save(
+                self.folder.checkpoints, step, self.learners.save, state, keep_last=options.keep_last, best=best
+            )
+        except checkpoint.DiskFullError as error:
+            if step == self.config.steps or self.stop.requested:
+                raise
+            self.failed_saves += 1
+            log.error("%s. The run goes on; the next checkpoint is tried after %d steps.", error, options.every)
+        return {"time/checkpoint_s": time.perf_counter() - started, "checkpoint/failed_saves": float(self.failed_saves)}
+
+    def _check_gap(self, metrics: dict[str, float]) -> None:
+        limit, gap = self.config.rollout.gap_limit, metrics.get("policy/logp_gap")
+        if limit is not None and gap is not None and gap > limit:
+            raise WeightsDiffer(
+                f"policy/logp_gap is {gap:.3g} nats per token, rollout.gap_limit is {limit:g}: the engine samples from other "
+                "weights than the learner trains, or in far lower precision. Compare rollout.dtype with model.dtype first."
+            )
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+def resume(folder: RunFolder, source: BatchSource, learners: LearnerGroup) -> int:
+    """Take up the newest sound checkpoint; returns the number of steps that it has done."""
+    found = checkpoint.latest(folder.checkpoints)
+    for message in found.messages:
+        log.warning("%s", message)
+    learners.load(Path(found.path))
+    source.load_state_dict(found.state["source"])
+    source.sync(learners, version=found.step)
+    return found.step

@@ -1,0 +1,149 @@
+"""Where batches come from: a data set, or rollouts that graders have scored. The loop never learns which."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from llmquest_rl.algorithms.atoms import make_atoms
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.packing import minibatches
+from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.objectives import Objective
+from llmquest_rl.types import Group
+from trainer.config import BatchConfig, Config
+from trainer.evaluate import accuracy_metrics
+from trainer.learners import LearnerGroup, StepBatch
+from trainer.sampler import Sampler
+from trainer.tracking import completions_table, sample_rows
+
+log = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """What the loop asks of a source."""
+
+    def next(self, step: int) -> StepBatch:
+        """The batch of one step (steps count from 1)."""
+        ...
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Tell whoever needs the new weights; returns metrics."""
+        ...
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        """Metrics on held-out data."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        ...
+
+    def close(self) -> None:
+        """End what the source started."""
+        ...
+
+
+def updates(atoms: Sequence[Atom], objective: Objective, batch: BatchConfig) -> list[list[Atom]]:
+    """The minibatches of a step, each with weights of its own: the mean of an update is over its minibatch."""
+    return [objective.weigh(minibatch) for minibatch in minibatches(atoms, batch.updates_per_step)]
+
+
+class DatasetSource:
+    """Sequences of a data set."""
+
+    def __init__(self, stream: AtomStream, objective: Objective, config: Config) -> None:
+        self.stream = stream
+        self.objective = objective
+        self.batch = config.batch
+        self.validation = objective.weigh(stream.validation(config.data.eval_samples))
+
+    def next(self, step: int) -> StepBatch:
+        atoms = self.stream.take(self.batch.sequences_per_step)
+        metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
+        return StepBatch(updates(atoms, self.objective, self.batch), self.batch.passes_per_step, metrics)
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        return {}
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        return learners.evaluate(self.validation)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class RolloutSource:
+    """Prompt, sample, grade, compare within the group: one batch of completions with advantages."""
+
+    def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, algorithm: Algorithm, config: Config) -> None:
+        self.stream = stream
+        self.sampler = sampler
+        self.objective = objective
+        self.algorithm = algorithm
+        self.batch = config.batch
+        self.sampling = config.rollout.sampling
+        self.eval = config.eval
+        self.correct = (config.eval.reward or config.rewards[0].name, config.eval.threshold)
+        self.held_out = stream.held_out(config.data.eval_samples)
+        self.uniform_steps = 0
+
+    def next(self, step: int) -> StepBatch:
+        samples = self.stream.take(self.batch.prompts_per_step)
+        groups, metrics = self.sampler.groups(step, samples, self.batch.samples_per_prompt, self.sampling)
+        atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
+        metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
+        if self._is_uniform(atoms, groups) and self.batch.uniform_rewards == "skip":
+            atoms = []
+        metrics["reward/uniform_steps"] = float(self.uniform_steps)
+        return StepBatch(updates(atoms, self.objective, self.batch), self.batch.passes_per_step, metrics, groups)
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        return self.sampler.push(learners, version)
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        changes = {"temperature": self.eval.temperature, "max_tokens": self.eval.max_tokens or self.sampling.max_tokens}
+        sampling = self.sampling.model_copy(update=changes)
+        groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, sampling)
+        return metrics | accuracy_metrics(groups, *self.correct) if groups else metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict(), "uniform_steps": self.uniform_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+        self.uniform_steps = state["uniform_steps"]
+
+    def close(self) -> None:
+        self.sampler.close()
+
+    def _is_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> bool:
+        """Whether no group has anything to learn from; a run of such steps is shown to the user."""
+        if any(value for atom in atoms for values in atom.streams["advantages"] for value in values):
+            self.uniform_steps = 0
+            return False
+        self.uniform_steps += 1
+        log.warning("all rewards are equal within every group of this step: there is nothing to learn from")
+        if self.uniform_steps % self.batch.max_uniform_steps == 0:
+            title = (
+                f"{self.uniform_steps} steps in a row without any difference in reward: the task is too hard or too easy, "
+                "or the reward does not see what the model writes"
+            )
+            Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
+        return True
+
+
+def _counters(counters: dict[str, int]) -> dict[str, float]:
+    return {f"data/{name}": float(count) for name, count in counters.items()}
