@@ -15,6 +15,9 @@ from llmquest_rl.types import Message
 
 MalformedPolicy = Literal["drop", "error"]
 
+MAX_ROWS = 5_000_000
+"""A user's function that yields more rows than this is taken for endless."""
+
 logger = logging.getLogger(__name__)
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from llmquest_rl.data.rows import (
+    MAX_ROWS,
     DataError,
     ListedRows,
     MalformedRows,
@@ -18,8 +19,6 @@ from llmquest_rl.data.rows import (
 )
 from llmquest_rl.options import Options
 
-MAX_ROWS = 5_000_000
-"""A user's function that yields more rows than this is taken for endless."""
 REDRAWS = 256
 PROBES_PER_HELD_OUT = 4
 
@@ -64,7 +63,8 @@ class GeneratedRows:
                 return Row(f"{self.name}/train/{index}", drawn.row.prompt, drawn.row.answer, drawn.row.columns)
             drawn = self.draw(2**40 + index * REDRAWS + redraw)
         raise DataError(
-            f"task {self.name}: {REDRAWS} draws in a row were held-out problems: make `held_out` smaller or the space larger"
+            f"task {self.name}: {REDRAWS} draws in a row were held-out problems: "
+            "make `held_out` smaller or the space of problems larger"
         )
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.types import Message
 
-Tokenizer = PreTrainedTokenizerBase
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 PLAIN = "none"
 """As `chat_template`: prompts are given to the model as they are, for base models."""
 
@@ -44,7 +44,8 @@ def eos_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
     found = sorted(i for i in ids if isinstance(i, int))
     if not found:
         raise DataError(
-            f"{path} names no end-of-sequence token, so completions would never end: add `eos_token` to tokenizer_config.json"
+            f"{path} names no end-of-sequence token, so completions would never end: "
+            "add `eos_token` to tokenizer_config.json"
         )
     return found
 

@@ -1,6 +1,7 @@
 """Sums that are made, not read: endless, offline, and easy enough for a small model to improve on within minutes."""
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import PositiveInt, field_validator
@@ -48,7 +49,7 @@ class Config(Options):
         return template
 
 
-def evaluate(operands: list[int], operators: list[str]) -> int:
+def evaluate(operands: Sequence[int], operators: Sequence[str]) -> int:
     """The value of a sum, products first."""
     total, product = 0, operands[0]
     for operator, operand in zip(operators, operands[1:], strict=True):

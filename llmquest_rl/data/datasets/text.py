@@ -1,0 +1,139 @@
+"""Pretraining on text: documents are joined, each followed by the end-of-sequence token, and cut into blocks.
+
+A block may hold the end of one document and the beginning of others, and attention does not stop at their borders, as
+is usual. Whole documents go to the training or to the validation side.
+"""
+
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.dataset import DatasetContext, SupervisedData
+from llmquest_rl.data.files import READERS, find_files, is_local, read_files, read_hub
+from llmquest_rl.data.rows import DataError, held_out_keys
+from llmquest_rl.options import Options
+
+Document = tuple[str, str]
+"""Where it stands, and its text."""
+
+
+class Config(Options):
+    """Where the text is."""
+
+    path: str | tuple[str, ...] = "{stdlib}/*.py"
+    """Text files, or files of rows (jsonl, json, csv, parquet), or a Hub id; glob patterns and lists are allowed.
+    `{stdlib}` stands for the folder of Python's own standard library: text that is on every machine."""
+    subset: str | None = None
+    """Hub only: the data set's configuration name."""
+    split: str = "train"
+    """Hub only: the split to read."""
+    text_column: str = "text"
+    """Of files of rows: the column with the text. One row is one document; a text file is one document."""
+    validation_path: str | tuple[str, ...] | None = None
+    """Files of their own for the validation loss; null = a share of the documents."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the documents set aside otherwise, at least one; a seeded hash of the document chooses."""
+    max_documents: PositiveInt | None = None
+    """Read no more than the first so many documents; null = all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Sequence[Atom]):
+    """Consecutive blocks of one long row of tokens; the last may be shorter."""
+
+    tokens: NDArray[np.int32]
+    length: int
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.tokens), self.length)
+        return full + (rest >= 2)  # a single token predicts nothing
+
+    @overload
+    def __getitem__(self, index: int) -> Atom: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Atom]: ...
+    def __getitem__(self, index: int | slice) -> Atom | list[Atom]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = range(len(self))[index] * self.length
+        return Atom([], [self.tokens[start : start + self.length].tolist()])
+
+
+def load(config: Config, context: DatasetContext) -> SupervisedData:
+    """The data set.
+
+    Raises:
+        DataError: no such file, no text in it, or a malformed row where those are errors.
+    """
+    documents = _limited(_documents(config, config.path, context), config.max_documents)
+    if config.validation_path is None:
+        if len(documents) < 2:
+            raise DataError(f"{config.path} holds {len(documents)} documents: give more, or a validation_path")
+        held_out = held_out_keys((text for _, text in documents), config.validation_share, context.seed)
+        train = [document for document in documents if document[1] not in held_out]
+        validation = [document for document in documents if document[1] in held_out]
+    else:
+        train, validation = documents, list(_documents(config, config.validation_path, context))
+    name = f"text/{config.path}"
+    data = SupervisedData(
+        name,
+        _blocks(train, context),
+        _blocks(validation, context),
+        {"dropped_malformed_rows": context.malformed.count},
+    )
+    if not data.train or not data.validation:
+        raise DataError(
+            f"{name} has too little text: {len(train)} documents to train on, {len(validation)} to validate"
+        )
+    return data
+
+
+def _blocks(documents: Iterable[Document], context: DatasetContext) -> Blocks:
+    encode, eos = context.renderer.encode, context.renderer.tokenizer.eos_token_id
+    parts = [np.array([*encode(text), eos], dtype=np.int32) for _, text in documents]
+    return Blocks(np.concatenate(parts) if parts else np.zeros(0, np.int32), context.tokens_per_sequence)
+
+
+def _limited(documents: Iterator[Document], limit: int | None) -> list[Document]:
+    taken: list[Document] = []
+    for document in documents:
+        taken.append(document)
+        if len(taken) == limit:
+            break
+    return taken
+
+
+def _documents(config: Config, paths: str | tuple[str, ...], context: DatasetContext) -> Iterator[Document]:
+    for raw in [paths] if isinstance(paths, str) else paths:
+        path = raw.replace("{stdlib}", sysconfig.get_path("stdlib"))
+        if is_local(path) and not any(file.suffix in READERS for file in find_files(path)):
+            yield from _text_files(path, context)
+            continue
+        rows = read_files(path, context.malformed) if is_local(path) else read_hub(path, config.subset, config.split)
+        for where, row in rows:
+            text = row.get(config.text_column)
+            if isinstance(text, str) and text.strip():
+                yield where, text
+            else:
+                context.malformed.report(where, f"there is no text in the column {config.text_column!r}")
+
+
+def _text_files(path: str, context: DatasetContext) -> Iterator[Document]:
+    files: list[Path] = find_files(path)
+    if not files:
+        raise DataError(f"there is no file {path} (relative paths start at {Path.cwd()})")
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            context.malformed.report(str(file), f"not UTF-8 text: {error}")
+            continue
+        if text.strip():
+            yield str(file), text
