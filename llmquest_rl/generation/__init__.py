@@ -1,0 +1,1 @@
+"""Drawing tokens: sampling, and the native engine with continuous batching."""

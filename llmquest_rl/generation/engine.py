@@ -1,0 +1,169 @@
+"""The native engine: completions drawn by our own models with continuous batching.
+
+Exactness: the same requests, sampling and weights give the same bits when run again with the same torch build on the
+same kind of CPU with the same number of threads, whatever was generated before. A completion's random numbers depend on
+(seed, completion, position) alone; in other company it differs only as products of another shape round differently.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from llmquest_rl.batch import Atom, collate
+from llmquest_rl.generation.batch import Batch, Caches, Room, Row, packs, waiting_line
+from llmquest_rl.generation.sampling import check_sampling
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.types import Completion, Request, Sampling
+
+Texts = Callable[[list[list[int]], Sequence[str]], list[str]]
+"""Decodes completions without special tokens, each cut before the earliest of the stop strings."""
+
+STOP_SLACK = 8
+"""Tokens looked at beyond the bytes of a stop string: special tokens and parts of a character have no text."""
+
+
+class NativeGenerator:
+    """Draws completions from a model of ours. Not thread-safe: one `generate` at a time.
+
+    Attributes:
+        version: put on every completion; whoever replaces the model's weights counts it up.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        eos_ids: frozenset[int],
+        context_tokens: int,
+        max_sequences: int = 128,
+        cache_tokens: int = 65536,
+        texts: Texts | None = None,
+    ) -> None:
+        """Wrap `model`, whose weights may change between calls.
+
+        Args:
+            model: On its device, in its dtype.
+            eos_ids: Tokens that end a completion.
+            context_tokens: Longest prompt plus completion.
+            max_sequences: Most completions at the same time.
+            cache_tokens: Most tokens kept at the same time; further completions wait.
+            texts: Decodes; without it texts are empty and stop strings are refused.
+        """
+        self.model = model
+        self.eos_ids = eos_ids
+        self.context_tokens = context_tokens
+        self.max_sequences = max_sequences
+        self.cache_tokens = cache_tokens
+        self.version = 0
+        self._texts = texts
+        self._caches: Caches | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory reserved for keys and values at present."""
+        return 0 if self._caches is None else self._caches.num_bytes
+
+    def release(self) -> None:
+        """Give the cache's memory back; the next `generate` takes it again."""
+        self._caches = None
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Complete each request `n` times: [requests][n].
+
+        Raises:
+            ValueError: a value of `sampling` is out of range; a prompt is empty, holds an unknown token, fills the
+                context or does not fit into the cache; stop strings without a decoder.
+            GenerationError: the model's logits hold NaN or infinity.
+        """
+        check_sampling(sampling)
+        if sampling.stop and self._texts is None:
+            raise ValueError("stop strings need a tokenizer to find them with: leave `stop` empty")
+        limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]
+        waiting = waiting_line(requests, limits)
+        done: list[list[Row | None]] = [[None] * request.n for request in requests]
+        if waiting:
+            room = self._room(requests, limits)
+            batch = Batch(self.model, self._reserve(room), room, sampling, self.eos_ids)
+            while waiting or batch.rows:
+                batch.admit(waiting)
+                batch.draw()
+                self._find_stops(batch.rows, sampling.stop)
+                for row in batch.retire():
+                    done[row.prompt.request][row.index] = row
+        return self._completions(done, sampling)
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Log-prob at temperature 1 of each token given those before it: [sequences][len - 1]. No cache is involved.
+
+        Raises:
+            ValueError: a token is not in the vocabulary.
+        """
+        for i, sequence in enumerate(sequences):
+            self._check_tokens(f"sequence {i}", sequence)
+        device = next(self.model.parameters()).device
+        results: list[list[float]] = []
+        for pack in packs([len(sequence) for sequence in sequences]):
+            batch = collate([Atom([], [list(sequence)]) for sequence in sequences[pack]]).to(device)
+            counts = [max(len(sequence) - 1, 0) for sequence in sequences[pack]]
+            results += [part.tolist() for part in self.model(batch).logprobs.split(counts)]
+        return results
+
+    def _limit(self, index: int, request: Request, sampling: Sampling) -> int:
+        """Longest completion of a request."""
+        prompt = len(request.prompt_ids)
+        if prompt == 0:
+            raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+        if prompt >= self.context_tokens:
+            raise ValueError(
+                f"request {index} has a prompt of {prompt} tokens, which leaves no room in a context of "
+                f"{self.context_tokens}: shorten or drop it, or raise the engine's context"
+            )
+        self._check_tokens(f"request {index}", request.prompt_ids)
+        return min(sampling.max_tokens, self.context_tokens - prompt)
+
+    def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        vocab_size = int(self.model.config.vocab_size)
+        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{name} holds token {wrong}, but the model knows tokens 0 to {vocab_size - 1} only")
+
+    def _room(self, requests: Sequence[Request], limits: Sequence[int]) -> Room:
+        """The largest batch that the work can fill and the cache can hold."""
+        asked = [request for request in requests if request.n > 0]
+        longest = max(len(request.prompt_ids) for request in asked)
+        tail = max(limit for request, limit in zip(requests, limits, strict=True) if request.n > 0)
+        fewest = min(request.n for request in asked)
+        for rows in range(min(self.max_sequences, sum(request.n for request in asked)), 0, -1):
+            prompts = min(len(asked), rows // fewest + 1, rows)
+            room = Room(prompts, longest, rows, max(tail - 1, 1))
+            if room.tokens <= self.cache_tokens:
+                return room
+        raise ValueError(
+            f"a prompt of {longest} tokens with a completion of up to {tail} does not fit into a cache of "
+            f"{self.cache_tokens} tokens: raise the engine's cache_tokens to {longest + tail}, or lower max_tokens"
+        )
+
+    def _reserve(self, room: Room) -> Caches:
+        if self._caches is None or not self._caches.room.holds(room):
+            self._caches = None  # freed before the new one is taken
+            self._caches = Caches(room, next(self.model.parameters()).device)
+        return self._caches
+
+    def _find_stops(self, rows: Sequence[Row], stop: Sequence[str]) -> None:
+        """End the rows whose text has come to hold a stop string. Only the last few tokens are decoded."""
+        if not stop or self._texts is None:
+            return
+        width = max(len(string.encode()) for string in stop) + STOP_SLACK
+        for row, text in zip(rows, self._texts([row.tokens[-width:] for row in rows], ()), strict=True):
+            if any(string in text for string in stop):
+                row.finish = "stop"
+
+    def _completions(self, done: Sequence[Sequence[Row | None]], sampling: Sampling) -> list[list[Completion]]:
+        rows = [row for group in done for row in group if row is not None]
+        texts = self._texts([row.tokens for row in rows], sampling.stop) if self._texts else [""] * len(rows)
+        flat = iter(
+            Completion(row.tokens, row.logprobs, text, row.finish or "length", self.version)
+            for row, text in zip(rows, texts, strict=True)
+        )
+        return [[next(flat) for _ in group] for group in done]

@@ -1,0 +1,138 @@
+"""Sampling as functions of logits: temperature, min-p, top-k, top-p, and one random number for each token.
+
+The order and the kept sets are those of vLLM (temperature, then min-p, then top-k, then top-p), so that both engines
+sample from the same distribution. Shapes: [batch, vocab] for logits, [batch] for what belongs to a sequence.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.types import Sampling
+
+_GOLDEN = -0x61C8864680B583EB
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+"""Constants of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA, figure 1) as signed 64-bit integers."""
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse values outside their ranges.
+
+    Raises:
+        ValueError: names the value and its range.
+    """
+    ranges = {
+        "temperature": ("at least 0 and finite", 0 <= sampling.temperature < math.inf),
+        "top_k": ("at least 0 (0 keeps all)", sampling.top_k >= 0),
+        "top_p": ("above 0 and at most 1", 0 < sampling.top_p <= 1),
+        "min_p": ("between 0 and 1", 0 <= sampling.min_p <= 1),
+        "max_tokens": ("at least 1", sampling.max_tokens >= 1),
+        "stop": ("free of empty strings", all(sampling.stop)),
+    }
+    for name, (expected, holds) in ranges.items():
+        if not holds:
+            raise ValueError(f"sampling.{name} must be {expected}, not {getattr(sampling, name)!r}")
+
+
+def processed_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [batch, vocab] of the distribution to sample from, in float32; -inf where a token was dropped.
+
+    A temperature of 0 leaves them as they are: greedy decoding reports log-probs at temperature 1.
+    """
+    scores = logits.float()
+    if sampling.temperature in (0.0, 1.0):
+        return scores if sampling.temperature == 0 else _filtered(scores, sampling)
+    return _filtered(scores / sampling.temperature, sampling)
+
+
+def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.min_p > 0:
+        scores = keep_min_p(scores, sampling.min_p)
+    if 0 < sampling.top_k < scores.shape[-1]:
+        scores = keep_top_k(scores, sampling.top_k)
+    if sampling.top_p < 1:
+        scores = keep_top_p(scores, sampling.top_p)
+    return scores
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Drop tokens less than `min_p` times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    floor = logits.amax(-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill(logits < floor, -math.inf)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the `k` most likely tokens, and any as likely as the last of them."""
+    kth = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest likeliest tokens whose probability reaches `p` (Holtzman et al. 2019, arXiv:1904.09751)."""
+    probs = logits.softmax(-1)
+    # Tokens below (1 - p) / vocab sum to less than 1 - p, so all of them fall: only the few others need sorting.
+    candidates = int((probs >= (1 - p) / probs.shape[-1]).sum(-1).max())
+    largest, tokens = probs.topk(max(candidates, 1), dim=-1)
+    likelier = largest.double().cumsum(-1) - largest
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens, likelier < p)
+    return logits.masked_fill(~kept, -math.inf)
+
+
+def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token for each sequence by inverting its cumulative distribution at one uniform number.
+
+    One number for a token instead of one for each word of the vocabulary makes the draw cheap and lets it be a function
+    of (seed, completion, position) alone.
+
+    Args:
+        logits: [batch, vocab], any float dtype.
+        sampling: As `processed_logits`.
+        uniforms: Float64 [batch] in [0, 1); not looked at when the temperature is 0.
+
+    Returns:
+        Token ids [batch], and their log-probs under the distribution sampled from, float32 [batch]. The log-prob of a
+        row whose logits hold a NaN or +inf is NaN; its token is then meaningless.
+    """
+    scores = processed_logits(logits, sampling)
+    top = scores.amax(-1, keepdim=True)
+    cumulative = (scores - top).exp_().cumsum_(-1)
+    total = cumulative[:, -1]
+    if sampling.temperature == 0:
+        tokens = scores.argmax(-1)
+    else:
+        below_total = torch.nextafter(total, torch.zeros_like(total))
+        threshold = torch.minimum((uniforms * total.double()).float(), below_total)
+        # right=True: the first token whose cumulative weight exceeds the threshold, hence never one of weight 0
+        tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+        tokens = tokens.clamp_(max=scores.shape[-1] - 1)  # a NaN exceeds nothing
+    chosen = scores.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, chosen - top.squeeze(-1) - total.log()
+
+
+def stream_keys(seed: int, n: int) -> Tensor:
+    """Keys [n], long: one random stream for each completion of a request, a function of (seed, completion) alone."""
+    signed = (seed + 2**63) % 2**64 - 2**63
+    return _mix(_mix(torch.tensor([signed])) + torch.arange(n) * _GOLDEN)
+
+
+def stream_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """Number `positions` [batch] of the streams `keys` [batch]: float64 [batch] in [0, 1).
+
+    A counter-based generator (SplitMix64): no state to keep, save or advance, the same on every device.
+    """
+    bits = _shift(_mix(keys + positions * _GOLDEN), 11)
+    return bits.double().mul_(2.0**-53)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function; products wrap around."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
