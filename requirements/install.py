@@ -1,0 +1,141 @@
+"""Makes `.venv` with everything that training, tests and checks need. Run by `make setup`; needs only Python and pip.
+
+Whatever pip is configured with (a folder of wheels, another index, a certificate) is handed on to uv, which does the
+installing because it is many times faster. A second run with nothing changed returns at once.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "requirements"
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed"
+UV = "uv==0.13.9"
+PIP_TO_UV = {
+    "find-links": "UV_FIND_LINKS",
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "no-index": "UV_NO_INDEX",
+    "cert": "SSL_CERT_FILE",
+}
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    """Run a command; where it fails, say which and end."""
+    result = subprocess.run([str(part) for part in command], env=env, cwd=ROOT)
+    if result.returncode:
+        sys.exit(f"setup: failed (exit code {result.returncode}): {' '.join(map(str, command))}")
+
+
+def find_device() -> tuple[str, str]:
+    """`cpu` or `gpu`, and why."""
+    asked = os.environ.get("DEVICE", "").lower()
+    if asked in ("cpu", "gpu"):
+        return asked, "asked for with DEVICE"
+    if asked:
+        sys.exit(f"setup: DEVICE must be cpu or gpu, not {asked!r}")
+    if Path("/dev/nvidia0").exists():
+        return "gpu", "found /dev/nvidia0"
+    smi = shutil.which("nvidia-smi")
+    if smi and subprocess.run([smi, "-L"], capture_output=True).stdout.strip():
+        return "gpu", "nvidia-smi lists a GPU"
+    return "cpu", "found no NVIDIA GPU; DEVICE=gpu overrides"
+
+
+def pip_command() -> list[str] | None:
+    """A pip that can install into another environment (pip >= 22.3), or None."""
+    pip = [sys.executable, "-m", "pip"]
+    answer = subprocess.run([*pip, "--version"], capture_output=True, text=True)
+    words = answer.stdout.split()
+    if answer.returncode or len(words) < 2:
+        return None
+    major, minor = (int(part) for part in words[1].split(".")[:2])
+    return pip if (major, minor) >= (22, 3) else None
+
+
+def pip_setting(pip: list[str], name: str) -> str:
+    """What pip is configured with, by environment or file; empty where nothing is."""
+    from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
+    if from_environment is not None:
+        return from_environment
+    answers = (subprocess.run([*pip, "config", "get", f"{s}.{name}"], capture_output=True, text=True) for s in ("install", "global"))
+    return next((answer.stdout.strip() for answer in answers if answer.stdout.strip()), "")
+
+
+def uv_environment(pip: list[str]) -> dict[str, str]:
+    """The environment in which uv finds packages where pip finds them; what the user set for uv comes first."""
+    env = dict(os.environ)
+    for name, variable in PIP_TO_UV.items():
+        value = " ".join(pip_setting(pip, name).split())
+        if value and variable not in env:
+            env[variable] = value
+            say(f"pip's {name} is handed on to uv")
+    # As pip does: the best version of all indexes, not the first index that has the name.
+    env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    return env
+
+
+def local_torch(env: dict[str, str]) -> bool:
+    """Whether a find-links folder holds a torch wheel: then it decides which build of torch is installed."""
+    folders = env.get("UV_FIND_LINKS", "").replace(",", " ").split()
+    return any(list(Path(folder.removeprefix("file://")).glob("torch-*.whl")) for folder in folders)
+
+
+def stamp(device: str) -> str:
+    """Changes when what has to be installed changes."""
+    files = [HERE / f"{device}.txt", HERE / f"overrides-{device}.txt", ROOT / "pyproject.toml", Path(__file__)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"{device} {sys.version_info.major}.{sys.version_info.minor} {ROOT} {digest}"
+
+
+def make_venv() -> list[str]:
+    """An empty `.venv`; returns the pip to fill it with."""
+    say(f"making {VENV.name} with Python {sys.version.split()[0]}")
+    pip = pip_command()
+    run(sys.executable, "-m", "venv", "--clear", *(["--without-pip"] if pip else []), VENV)
+    return [*pip, "--python", str(PYTHON)] if pip else [str(PYTHON), "-m", "pip"]
+
+
+def install(device: str) -> None:
+    pip = make_venv()
+    say(f"installing {UV}")
+    run(*pip, "install", "--quiet", "--disable-pip-version-check", UV)
+    env = uv_environment(pip)
+    # On CPU machines uv finds the small CPU build of torch by itself, unless a local wheel is offered.
+    backend = [] if device == "gpu" or local_torch(env) else ["--torch-backend", "cpu"]
+    say(f"installing requirements/{device}.txt (some gigabytes the first time)")
+    uv = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON]
+    overrides = ["--override", HERE / f"overrides-{device}.txt"]
+    run(*uv, "-r", HERE / f"{device}.txt", *overrides, *backend, env=env)
+    say("installing this project, editable")
+    run(*uv, "--no-deps", "-e", ROOT, env=env)
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make setup PYTHON=python3.12")
+    device, reason = find_device()
+    say(f"for {device.upper()}: {reason}")
+    wanted = stamp(device)
+    if STAMP.is_file() and STAMP.read_text() == wanted:
+        say("up to date, nothing to do (to start afresh: rm -rf .venv)")
+        return
+    start = time.monotonic()
+    install(device)
+    STAMP.write_text(wanted)
+    say(f"done in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
