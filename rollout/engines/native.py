@@ -1,0 +1,172 @@
+"""The native engine: our own model, in this process, drawing with `llmquest_rl.generation`.
+
+The default wherever vLLM is not installed, the reference that other engines are checked against, and the one whose runs
+can be resumed bit for bit: see `llmquest_rl.generation.engine` for what its exactness depends on.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmquest_rl.generation.batch import GenerationError
+from llmquest_rl.generation.engine import NativeGenerator
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import disk_names, find_architecture, load_model, new_model
+from llmquest_rl.options import Options
+from llmquest_rl.types import Completion, Request, Sampling
+from rollout.decoding import Decoder
+from rollout.engine import FACTS, EngineError, EngineSetup
+
+
+class Config(Options):
+    """Options of the native engine."""
+
+    cache_tokens: int = Field(default=65536, ge=1)
+    """Most tokens whose keys and values are kept at the same time, a group's prompt counted once; completions that find
+    no room wait. In bytes it is this times 8 (float32 keys and values) x layers x key/value heads x head size."""
+
+
+def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
+    """Whether the architecture is one of ours and was trained for that much context.
+
+    Raises:
+        ValueError: it is not; the message says why.
+    """
+    path = model_path / "config.json"
+    if not path.exists():
+        raise ValueError(f"{model_path} has no config.json: give a folder of the Hugging Face layout")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    find_architecture(values, path).config.from_hf(values)
+    longest = values.get("max_position_embeddings")
+    if longest is not None and setup.context_tokens > longest:
+        raise ValueError(
+            f"the model in {model_path} knows {longest} positions, but prompts and completions may take "
+            f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
+        )
+
+
+def build(model_path: Path, config: Config, setup: EngineSetup) -> "NativeEngine":
+    """Put an engine around the model of a folder, with random weights where the folder has none."""
+    dtype = getattr(torch, setup.dtype)
+    if any(model_path.glob("*.safetensors")):
+        model = load_model(model_path, dtype, setup.device)
+    else:
+        model = new_model(model_path, dtype, setup.device, setup.seed)
+    return NativeEngine(model, Decoder(model_path), config, setup)
+
+
+class NativeEngine:
+    """See `rollout.engine.RolloutEngine`. One call at a time."""
+
+    def __init__(self, model: CausalLM, decoder: Decoder, config: Config, setup: EngineSetup) -> None:
+        self._model = model.requires_grad_(False).eval()
+        self._setup = setup
+        self._generator = NativeGenerator(
+            model,
+            decoder.eos_ids,
+            context_tokens=setup.context_tokens,
+            max_sequences=setup.max_sequences,
+            cache_tokens=config.cache_tokens,
+            texts=decoder.texts if decoder.tokenizer is not None else None,
+        )
+        self._awake = True
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use."""
+        return self._generator.version
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        self._check_awake()
+        with _threads(self._setup.threads):
+            try:
+                return self._generator.generate(requests, sampling)
+            except GenerationError as error:
+                raise EngineError(f"native engine, weight version {self.version}: {error}") from error
+
+    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """See `RolloutEngine.logprobs`."""
+        self._check_awake()
+        with _threads(self._setup.threads):
+            return self._generator.logprobs(sequences)
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `RolloutEngine.load_weights`."""
+        self._check_awake()
+        if version <= self.version:
+            raise ValueError(f"weights of version {version} are not newer than version {self.version}, which is in use")
+        given = list(tensors)
+        parameters = dict(self._model.named_parameters())
+        targets = {disk: parameters[ours] for disk, ours in disk_names(self._model).items()}
+        _check_fit(given, targets)
+        with torch.no_grad():
+            for name, tensor in given:
+                targets[name].copy_(tensor)
+        self._generator.version = version
+
+    def sleep(self) -> None:
+        """Give back the memory of keys and values."""
+        self._generator.release()
+        self._awake = False
+
+    def wake(self) -> None:
+        """Undo `sleep`: the memory is taken when it is next needed."""
+        self._awake = True
+
+    def close(self) -> None:
+        """Free keys and values; the weights go with the engine."""
+        self.sleep()
+
+    def describe(self) -> FACTS:
+        """Facts for logs."""
+        return {
+            "engine": "native",
+            "architecture": type(self._model).__name__,
+            "version": self.version,
+            "dtype": self._setup.dtype,
+            "dtype_reason": self._setup.dtype_reason,
+            "device": self._setup.device,
+            "threads": self._setup.threads,
+            "max_sequences": self._setup.max_sequences,
+            "context_tokens": self._setup.context_tokens,
+            "cache_tokens": self._generator.cache_tokens,
+            "cache_bytes": self._generator.cache_bytes,
+        }
+
+    def _check_awake(self) -> None:
+        if not self._awake:
+            raise EngineError("the native engine is asleep or closed: call wake() first")
+
+
+def _check_fit(given: list[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> None:
+    names = [name for name, _ in given]
+    problems = {
+        "missing": [name for name in targets if name not in set(names)],
+        "unknown": [name for name in names if name not in targets],
+        "given twice": sorted({name for name in names if names.count(name) > 1}),
+        "of the wrong shape": [
+            f"{name} {list(tensor.shape)} instead of {list(targets[name].shape)}"
+            for name, tensor in given
+            if name in targets and tensor.shape != targets[name].shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(items[:5])} ({len(items)} in all)" for kind, items in problems.items() if items]
+    if found:
+        raise ValueError(f"these are not the weights of this model; nothing was changed. {'; '.join(found)}")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with that many threads meanwhile: their number changes the rounding, and others here have their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
