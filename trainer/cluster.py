@@ -94,8 +94,15 @@ class Cluster(ABC):
     """Places groups of members."""
 
     @abstractmethod
-    def spawn(self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0) -> Handle:
-        """Build the members of the group `name`, member i from `cls(**kwargs(i))`. Returns before they are ready."""
+    def spawn(
+        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+    ) -> Handle:
+        """Build the members of the group `name`, member i from `cls(**kwargs(i))`. Returns before they are ready.
+
+        Args:
+            max_restarts: how many deaths in the group are made good before one ends the run.
+            in_step: members join a process group: each is also given `master_address` and `master_port`.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -108,7 +115,9 @@ class InlineCluster(Cluster):
     def __init__(self, config: ClusterConfig, needs: list[Need], log_dir: Path) -> None:
         self.counts = {need.name: need.count for need in needs}
 
-    def spawn(self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0) -> Handle:
+    def spawn(
+        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+    ) -> Handle:
         return InlineHandle(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
 
     def close(self) -> None:

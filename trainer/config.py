@@ -215,10 +215,11 @@ class ClusterConfig(Options):
     """GPUs given to each rollout worker; a fraction shares one."""
     gpus_per_learner: NonNegativeFloat = 0.0
     """GPUs given to each learner process; a fraction shares one with a rollout worker."""
-    cpus_per_rollout_worker: PositiveFloat = 1.0
-    """CPU cores reserved for each rollout worker."""
-    cpus_per_learner: PositiveFloat = 1.0
-    """CPU cores reserved for each learner process."""
+    cpus_per_rollout_worker: PositiveFloat | None = None
+    """CPU cores of each rollout worker; null = one is reserved, and all of the machine's are used, shared out equally:
+    sampling and learning take turns."""
+    cpus_per_learner: PositiveFloat | None = None
+    """CPU cores of each learner process; null as above."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for placement and for actors to start, in seconds."""
 

@@ -26,9 +26,14 @@ class StepBatch:
 class LearnerGroup:
     """Learners that hold one model together; every call goes to all of them, since they work in step."""
 
-    def __init__(self, handle: Handle, timeout_s: float) -> None:
+    def __init__(self, handle: Handle, timeout_s: float, start_timeout_s: float) -> None:
         self.handle = handle
         self.timeout_s = timeout_s
+        self.start_timeout_s = start_timeout_s
+
+    def wait_ready(self) -> None:
+        """Return when every learner holds its model."""
+        self.handle.wait_ready(self.start_timeout_s)
 
     def update(self, batch: StepBatch) -> dict[str, float]:
         """Run the step's optimizer updates; each learner gets its share of every minibatch."""

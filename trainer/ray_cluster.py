@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -43,16 +44,24 @@ class MemberDied(ClusterError):
 class Host:
     """What Ray runs: builds the member inside the actor's process, its output in a log file of its own."""
 
-    def __init__(self, cls: type, kwargs: dict[str, Any], log_file: str) -> None:
+    def __init__(self, log_file: str) -> None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         stream = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         os.close(stream)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
-        self.member = cls(**kwargs)
+        self.member: Any = None
 
-    def ready(self) -> int:
+    def meeting_point(self) -> dict[str, Any]:
+        """Where the members of a group that works in step can meet: this process's node and a free port of it."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return {"master_address": address, "master_port": probe.getsockname()[1]}
+
+    def build(self, cls: type, kwargs: dict[str, Any]) -> int:
+        self.member = cls(**kwargs)
         return os.getpid()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -62,17 +71,28 @@ class Host:
 class RayHandle(Handle):
     """Members are Ray actors inside a placement group."""
 
-    def __init__(self, name: str, build: Callable[[int], ActorHandle], size: int, max_restarts: int, log_dir: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        start: Callable[[int], ActorHandle],
+        build: Callable[[ActorHandle, int], Any],
+        max_restarts: int,
+        log_dir: Path,
+    ) -> None:
+        """`start` makes the process of a member, `build` makes the member in it and returns a reference to wait for."""
         super().__init__(name, size)
+        self.start = start
         self.build = build
         self.max_restarts = max_restarts
         self.log_dir = log_dir
         self.start_timeout_s = 0.0
-        self.actors = [build(i) for i in range(size)]
+        self.actors = [start(i) for i in range(size)]
+        self.built = [build(actor, i) for i, actor in enumerate(self.actors)]
 
     def wait_ready(self, timeout_s: float) -> None:
         self.start_timeout_s = timeout_s
-        self._gather([actor.ready.remote() for actor in self.actors], range(self.size), "start", timeout_s)
+        self._gather(self.built, range(self.size), "start", timeout_s)
 
     def one(self, member: int, method: str, *args: Any, timeout_s: float) -> Any:
         return self._gather([self.actors[member].call.remote(method, *args)], [member], method, timeout_s)[0]
@@ -149,8 +169,8 @@ class RayHandle(Handle):
             raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are this group's limit.") from error
         self.restarts += 1
         log.warning("%s A new one is started and its work redone (restart %d).", error, self.restarts)
-        self.actors[member] = self.build(member)
-        self._gather([self.actors[member].ready.remote()], [member], "start", self.start_timeout_s)
+        self.actors[member] = self.start(member)
+        self._gather([self.build(self.actors[member], member)], [member], "start", self.start_timeout_s)
         if self.on_restart is not None:
             self.on_restart(member)
 
@@ -177,20 +197,29 @@ class RayCluster(Cluster):
     def __init__(self, config: ClusterConfig, needs: list[Need], log_dir: Path) -> None:
         self.log_dir = log_dir.resolve()
         self.needs = {need.name: need for need in needs}
+        self.start_timeout_s = config.start_timeout_s
         self._connect(needs)
         self.group = self._place(needs, config.start_timeout_s)
 
-    def spawn(self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0) -> Handle:
+    def spawn(
+        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+    ) -> Handle:
         need = self.needs[name]
-        first = sum(other.count for other in list(self.needs.values())[: list(self.needs).index(name)])
+        names = list(self.needs)
+        first = sum(self.needs[other].count for other in names[: names.index(name)])
+        meeting: dict[str, Any] = {}
 
-        def build(member: int) -> ActorHandle:
+        def start(member: int) -> ActorHandle:
             place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=first + member)
-            log_file = str(self.log_dir / f"{name}-{member}.log")
             options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "scheduling_strategy": place}
-            return ray.remote(Host).options(**options).remote(cls, kwargs(member), log_file)
+            return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{member}.log"))
 
-        return RayHandle(name, build, need.count, max_restarts, self.log_dir)
+        def build(actor: ActorHandle, member: int) -> Any:
+            if in_step and not meeting:
+                meeting.update(ray.get(actor.meeting_point.remote(), timeout=self.start_timeout_s))
+            return actor.build.remote(cls, kwargs(member) | meeting)
+
+        return RayHandle(name, need.count, start, build, max_restarts, self.log_dir)
 
     def close(self) -> None:
         remove_placement_group(self.group)

@@ -38,6 +38,11 @@ class Rollouts:
     grade_timeout_s: float
     """Longest wait for one item's score: what its rewards may take at most, and some slack."""
 
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return when every worker and grader is built."""
+        self.workers.wait_ready(timeout_s)
+        self.graders.wait_ready(timeout_s)
+
     def run(self, samples: list[Sample], n: int, sampling: Sampling, key: str) -> tuple[list[Group], dict[str, float]]:
         """Complete each sample `n` times and grade the completions.
 

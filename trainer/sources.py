@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from llmquest_rl.algorithms.atoms import make_atoms
-from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import Atom
 from llmquest_rl.data.packing import minibatches
 from llmquest_rl.data.stream import AtomStream, PromptStream
@@ -88,11 +87,11 @@ class DatasetSource:
 class RolloutSource:
     """Prompt, sample, grade, compare within the group: one batch of completions with advantages."""
 
-    def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, algorithm: Algorithm, config: Config) -> None:
+    def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, config: Config) -> None:
         self.stream = stream
         self.sampler = sampler
         self.objective = objective
-        self.algorithm = algorithm
+        self.algorithm = config.algorithm
         self.batch = config.batch
         self.sampling = config.rollout.sampling
         self.eval = config.eval

@@ -1,0 +1,130 @@
+"""From a configuration to a running session, and its orderly end."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rewards.grader import Grader, check_rewards
+from rollout.engine import check_engine
+from rollout.worker import RolloutWorker
+from trainer.cluster import Cluster, Need, open_cluster
+from trainer.config import Config
+from trainer.config_load import dump
+from trainer.learner import Learner
+from trainer.learners import LearnerGroup
+from trainer.parts import Parts
+from trainer.rollouts import Rollouts
+from trainer.run import Progress, RunFolder, StopSignal
+from trainer.sampler import LiveSampler, ReplayedSampler, Sampler
+from trainer.session import Session, resume
+from trainer.sources import BatchSource, DatasetSource, RolloutSource
+from trainer.tracking import Tracker, check_trackers
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 10
+"""Deaths of rollout workers, or of graders, that one run makes good."""
+
+
+@contextmanager
+def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> Iterator[tuple[Session, BatchSource, LearnerGroup]]:
+    """Start everything that a run needs; on leaving, close it in reverse, whatever happened.
+
+    What can be wrong with data, tokenizer, model files or trackers is found before the first process starts.
+    """
+    parts = Parts(config)
+    check_trackers(config.tracking.trackers)
+    open_source = SOURCES[parts.objective.source](parts, replay)
+    folder = RunFolder.open(resume_from) if resume_from else RunFolder.create(Path("runs"), config.name)
+    with ExitStack() as stack:
+        if message := stack.enter_context(folder.locked()):
+            log.warning("%s", message)
+        folder.config.write_text(dump(config))
+        stop = stack.enter_context(StopSignal())
+        cluster = open_cluster(config.cluster, open_source.needs, folder.logs)
+        stack.callback(cluster.close)
+        learners = start_learners(parts, cluster, folder)
+        stack.callback(learners.close)
+        source = open_source(cluster, learners, folder)
+        stack.callback(source.close)
+        done = resume(folder, source, learners) if resume_from else 0
+        tracker = stack.enter_context(Tracker(folder, config.tracking.trackers, config.name, done + bool(done)))
+        tracker.start(config.model_dump(mode="json"))
+        progress = stack.enter_context(Progress(config.steps, done, config.name))
+        yield Session(config, folder, source, learners, tracker, progress, stop, done), source, learners
+
+
+def needs(config: Config, samples: bool) -> list[Need]:
+    """What the run asks of the cluster."""
+    cluster = config.cluster
+    learners = Need("learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner)
+    workers = Need("rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker)
+    graders = Need("grader", config.graders.workers, 1, 0)
+    return [learners, workers, graders] if samples else [learners]
+
+
+def start_learners(parts: Parts, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
+    """Begin to build the learner processes."""
+    config = parts.config
+    setup, size = parts.learner_setup(folder.path), config.learner.processes
+    handle = cluster.spawn(Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, in_step=True)
+    return LearnerGroup(handle, config.learner.timeout_s, config.cluster.start_timeout_s)
+
+
+def start_rollouts(parts: Parts, cluster: Cluster, model_path: Path) -> Rollouts:
+    """Begin to build rollout workers and graders."""
+    config = parts.config
+    setup, section = parts.engine_setup, config.rollout.engine
+    worker = {"engine": section.name, "config": section.options, "model_path": model_path, "setup": setup}
+    workers = cluster.spawn(RolloutWorker, "rollout", lambda i: worker, max_restarts=MAX_RESTARTS)
+    grader = {"rewards": list(config.rewards), "config": config.graders}
+    graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
+    return Rollouts(workers, graders, config.seed, config.rollout.timeout_s, config.graders.timeout_s * len(config.rewards))
+
+
+class OpenDataset:
+    """Opens the source of objectives that learn from given sequences. The data is read at once, before anything starts."""
+
+    def __init__(self, parts: Parts, replay: Path | None) -> None:
+        self.needs = needs(parts.config, samples=False)
+        self.source = DatasetSource(parts.sequences, parts.objective, parts.config)
+
+    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> BatchSource:
+        learners.wait_ready()
+        return self.source
+
+
+class OpenRollouts:
+    """Opens the source of objectives that learn from rollouts, live or replayed."""
+
+    def __init__(self, parts: Parts, replay: Path | None) -> None:
+        config = parts.config
+        self.parts = parts
+        self.replay = replay
+        self.needs = needs(config, samples=replay is None)
+        self.prompts = parts.prompts
+        section = config.rollout.engine
+        if replay is None:
+            check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
+            check_rewards(config.rewards, self.prompts.held_out(1)[0].columns, config.graders)
+
+    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> BatchSource:
+        sampler = ReplayedSampler(self.replay) if self.replay is not None else self._live(cluster, learners, folder)
+        learners.wait_ready()
+        return RolloutSource(self.prompts, sampler, self.parts.objective, self.parts.config)
+
+    def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> Sampler:
+        config = self.parts.config
+        model_path = self.parts.model_path
+        if config.model.init == "random":  # only the learners have these weights: engines start from a copy
+            model_path = folder.path / "initial"
+            learners.wait_ready()
+            learners.export(model_path)
+        rollouts = start_rollouts(self.parts, cluster, model_path)
+        rollouts.wait_ready(config.cluster.start_timeout_s)
+        save_to = folder.rollouts if config.rollout.save else None
+        return LiveSampler(rollouts, config.graders.max_unscored_share, config.rollout.sleep, save_to)
+
+
+SOURCES = {"dataset": OpenDataset, "rollout": OpenRollouts}

@@ -1,0 +1,110 @@
+"""What a run is made of, built from its configuration when first asked for. Nothing here starts a process or loads weights."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.rows import MalformedRows
+from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.data.task import open_task
+from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
+from llmquest_rl.hardware import available_cores, choose_dtype
+from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.objectives import Objective
+from rollout.engine import EngineSetup
+from trainer.config import Config
+from trainer.learner import LearnerSetup
+
+log = logging.getLogger(__name__)
+
+
+class Parts:
+    """The parts of one run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def objective(self) -> Objective:
+        section = self.config.objective
+        objective: Objective = section.module.build(section.options, self.config.algorithm, self.config.rollout.sampling)
+        return objective
+
+    @cached_property
+    def model_path(self) -> Path:
+        return resolve_model(self.config.model.path)
+
+    @cached_property
+    def renderer(self) -> PromptRenderer:
+        data = self.config.data
+        return prompt_renderer(load_tokenizer(self.model_path), data.system_prompt, data.chat_template)
+
+    @cached_property
+    def prompts(self) -> PromptStream:
+        data = self.config.data
+        assert data.task is not None, "a rule of the configuration: objectives that learn from rollouts have a task"
+        malformed = MalformedRows(data.malformed_rows)
+        task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
+        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
+
+    @cached_property
+    def sequences(self) -> AtomStream:
+        data = self.config.data
+        assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
+        malformed = MalformedRows(data.malformed_rows)
+        context = DatasetContext(
+            self.renderer, self.config.batch.tokens_per_sequence, self.config.seed, malformed, data.long_prompts
+        )
+        return AtomStream(
+            open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
+        )
+
+    def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
+        """The arithmetic that `auto` means for a part, and why."""
+        if configured != "auto":
+            return configured, "configured"
+        dtype, reason = choose_dtype("cuda" if gpus else "cpu", purpose)
+        log.info("%s: %s, because %s", purpose, dtype, reason)
+        return str(dtype).removeprefix("torch."), reason
+
+    def learner_setup(self, folder: Path) -> LearnerSetup:
+        """What every learner process is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_learner
+        return LearnerSetup(
+            model_path=self.model_path,
+            objective=self.objective,
+            optimizer=config.optimizer,
+            learner=config.learner,
+            total_updates=config.steps * config.batch.updates_per_step * config.batch.passes_per_step,
+            tokens_per_microbatch=config.batch.tokens_per_microbatch,
+            folder=folder,
+            init=config.model.init,
+            dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
+            device="cuda" if gpus else "cpu",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.seed,
+            threads=threads(config.cluster.cpus_per_learner, config.learner.processes),
+        )
+
+    @cached_property
+    def engine_setup(self) -> EngineSetup:
+        """What every rollout worker's engine is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_rollout_worker
+        dtype, reason = self.dtype(config.rollout.dtype, gpus, "engine")
+        completion = max(config.rollout.sampling.max_tokens, config.eval.max_tokens or 0)
+        at_once = config.batch.prompts_per_step * config.batch.samples_per_prompt
+        return EngineSetup(
+            context_tokens=config.data.max_prompt_tokens + completion,
+            max_sequences=-(-at_once // config.rollout.workers),
+            dtype=dtype,  # type: ignore[arg-type]
+            dtype_reason=reason,
+            threads=threads(config.cluster.cpus_per_rollout_worker, config.rollout.workers),
+            device="cuda" if gpus else "cpu",
+            seed=config.seed,
+        )
+
+
+def threads(cpus_each: float | None, count: int) -> int:
+    """CPU threads of one process: what it was given, else the machine's cores shared out, because phases take turns on them."""
+    return max(1, int(cpus_each)) if cpus_each is not None else max(1, available_cores() // count)
