@@ -31,9 +31,17 @@ _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     complex: ("complex", lambda value: [value.real, value.imag], lambda data: complex(*data)),
     Decimal: ("decimal", str, Decimal),
     Fraction: ("fraction", str, Fraction),
-    datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
+    datetime: (
+        "datetime",
+        lambda value: [value.isoformat(), value.fold],
+        lambda data: datetime.fromisoformat(data[0]).replace(fold=data[1]),
+    ),
     date: ("date", date.isoformat, date.fromisoformat),
-    time: ("time", time.isoformat, time.fromisoformat),
+    time: (
+        "time",
+        lambda value: [value.isoformat(), value.fold],
+        lambda data: time.fromisoformat(data[0]).replace(fold=data[1]),
+    ),
     timedelta: (
         "timedelta",
         lambda value: [value.days, value.seconds, value.microseconds],

@@ -196,9 +196,9 @@ class Tracker:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin tracking with the resolved configuration. Call it after the learners exist: see `_new_trackers`."""
-        self._trackers = self._new_trackers()
-        for tracker in self._trackers:
+        for tracker in self._new_trackers():
             tracker.start()
+            self._trackers.append(tracker)
             tracker.store_init_configuration(_flat(config))
 
     def log(self, step: int, metrics: Metrics) -> dict[str, float | None]:
