@@ -25,13 +25,14 @@ MARGIN = 1.2
 def available_cores() -> int:
     """CPU cores that this process may use: its affinity mask, and the quota of its container where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(_cgroup_cores())))
+    return max(1, math.ceil(min(cores, _container_cores())))
 
 
 def available_memory() -> int:
     """Bytes of main memory that this process and its children can still take without swapping or being killed."""
     free = psutil.virtual_memory().available
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    limit = _limit("memory.max", "memory/memory.limit_in_bytes")
+    used = _limit("memory.current", "memory/memory.usage_in_bytes")
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
@@ -39,8 +40,8 @@ def available_memory() -> int:
 def choose_dtype(device: str, purpose: Purpose) -> tuple[torch.dtype, str]:
     """The dtype for a model's arithmetic, and the reason in words.
 
-    On GPUs it is bfloat16 wherever the hardware has it. CPUs of one name differ by a factor of six in bfloat16, so there
-    a probe of a fifth of a second decides. Probe while the machine is otherwise idle.
+    On GPUs it is bfloat16 wherever the hardware has it. CPUs of one name differ by a factor of six in bfloat16, so
+    there a probe of a fifth of a second decides. Probe while the machine is otherwise idle.
 
     Args:
         device: `cpu` or a CUDA device.
@@ -69,22 +70,22 @@ def _matmul_gflops(rows: int, dtype: torch.dtype) -> float:
     return 2 * rows * PROBE_WIDTH * 2 * PROBE_WIDTH / fastest / 1e9
 
 
-def _cgroup_cores() -> float:
-    quota = _cgroup_text("cpu.max").split()
-    return int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0] != "max" else math.inf
+def _container_cores() -> float:
+    """The container's share of time in cores; a quota of -1 or `max` is none."""
+    combined = _control_file("cpu.max").split()
+    quota, period = (
+        combined if combined else (_control_file("cpu/cpu.cfs_quota_us"), _control_file("cpu/cpu.cfs_period_us"))
+    )
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else math.inf
 
 
-def _cgroup_number(name: str) -> int | None:
-    text = _cgroup_text(name)
+def _limit(unified: str, version_1: str) -> int | None:
+    """A number of bytes from the control group, of either version; None where there is no limit."""
+    text = _control_file(unified) or _control_file(version_1)
     return int(text) if text.isdecimal() else None
 
 
-def _cgroup_text(name: str) -> str:
-    """A limit of this process's control group (version 2), or nothing where there is none."""
-    try:
-        entries = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return ""
-    group = next((line[3:].lstrip("/") for line in entries if line.startswith("0::")), "")
-    file = Path("/sys/fs/cgroup") / group / name
+def _control_file(name: str) -> str:
+    """A file of the control group as a container sees it, where its own group is the root; else nothing."""
+    file = Path("/sys/fs/cgroup") / name
     return file.read_text().strip() if file.is_file() else ""
