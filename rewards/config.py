@@ -43,12 +43,14 @@ class RewardConfig(Options):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """`name` and `function` stand in for each other; the path of a file becomes absolute, so any process finds it."""
+        """`name` and `function` stand in for each other; a file's path becomes absolute: any process finds it."""
         if not isinstance(data, dict):
             return data
         function = data.get("function", data.get("name"))
         if not isinstance(function, str) or not function:
-            raise ValueError("a reward needs `name` (a built-in) or `function` (module:function or path/file.py:function)")
+            raise ValueError(
+                "a reward needs `name` (a built-in) or `function` (module:function or path/file.py:function)"
+            )
         target, _, attribute = function.rpartition(":")
         if target.endswith(".py"):
             function = f"{Path(target).expanduser().absolute()}:{attribute}"
@@ -90,11 +92,15 @@ class RewardConfig(Options):
             raise ValueError(f"the built-in reward `{self.function}` cannot be imported: {error}") from error
         for key in self.options:
             if key not in config_class.model_fields:
-                raise ValueError(unknown_key_message(f"reward `{self.function}`: option", key, config_class.model_fields))
+                raise ValueError(
+                    unknown_key_message(f"reward `{self.function}`: option", key, config_class.model_fields)
+                )
         try:
             return config_class(**self.options)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            )
             raise ValueError(f"reward `{self.function}`: {problems}") from error
 
 
@@ -126,4 +132,6 @@ def check_names(rewards: list[RewardConfig]) -> None:
     names = [reward.name for reward in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two rewards are called `{name}`: give one of them another `name` and keep its `function`")
+            raise ValueError(
+                f"two rewards are called `{name}`: give one of them another `name` and keep its `function`"
+            )

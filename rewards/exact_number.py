@@ -2,7 +2,7 @@
 
 The final number is, in this order, what the last `<answer>...</answer>`, the last `\\boxed{...}` or the line after the
 last `####` holds, or the last number of the text. A marked part must hold exactly one number, so that neither
-`\\boxed{6\\times7}` nor `\\boxed{2^7}` passes for 7. Currency and percent signs, units and thousands commas are ignored.
+`\\boxed{6\\times7}` nor `\\boxed{2^7}` passes for 7. Currency, percent, units and thousands commas are ignored.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Failures are counted and shown, and above a limit they stop the run: a broken grader must never look like reward 0."""
+"""Failures are counted and shown, and too many stop the run: a broken grader must never look like reward 0."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ TEXT_SHOWN = 300
 """Characters of a prompt's or completion's end, and of a failure's message, in an example."""
 
 
-class TooManyUnscored(RuntimeError):
+class TooManyUnscoredError(RuntimeError):
     """More completions than configured got no score because a reward failed."""
 
 
@@ -33,7 +33,7 @@ def check_unscored(scores: Sequence[Score], items: Sequence[GradeItem], limit: f
         limit: the largest share of failures that is tolerated.
 
     Raises:
-        TooManyUnscored: with the counts by kind and an example or more of what failed.
+        TooManyUnscoredError: with the counts by kind and an example or more of what failed.
     """
     share = unscored_share(scores)
     if share <= limit:
@@ -41,10 +41,10 @@ def check_unscored(scores: Sequence[Score], items: Sequence[GradeItem], limit: f
     counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(failure_counts(scores).items()))
     failed = [(item, score) for item, score in zip(items, scores, strict=True) if score.failure is not None]
     examples = "\n".join(_example(item, score) for item, score in _one_of_each_kind_first(failed)[:EXAMPLES_SHOWN])
-    raise TooManyUnscored(
+    raise TooManyUnscoredError(
         f"{share:.0%} of {len(scores)} completions could not be graded ({counts}); graders.max_unscored_share allows "
         f"{limit:.0%}. Examples:\n{examples}\n"
-        "Try the reward on a file of completions with `llmquest-rl grade`, or raise graders.timeout_s or graders.memory_mb."
+        "Try the reward on a file of completions with `llmquest-rl grade`, or raise graders.timeout_s or memory_mb."
     )
 
 

@@ -118,7 +118,9 @@ def _read_row(line: int, raw: bytes) -> Row:
     if not isinstance(record, dict):
         return Row(line, None, f"line {line} is not a JSON object")
     if not isinstance(record.get("completion"), str):
-        return Row(line, None, f"line {line} has no text `completion`; it has: {', '.join(sorted(record)) or 'nothing'}")
+        return Row(
+            line, None, f"line {line} has no text `completion`; it has: {', '.join(sorted(record)) or 'nothing'}"
+        )
     columns = {key: value for key, value in record.items() if key not in OWN_KEYS}
     return Row(line, GradeItem(record.get("prompt", ""), record["completion"], record.get("answer"), columns))
 

@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class RewardError(ValueError):
     """A reward that cannot be run at all: not found, not importable, or in want of a column. Found before the start."""
 
 
-class InvalidReturn(ValueError):
+class InvalidReturnError(ValueError):
     """A reward returned something that is no reward."""
 
 
@@ -107,8 +107,8 @@ def _find(config: RewardConfig) -> Callable[..., Any]:
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
     except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise RewardError(f"reward `{config.name}`: importing {target} failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, attribute, None)
+        raise RewardError(f"reward `{config.name}`: importing {target}: {type(error).__name__}: {error}") from error
+    function: object = getattr(module, attribute, None)
     if not callable(function):
         known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise RewardError(unknown_key_message(f"reward `{config.name}`: in {target} the function", attribute, known))
@@ -141,12 +141,12 @@ def read_return(name: str, returned: Any) -> dict[str, float | None]:
     A component that is None does not apply; a dict of nothing else does not apply as a whole.
 
     Raises:
-        InvalidReturn: neither a finite number, nor a dict of such numbers by name, nor None.
+        InvalidReturnError: neither a finite number, nor a dict of such numbers by name, nor None.
     """
     if not isinstance(returned, dict):
         return {name: _number(name, returned)}
     if not returned or not all(isinstance(key, str) for key in returned):
-        raise InvalidReturn(f"reward `{name}` returned {returned!r:.200}: a dict needs names (str) as keys, and at least one")
+        raise InvalidReturnError(f"reward `{name}` returned {returned!r:.200}: a dict needs names (str) as keys")
     components = {key: _number(f"{name}/{key}", value) for key, value in returned.items()}
     known = [value for value in components.values() if value is not None]
     value = components["score"] if "score" in components else sum(known) if known else None
@@ -160,11 +160,11 @@ def _number(name: str, value: Any) -> float | None:
         value = value.item()
     if not isinstance(value, numbers.Real):
         kind = type(value).__name__
-        raise InvalidReturn(
+        raise InvalidReturnError(
             f"reward `{name}` returned {value!r:.200} ({kind}): a reward is called for one completion and returns "
             "a number, a dict of numbers by name, or None"
         )
     number = float(value)
     if not math.isfinite(number):
-        raise InvalidReturn(f"reward `{name}` returned {number}: a reward is finite")
+        raise InvalidReturnError(f"reward `{name}` returned {number}: a reward is finite")
     return number

@@ -1,10 +1,10 @@
 """Math: the completion's final answer equals the gold one as mathematics, judged by Hugging Face's Math-Verify.
 
-By default strict, because Math-Verify alone accepts much that is no answer. Strict means: the answer stands in the last
-`\\boxed{...}` (or `<answer>...</answer>`) after the thinking; a gold number wants an evaluated number, not arithmetic that
-leads to it; an exact irrational wants an exact form; an equation is no number; brackets of a gold set or tuple are
-part of it; and a percent sign is a unit (18% is 18, not 0.18). The time limit is the grader's: Math-Verify's own uses
-SIGALRM, and turns an answer that takes too long into a wrong one.
+By default strict, because Math-Verify alone accepts much that is no answer. Strict means: the answer stands in the
+last `\\boxed{...}` (or `<answer>...</answer>`) after the thinking; a gold number wants an evaluated number, not
+arithmetic that leads to it; an exact irrational wants an exact form; an equation is no number; brackets of a gold set
+or tuple are part of it; and a percent sign is a unit (18% is 18, not 0.18). The time limit is the grader's:
+Math-Verify's own uses SIGALRM, and turns an answer that takes too long into a wrong one.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 
 from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
-from sympy import Basic, Float, Integer, MatrixBase, Mul, Number, Pow
+from sympy import Float, Integer, MatrixBase, Mul, Number, Pow
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom
 
@@ -23,7 +23,8 @@ from rewards.extract import after_thinking, last_boxed, last_tagged
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
 
-Expression = Basic | MatrixBase | str
+Expression = Any
+"""What Math-Verify reads: an expression or matrix of sympy, or a text."""
 
 
 class Config(Options):

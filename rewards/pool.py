@@ -234,7 +234,9 @@ class Pool:
     def _on_end(self, worker: Worker, answers: list[tuple[int, int, Outcome]], pending: deque[Task]) -> None:
         how = worker.kill()
         if worker.started is None:
-            self._on_failed_start(worker, f"the process ended while it imported the rewards ({how}); see its output above")
+            self._on_failed_start(
+                worker, f"the process ended while it imported the rewards ({how}); see its output above"
+            )
             return
         if worker.queue:
             self._fail(worker, answers, "crash", f"ended its process ({how})")

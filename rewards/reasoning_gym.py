@@ -1,11 +1,11 @@
-"""reasoning-gym: the score that the task's own scorer gives, in [0, 1]; often partial for answers that are nearly right.
+"""reasoning-gym: the score that the task's own scorer gives, in [0, 1], often partial credit.
 
 The column `entry` is reasoning-gym's own dict of question, answer and metadata; its `metadata.source_dataset` names the
 scorer.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from llmquest_rl.options import Options
@@ -19,7 +19,7 @@ class Config(Options):
     """Which part of the completion is scored."""
 
     tag: str | None = None
-    """Score what the last `<tag>...</tag>` holds, e.g. `answer`; 0 without one. Default: all text after the thinking."""
+    """Score what the last `<tag>...</tag>` holds, e.g. `answer`; 0 without one. Default: all after the thinking."""
 
 
 def reward(completion: str, entry: dict[str, Any], config: Config) -> float:
@@ -39,7 +39,7 @@ def reward(completion: str, entry: dict[str, Any], config: Config) -> float:
     return float(_scorer(source)(said.strip(), entry))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scorer(source: str) -> Callable[[str, dict[str, Any]], float]:
     scorer: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(source)
     return scorer

@@ -10,7 +10,7 @@ Value = float | dict[str, float | None] | None
 """What a reward returns: a number, named components, or None for "does not apply"."""
 
 RewardFunction = Callable[..., Value | Awaitable[Value]]
-"""`def reward(prompt, completion, answer, **columns)`: called by keyword with those of these that its signature names."""
+"""`def reward(prompt, completion, answer, **columns)`: called by keyword with what its signature names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,4 +24,4 @@ class GradeItem:
     answer: Any
     """The gold answer."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments: the data set's columns, and `completion_tokens` and `finish_reason` from the rollout."""
+    """Further keyword arguments: the data set's columns; from the rollout `completion_tokens`, `finish_reason`."""

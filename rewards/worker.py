@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from rewards.config import RewardConfig
-from rewards.load import InvalidReturn, LoadedReward, RewardError, load_reward, read_return
+from rewards.load import InvalidReturnError, LoadedReward, RewardError, load_reward, read_return
 from rewards.types import GradeItem
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -104,7 +104,7 @@ def run_reward(reward: LoadedReward, item: bytes, memory: Memory, loop: asyncio.
             if inspect.isawaitable(returned):
                 returned = loop.run_until_complete(returned)
         parts = read_return(reward.name, returned)
-    except (InvalidReturn, RewardError) as error:
+    except (InvalidReturnError, RewardError) as error:
         failure, detail = "invalid", str(error)
     except MemoryError:
         failure, detail = "memory", f"reward `{reward.name}` took more than graders.memory_mb for one item"
