@@ -1,0 +1,178 @@
+"""Supervised data sets: the loss falls on the replies and on nothing else."""
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmquest_rl.batch import collate
+from llmquest_rl.data.conversation import row_atom, targets
+from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.datasets import sft, text
+from llmquest_rl.data.rows import DataError, MalformedRows
+from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
+from llmquest_rl.options import Options
+
+EOS = "<|im_end|>"
+DIALOGUE = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "\n\nHi! "},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "never answered"},
+]
+STRIPS_EARLIER_TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% else %}...{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def learnt(atom: Any, renderer: PromptRenderer) -> str:
+    from_atom = list(targets(atom))
+    assert collate([atom]).targets.tolist() == from_atom
+    return renderer.decode(from_atom)
+
+
+def test_the_loss_of_a_dialogue_falls_on_exactly_the_replies(renderer: PromptRenderer) -> None:
+    atom = row_atom({"messages": DIALOGUE}, renderer, mask_prompt=True)
+    assert learnt(atom, renderer) == f"\n\nHi! {EOS}4{EOS}"
+    whole = renderer.decode([*atom.prompt, *atom.completions[0]])
+    assert whole + "\n" == renderer.chat_text(renderer.with_system(DIALOGUE[:4]), add_generation_prompt=False)
+
+
+def test_without_a_mask_everything_but_the_first_token_is_learnt(renderer: PromptRenderer) -> None:
+    atom = row_atom({"messages": DIALOGUE[:2]}, renderer, mask_prompt=False)
+    whole = renderer.chat_text(renderer.with_system(DIALOGUE[:2]), add_generation_prompt=False)
+    assert "<|im_start|>" + learnt(atom, renderer) == whole
+
+
+@pytest.mark.parametrize("prompt", ["2 + 2?", [{"role": "user", "content": "2 + 2?"}]])
+def test_a_prompt_is_trained_on_as_it_is_generated_from(renderer: PromptRenderer, prompt: Any) -> None:
+    atom = row_atom({"prompt": prompt, "completion": "4"}, renderer, mask_prompt=True)
+    assert atom.prompt == renderer.prompt_ids(prompt)
+    assert learnt(atom, renderer) == f"4{EOS}"
+
+
+def test_plain_text_rows_end_with_the_end_token(tokenizer: Tokenizer) -> None:
+    plain = prompt_renderer(tokenizer, chat_template="none")
+    atom = row_atom({"prompt": "2 + 2 =", "completion": " 4"}, plain, mask_prompt=True)
+    assert plain.decode(atom.prompt) == "2 + 2 =" and learnt(atom, plain) == f" 4{EOS}"
+    with pytest.raises(DataError, match="messages need a chat template"):
+        row_atom({"messages": DIALOGUE}, plain, mask_prompt=True)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Tokenizer) -> None:
+    strips = prompt_renderer(tokenizer, chat_template=STRIPS_EARLIER_TURNS)
+    assert learnt(row_atom({"messages": DIALOGUE[:2]}, strips, mask_prompt=True), strips) == f"\n\nHi! {EOS}"
+    with pytest.raises(DataError, match="renders the conversation up to message 3 differently"):
+        row_atom({"messages": DIALOGUE}, strips, mask_prompt=True)
+
+
+ROWS: list[Any] = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(40)]
+
+
+def test_sft_splits_by_question_and_counts_what_it_drops(
+    jsonl: Callable[..., str], context: Callable[..., DatasetContext], renderer: PromptRenderer
+) -> None:
+    bad = [
+        {"prompt": "no completion"},
+        {"messages": []},
+        {"messages": DIALOGUE[:1]},
+        {"messages": [{"role": "user"}]},
+        "no json",
+    ]
+    path = jsonl([*ROWS, *bad, {"prompt": "long " * 80, "completion": "yes"}])
+    malformed = MalformedRows("drop")
+    data = sft.load(sft.Config(path=path, validation_share=0.1), context(malformed=malformed))
+    assert (len(data.train), len(data.validation)) == (36, 4)
+    assert data.counters == {"dropped_malformed_rows": 5, "dropped_long_rows": 1, "dropped_overlapping_rows": 0}
+    assert f"{path}:41: " in malformed.reports[0] and "completion" in malformed.reports[0]
+    prompts = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    assert not prompts[0] & prompts[1]
+
+
+def test_sft_stops_at_a_malformed_or_long_row_where_that_is_asked_for(
+    jsonl: Callable[..., str], context: Callable[..., DatasetContext]
+) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:41: .*neither `messages` nor `prompt`.*it has: prompt"):
+        sft.load(sft.Config(path=jsonl([*ROWS, {"prompt": "x"}])), context())
+    long = {"prompt": "long " * 80, "completion": "yes"}
+    with pytest.raises(DataError, match=r"rows.jsonl:41: the row has \d+ tokens, more than batch.tokens_per_sequence"):
+        sft.load(sft.Config(path=jsonl([*ROWS, long])), context(long_rows="error"))
+
+
+def test_sft_leaves_validation_questions_of_another_file_out_of_training(
+    jsonl: Callable[..., str], context: Callable[..., DatasetContext]
+) -> None:
+    columns = sft.Columns(prompt="q", completion="a")
+    rows = [{"q": row["prompt"], "a": row["completion"]} for row in ROWS]
+    config = sft.Config(path=jsonl(rows), validation_path=jsonl(rows[:3], "val.jsonl"), columns=columns)
+    data = sft.load(config, context())
+    assert (len(data.train), len(data.validation), data.counters["dropped_overlapping_rows"]) == (37, 3, 3)
+
+
+def test_sft_learns_the_gold_answers_of_a_task(
+    context: Callable[..., DatasetContext], renderer: PromptRenderer
+) -> None:
+    config = sft.Config(task={"name": "arithmetic", "digits": 1, "template": "{question}"}, task_rows=50)
+    data = sft.load(config, context())
+    prompts = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    assert len(data.train) == 50 and not prompts[0] & prompts[1]
+    for atom in data.train:
+        left, right = renderer.decode(atom.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
+        assert learnt(atom, renderer) == f"{int(left) + int(right)}{EOS}"
+    with pytest.raises(DataError, match="no task 'arithmetics'"):
+        sft.load(sft.Config(task={"name": "arithmetics"}), context())
+
+
+def test_a_user_function_gives_rows(context: Callable[..., DatasetContext], renderer: PromptRenderer) -> None:
+    data = open_dataset("mine.py:rows", lambda: iter(ROWS), Options(), context())
+    assert (len(data.train), len(data.validation), data.name) == (38, 2, "rows")
+
+
+def test_text_is_joined_by_the_end_token_and_cut_into_blocks(
+    tmp_path: Path, context: Callable[..., DatasetContext], renderer: PromptRenderer
+) -> None:
+    documents = [f"Document {i} says {i * i}. " * (i + 1) for i in range(10)]
+    for i, document in enumerate(documents):
+        (tmp_path / f"{i}.txt").write_text(document)
+    (tmp_path / "empty.txt").write_text(" \n")
+    data = text.load(text.Config(path=str(tmp_path / "*.txt"), validation_share=0.2), context(tokens_per_sequence=16))
+    sides = [[token for atom in side for token in atom.completions[0]] for side in (data.train, data.validation)]
+    found = [renderer.decode(side).split(EOS) for side in sides]
+    assert [len(side) for side in found] == [9, 3] and all(side[-1] == "" for side in found)
+    assert sorted(found[0][:-1] + found[1][:-1]) == sorted(documents)
+    assert all(len(atom.completions[0]) == 16 and atom.prompt == [] for atom in data.train[:-1])
+    assert data.train[-1] == data.train[len(data.train) - 1] != data.train[0]
+    assert learnt(data.train[0], renderer) == renderer.decode(sides[0][1:16])
+
+
+def test_text_reads_rows_and_counts_malformed_ones(
+    jsonl: Callable[..., str], context: Callable[..., DatasetContext]
+) -> None:
+    rows = [{"body": "some words of text"}, {"body": None}, {"body": "other words"}, "{"]
+    malformed = MalformedRows("drop")
+    data = text.load(text.Config(path=jsonl(rows), text_column="body"), context(malformed=malformed))
+    assert data.counters["dropped_malformed_rows"] == 2 and len(data.train) == len(data.validation) == 1
+    with pytest.raises(DataError, match=r"rows.jsonl:2: there is no text in the column 'body'"):
+        text.load(text.Config(path=jsonl(rows), text_column="body"), context())
+
+
+def test_text_from_pythons_own_library_needs_no_files(context: Callable[..., DatasetContext]) -> None:
+    data = text.load(text.Config(path="{stdlib}/json/*.py"), context())
+    assert len(data.train) > 50 and len(data.validation) > 0
+    assert list(Path(sysconfig.get_path("stdlib")).glob("json/*.py"))
+
+
+def test_text_says_what_is_missing(tmp_path: Path, context: Callable[..., DatasetContext]) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        text.load(text.Config(path=str(tmp_path / "*.md")), context())
+    (tmp_path / "one.txt").write_text("only one document")
+    with pytest.raises(DataError, match="1 documents"):
+        text.load(text.Config(path=str(tmp_path / "one.txt")), context())
+    (tmp_path / "two.txt").write_bytes(b"\xff\xfe not UTF-8")
+    with pytest.raises(DataError, match="two.txt: not UTF-8"):
+        text.load(text.Config(path=str(tmp_path / "*.txt")), context())

@@ -1,0 +1,66 @@
+"""Rendering prompts: templates, plain text, end tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmquest_rl.data.rows import DataError
+from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, eos_ids, load_tokenizer, prompt_renderer
+
+TURNS = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "2 + 2?"},
+]
+
+
+def test_prompts_are_rendered_as_transformers_renders_them(tokenizer: Tokenizer, renderer: PromptRenderer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *TURNS]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert renderer.prompt_ids(TURNS) == expected
+    assert renderer.prompt_ids(messages) == expected, "a conversation keeps its own system message"
+    assert renderer.prompt_ids("2 + 2?") == renderer.prompt_ids([TURNS[2]])
+
+
+def test_a_template_may_be_text_or_a_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    for given in (template, str(tmp_path / "chat.jinja")):
+        renderer = prompt_renderer(tokenizer, chat_template=given)
+        assert renderer.decode(renderer.prompt_ids("a")) == "[a]"
+    with pytest.raises(DataError, match="neither a file nor"):
+        prompt_renderer(tokenizer, chat_template=str(tmp_path / "none.jinja"))
+
+
+def test_a_template_that_refuses_the_messages_says_so(tokenizer: Tokenizer) -> None:
+    renderer = prompt_renderer(tokenizer, "Be brief.", "{{ raise_exception('no system role') }}")
+    with pytest.raises(DataError, match="roles system, user: no system role"):
+        renderer.prompt_ids("a")
+
+
+def test_a_tokenizer_without_a_template_needs_a_decision(model_path: Path) -> None:
+    bare = load_tokenizer(model_path)
+    bare.chat_template = None
+    with pytest.raises(DataError, match="set data.chat_template"):
+        prompt_renderer(bare)
+    plain = prompt_renderer(bare, chat_template="none")
+    assert plain.decode(plain.prompt_ids("2 + 2 =")) == "2 + 2 ="
+    with pytest.raises(DataError, match="messages need a chat template"):
+        plain.prompt_ids(TURNS)
+    with pytest.raises(DataError, match="system_prompt needs a chat template"):
+        prompt_renderer(bare, system_prompt="Be brief.", chat_template="none")
+
+
+def test_every_end_token_is_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert eos_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
+    assert eos_ids(tmp_path, tokenizer) == sorted({0, 5, tokenizer.eos_token_id})
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(DataError, match="no readable tokenizer"):
+        load_tokenizer(tmp_path)
