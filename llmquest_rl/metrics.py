@@ -67,6 +67,7 @@ DESCRIPTIONS: dict[str, str] = {
 DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
     "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: weight**2 / square),
     "train/perplexity": (("train/loss",), lambda loss: math.exp(min(loss, 700.0))),
+    "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), lambda tokens, seconds: tokens / seconds),
 }
 """Numbers that no merging gives: computed from merged ones, by name."""
 

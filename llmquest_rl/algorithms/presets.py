@@ -1,4 +1,4 @@
-"""The table of algorithms: what the literature calls an algorithm is a row of cells, each of which can be overridden."""
+"""The table of algorithms: what the literature calls an algorithm is a row of cells, each of them overridable."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches

@@ -1,0 +1,377 @@
+"""One process of the group that trains: Accelerate over DeepSpeed ZeRO. The only file that imports either.
+
+The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
+microbatches and processes, never averaged. DeepSpeed averages over processes; the loss is scaled by their number to undo it.
+
+What DeepSpeed does here depends on dtype and ZeRO stage:
+
+* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced when there are several processes.
+* bfloat16, stage 0: as stage 1, because that is where DeepSpeed keeps float32 master weights and float32 gradients.
+* stages 1 to 3: master weights and AdamW state are shared out; from 2 on gradients too, from 3 on parameters too.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import disk_tensors, load_model, new_model, save_model
+from llmquest_rl.objectives import Objective
+from llmquest_rl.optim.groups import decay_groups
+from llmquest_rl.optim.schedules import lr_factor
+from trainer.config import LearnerConfig, OptimizerConfig
+from trainer.learner_batches import Plan, num_tokens, plan_microbatches
+from trainer.learner_state import load_rng, peak_memory_gb, save_rng, seed_everything
+
+log = logging.getLogger(__name__)
+
+TAG = "learner"
+"""Name of DeepSpeed's folder inside a checkpoint."""
+
+
+class BadSteps(RuntimeError):
+    """Too many updates in a row had NaN or inf in loss or gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSetup:
+    """What every process of the group is told alike."""
+
+    model_path: Path
+    """A checkpoint folder in the Hub's layout."""
+    objective: Objective
+    optimizer: OptimizerConfig
+    learner: LearnerConfig
+    total_updates: int
+    """Optimizer updates in the whole run: the schedule's length."""
+    tokens_per_microbatch: int
+    folder: Path
+    """Where a batch that made the gradient NaN is saved."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic; master weights and AdamW state are float32 always."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    threads: int = 0
+    """CPU threads for this process; 0 = torch's own choice."""
+
+
+class Learner:
+    """A plain class: the cluster makes it an actor, and with one process it runs in the caller's.
+
+    Every method is a collective: all processes call it, in the same order.
+    """
+
+    def __init__(
+        self, setup: LearnerSetup, rank: int = 0, world_size: int = 1, master_address: str = "", master_port: int = 0
+    ) -> None:
+        """Join the group at `master_address:master_port` (unused by a single process), load the model, build the optimizer.
+
+        Raises:
+            ValueError: the model folder does not hold what it should.
+        """
+        self.setup, self.rank, self.world_size = setup, rank, world_size
+        self.device = torch.device(setup.device)
+        self.dtype = getattr(torch, setup.dtype)
+        self.updates = 0
+        self.bad_steps = 0
+        self.bad_in_a_row = 0
+        self._set_threads()
+        self._owns_group = self._join(master_address, master_port)
+        seed_everything(setup.seed, rank)
+        model = self._build_model()
+        model.gradient_checkpointing = setup.gradient_checkpointing
+        self.reference = self._build_model().eval().requires_grad_(False) if setup.objective.needs_reference else None
+        groups = decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
+        )
+        self.engine = self._prepare(model)
+        self.model: CausalLM = self.engine.module
+
+    # --- training ---
+
+    def update(self, work: tuple[Sequence[Sequence[Atom]], int]) -> dict[str, float]:
+        """Run one optimizer update for each minibatch, in each pass.
+
+        Args:
+            work: this process's share of every minibatch (weighed as a whole before it was shared out), and the passes.
+
+        Returns:
+            Metrics over all processes, the same on each.
+
+        Raises:
+            BadSteps: more than `max_bad_steps` updates in a row were skipped; the message names the saved batch.
+        """
+        minibatches, passes = work
+        self._set_threads()
+        self.model.train()
+        started = time.perf_counter()
+        plan = plan_microbatches([self._fitting(atoms) for atoms in minibatches], self.setup.tokens_per_microbatch)
+        plan = self._with_streams(plan, self.setup.objective.streams(len(minibatches) * passes))
+        prepared = time.perf_counter()
+        metrics = Metrics()
+        for _ in range(passes):
+            for microbatches, atoms in zip(plan, minibatches, strict=True):
+                self._update_once(microbatches, atoms, metrics)
+        metrics.max("time/learner_prepare_s", prepared - started)
+        metrics.max("time/learner_update_s", time.perf_counter() - prepared)
+        metrics.sum("learner/tokens", passes * num_tokens(plan))
+        metrics.max("learner/microbatches", passes * sum(map(len, plan)))
+        metrics.max("learner/updates", self.updates)
+        metrics.max("learner/bad_steps", self.bad_steps)
+        metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
+        return self._over_processes(metrics).to_floats()
+
+    def _update_once(self, microbatches: list[TokenBatch], atoms: Sequence[Atom], metrics: Metrics) -> None:
+        options = self.setup.optimizer
+        lr = options.lr * lr_factor(
+            options.schedule, self.updates, self.setup.total_updates, options.warmup_steps, options.min_lr_ratio
+        )
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        parts = []
+        for i, batch in enumerate(microbatches):
+            self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
+            loss = self.setup.objective.loss(self.engine, batch.to(self.device))
+            # A loss that is not finite can have a finite gradient: make it NaN, so that every process skips the update.
+            poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
+            self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
+            parts.append(loss.metrics)
+        norm = self._step()
+        self.updates += 1
+        if norm is None:
+            self._count_bad(atoms)
+            return
+        self.bad_in_a_row = 0
+        metrics.merge(parts)
+        metrics.mean("learner/grad_norm", norm)
+        metrics.max("learner/lr", lr)
+
+    def _step(self) -> float | None:
+        """Clip and step; the gradient's norm, or None when it was not finite and nothing was changed."""
+        if self.engine.zero_optimization():
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not norm.isfinite():
+            self.engine.zero_grad()
+            return None
+        if self.setup.optimizer.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.setup.optimizer.max_grad_norm, norm)
+        self.engine.step()
+        return float(norm)
+
+    def _count_bad(self, atoms: Sequence[Atom]) -> None:
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        log.warning("update %d had NaN or inf in loss or gradients and was skipped", self.updates)
+        if self.bad_in_a_row > self.setup.learner.max_bad_steps:
+            path = self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(list(atoms), path)
+            raise BadSteps(
+                f"{self.bad_in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_bad_steps is "
+                f"{self.setup.learner.max_bad_steps}); the weights are those before. The last batch is in {path}: "
+                "torch.load(path, weights_only=False) gives its atoms. A lower learning rate or clip is the usual cure."
+            )
+
+    def _fitting(self, atoms: Sequence[Atom]) -> list[Atom]:
+        """Atoms as this model can compute them."""
+        return list(atoms) if self.model.shares_prompts else [part for atom in atoms for part in atom.expanded()]
+
+    def _with_streams(self, plan: Plan, streams: Sequence[str]) -> Plan:
+        """The plan with the log-probs that need no gradient: old policy, frozen reference."""
+        models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
+        for name in streams:
+            model = models[name]
+            assert model is not None, f"the objective asks for {name} but not for a reference model"
+            plan = [[self._with_logprobs(model, name, batch) for batch in microbatches] for microbatches in plan]
+        return plan
+
+    @torch.no_grad()
+    def _with_logprobs(self, model: nn.Module, name: str, batch: TokenBatch) -> TokenBatch:
+        logprobs = model(batch.to(self.device), temperature=self.setup.objective.temperature).logprobs
+        return replace(batch, streams={**batch.streams, name: logprobs.to("cpu", torch.float32)})
+
+    @torch.no_grad()
+    def evaluate(self, atoms: Sequence[Atom]) -> dict[str, float]:
+        """The objective's metrics on this process's share of weighed held-out atoms, named `eval/...`; no gradient."""
+        self._set_threads()
+        self.model.eval()
+        plan = plan_microbatches([self._fitting(atoms)], self.setup.tokens_per_microbatch)
+        plan = self._with_streams(plan, self.setup.objective.streams(1))
+        metrics = Metrics()
+        for batch in plan[0]:
+            metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
+        floats = self._over_processes(metrics).to_floats()
+        return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
+
+    def _over_processes(self, metrics: Metrics) -> Metrics:
+        everyone: list[Metrics] = [metrics] * self.world_size
+        dist.all_gather_object(everyone, metrics.fetched())
+        return Metrics().merge(everyone)
+
+    # --- weights and state ---
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs (name on disk, tensor) of the current weights. Every process must run through it to the end.
+
+        With ZeRO-3 one tensor at a time is gathered; without, the tensors are the live parameters: read them before the
+        next update.
+        """
+        return disk_tensors(self.model, self._gathered())
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self.model.named_parameters():
+            whole = (
+                GatheredParameters([parameter]) if self.engine.zero_optimization_partition_weights() else nullcontext()
+            )
+            with whole:
+                yield name, parameter.detach()
+
+    def save(self, folder: Path) -> None:
+        """Write everything that an exact resume needs into an existing folder."""
+        state = {"updates": self.updates, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        save_rng(folder / TAG / f"rng_{self.rank}.pt")
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, with the same number of processes, ZeRO stage and dtype.
+
+        Raises:
+            ValueError: the folder holds no such checkpoint, or one of another number of processes.
+        """
+        saved = len(list((folder / TAG).glob("rng_*.pt")))
+        if saved != self.world_size:
+            raise ValueError(
+                f"{folder / TAG} was written by {saved} learner processes, this run has {self.world_size}: "
+                "set learner.processes to the same number, or start from an exported model instead"
+            )
+        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
+        self.updates, self.bad_steps, self.bad_in_a_row = (
+            state[key] for key in ("updates", "bad_steps", "bad_in_a_row")
+        )
+        load_rng(folder / TAG / f"rng_{self.rank}.pt")
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a folder of the Hub's layout, tokenizer included."""
+        if self.rank == 0:
+            save_model(self.setup.model_path, self.weights(), folder)
+        else:
+            for _ in self.weights():
+                pass
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group and free the model. Idempotent."""
+        if not hasattr(self, "engine"):
+            return
+        self.engine.destroy()
+        del self.engine, self.model, self.adamw, self.reference
+        _forget_accelerate()
+        if self._owns_group:
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()
+
+    # --- building ---
+
+    def _set_threads(self) -> None:
+        """Before each piece of work: an engine in the same process may have changed it."""
+        if self.setup.threads:
+            torch.set_num_threads(self.setup.threads)
+
+    def _build_model(self) -> CausalLM:
+        if self.setup.init == "random":
+            return new_model(self.setup.model_path, self.dtype, self.device, self.setup.seed)
+        return load_model(self.setup.model_path, self.dtype, self.device)
+
+    def _join(self, address: str, port: int) -> bool:
+        """Join the process group; False when this process already is in one."""
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        if dist.is_initialized():
+            assert dist.get_world_size() == self.world_size, "this process is in a group of another size"
+            return False
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=self.setup.learner.timeout_s)
+        if self.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            return True
+        if address.startswith("127.") or address == "localhost":
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        method = f"tcp://{address}:{port}"
+        dist.init_process_group(
+            backend, init_method=method, rank=self.rank, world_size=self.world_size, timeout=timeout
+        )
+        return True
+
+    def _prepare(self, model: CausalLM) -> Any:
+        """The model and its optimizer inside a DeepSpeed engine."""
+        import deepspeed.ops
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin
+
+        # Its shared-memory collectives for CPUs are compiled when first used, for minutes, where there is a compiler at all.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _forget_accelerate()
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(model), zero3_init_flag=False)
+        accelerator = Accelerator(deepspeed_plugin=plugin)
+        engine, _ = accelerator.prepare(model, self.adamw)
+        if (
+            self.world_size == 1
+            and engine.zero_optimization_stage() < 2
+            and not hasattr(engine.optimizer, "reduce_gradients")
+        ):
+            engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
+        return engine
+
+    def _deepspeed_config(self, model: CausalLM) -> dict[str, Any]:
+        stage = self.setup.learner.zero_stage
+        half = self.dtype == torch.bfloat16
+        on_host = {"optimizer": ["offload_optimizer"], "parameters": ["offload_optimizer", "offload_param"], "none": []}
+        vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
+        zero: dict[str, Any] = {
+            "stage": max(1, stage) if half else stage,
+            "stage3_param_persistence_threshold": max(vectors, default=0),  # norms and biases are not worth gathering
+        }
+        zero |= {name: {"device": "cpu"} for name in on_host[self.setup.learner.offload]}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": (self.setup.optimizer.max_grad_norm or 0.0) if zero["stage"] else 0.0,
+            "zero_optimization": zero,
+            "bf16": {"enabled": half, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed's needs a compiler at run time
+        }
+
+
+def _forget_accelerate() -> None:
+    """Accelerate keeps its state for the life of a process; a second learner, or a tracker before it, needs it fresh."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
