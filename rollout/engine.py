@@ -49,8 +49,10 @@ class EngineSetup:
 class RolloutEngine(Protocol):
     """Draws completions from a model whose weights can be replaced while it runs."""
 
-    version: int
-    """Version of the weights in use; 0 = those of the folder that it was built from."""
+    @property
+    def version(self) -> int:
+        """Version of the weights in use; 0 = those of the folder that it was built from."""
+        ...
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """Complete each request `n` times: [requests][n], in the order asked.
