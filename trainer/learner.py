@@ -1,22 +1,23 @@
 """One process of the group that trains: Accelerate over DeepSpeed ZeRO. The only file that imports either.
 
 The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
-microbatches and processes, never averaged. DeepSpeed averages over processes; the loss is scaled by their number to undo it.
+microbatches and processes, never averaged. DeepSpeed averages over processes: the loss is scaled by their number.
 
 What DeepSpeed does here depends on dtype and ZeRO stage:
 
-* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced when there are several processes.
+* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced between processes.
 * bfloat16, stage 0: as stage 1, because that is where DeepSpeed keeps float32 master weights and float32 gradients.
 * stages 1 to 3: master weights and AdamW state are shared out; from 2 on gradients too, from 3 on parameters too.
 """
 
+import io
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,10 @@ from llmquest_rl.models.hf import disk_tensors, load_model, new_model, save_mode
 from llmquest_rl.objectives import Objective
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
+from rollout.weights import Published, publish
 from trainer.config import LearnerConfig, OptimizerConfig
 from trainer.learner_batches import Plan, num_tokens, plan_microbatches
+from trainer.learner_group import join_group, zero_config
 from trainer.learner_state import load_rng, peak_memory_gb, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ TAG = "learner"
 """Name of DeepSpeed's folder inside a checkpoint."""
 
 
-class BadSteps(RuntimeError):
+class BadStepsError(RuntimeError):
     """Too many updates in a row had NaN or inf in loss or gradients."""
 
 
@@ -78,7 +81,7 @@ class Learner:
     def __init__(
         self, setup: LearnerSetup, rank: int = 0, world_size: int = 1, master_address: str = "", master_port: int = 0
     ) -> None:
-        """Join the group at `master_address:master_port` (unused by a single process), load the model, build the optimizer.
+        """Join the group at `master_address:master_port` (one process needs none), load the model, build the optimizer.
 
         Raises:
             ValueError: the model folder does not hold what it should.
@@ -90,7 +93,10 @@ class Learner:
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self._set_threads()
-        self._owns_group = self._join(master_address, master_port)
+        os.environ.setdefault("DS_ACCELERATOR", setup.device)
+        self._owns_group = join_group(
+            self.device, rank, world_size, master_address, master_port, setup.learner.timeout_s
+        )
         seed_everything(setup.seed, rank)
         model = self._build_model()
         model.gradient_checkpointing = setup.gradient_checkpointing
@@ -114,7 +120,7 @@ class Learner:
             Metrics over all processes, the same on each.
 
         Raises:
-            BadSteps: more than `max_bad_steps` updates in a row were skipped; the message names the saved batch.
+            BadStepsError: more than `max_bad_steps` updates in a row were skipped; the message names the saved batch.
         """
         minibatches, passes = work
         self._set_threads()
@@ -184,7 +190,7 @@ class Learner:
             path = self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(list(atoms), path)
-            raise BadSteps(
+            raise BadStepsError(
                 f"{self.bad_in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_bad_steps is "
                 f"{self.setup.learner.max_bad_steps}); the weights are those before. The last batch is in {path}: "
                 "torch.load(path, weights_only=False) gives its atoms. A lower learning rate or clip is the usual cure."
@@ -246,6 +252,13 @@ class Learner:
             with whole:
                 yield name, parameter.detach()
 
+    def published(self) -> Published:
+        """The weights in host memory with their checksums, on the first process; nothing on the others."""
+        if self.rank == 0:
+            return publish((name, tensor.cpu()) for name, tensor in self.weights())
+        deque(self.weights(), maxlen=0)
+        return {}, {}
+
     def save(self, folder: Path) -> None:
         """Write everything that an exact resume needs into an existing folder."""
         state = {"updates": self.updates, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
@@ -278,8 +291,7 @@ class Learner:
         if self.rank == 0:
             save_model(self.setup.model_path, self.weights(), folder)
         else:
-            for _ in self.weights():
-                pass
+            deque(self.weights(), maxlen=0)
         dist.barrier()
 
     def close(self) -> None:
@@ -306,71 +318,31 @@ class Learner:
             return new_model(self.setup.model_path, self.dtype, self.device, self.setup.seed)
         return load_model(self.setup.model_path, self.dtype, self.device)
 
-    def _join(self, address: str, port: int) -> bool:
-        """Join the process group; False when this process already is in one."""
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
-        if dist.is_initialized():
-            assert dist.get_world_size() == self.world_size, "this process is in a group of another size"
-            return False
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=self.setup.learner.timeout_s)
-        if self.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            return True
-        if address.startswith("127.") or address == "localhost":
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        method = f"tcp://{address}:{port}"
-        dist.init_process_group(
-            backend, init_method=method, rank=self.rank, world_size=self.world_size, timeout=timeout
-        )
-        return True
-
     def _prepare(self, model: CausalLM) -> Any:
         """The model and its optimizer inside a DeepSpeed engine."""
         import deepspeed.ops
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin
 
-        # Its shared-memory collectives for CPUs are compiled when first used, for minutes, where there is a compiler at all.
+        # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _forget_accelerate()
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(model), zero3_init_flag=False)
-        accelerator = Accelerator(deepspeed_plugin=plugin)
-        engine, _ = accelerator.prepare(model, self.adamw)
-        if (
-            self.world_size == 1
-            and engine.zero_optimization_stage() < 2
-            and not hasattr(engine.optimizer, "reduce_gradients")
-        ):
+        vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
+        config = zero_config(self.setup.learner, self.dtype, self.setup.optimizer.max_grad_norm, vectors)
+        with redirect_stdout(io.StringIO()) as said:
+            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False))
+            engine, _ = accelerator.prepare(model, self.adamw)
+        log.debug("DeepSpeed: %s", said.getvalue())
+        reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
+        if self.world_size == 1 and not reduces_itself:
             engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
         return engine
 
-    def _deepspeed_config(self, model: CausalLM) -> dict[str, Any]:
-        stage = self.setup.learner.zero_stage
-        half = self.dtype == torch.bfloat16
-        on_host = {"optimizer": ["offload_optimizer"], "parameters": ["offload_optimizer", "offload_param"], "none": []}
-        vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
-        zero: dict[str, Any] = {
-            "stage": max(1, stage) if half else stage,
-            "stage3_param_persistence_threshold": max(vectors, default=0),  # norms and biases are not worth gathering
-        }
-        zero |= {name: {"device": "cpu"} for name in on_host[self.setup.learner.offload]}
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": (self.setup.optimizer.max_grad_norm or 0.0) if zero["stage"] else 0.0,
-            "zero_optimization": zero,
-            "bf16": {"enabled": half, "check_grad_overflow": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed's needs a compiler at run time
-        }
-
 
 def _forget_accelerate() -> None:
-    """Accelerate keeps its state for the life of a process; a second learner, or a tracker before it, needs it fresh."""
+    """Accelerate keeps its state for the life of a process; a second learner, or one after a tracker, needs it fresh."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -25,8 +25,8 @@ class _Local:
 def plan_microbatches(minibatches: Sequence[Sequence[Atom]], tokens_per_microbatch: int) -> Plan:
     """Pack this process's share of every minibatch into microbatches within the token budget.
 
-    With ZeRO-2 and 3 every microbatch holds collectives, so processes with fewer of them get empty ones (a token without
-    weight). A collective call.
+    With ZeRO-2 and 3 every microbatch holds collectives, so processes with fewer of them get empty ones (one token
+    without weight). A collective call.
     """
     packed = [pack(atoms, tokens_per_microbatch) for atoms in minibatches]
     streams = sorted({name for atoms in minibatches for atom in atoms for name in atom.streams})

@@ -40,8 +40,8 @@ def zero_config(
 
     Args:
         config: stage and offload.
-        dtype: of weights and arithmetic. With bfloat16 the stage is at least 1: only there DeepSpeed keeps float32 master
-            weights and float32 gradients.
+        dtype: of weights and arithmetic. With bfloat16 the stage is at least 1: only there DeepSpeed keeps float32
+            master weights and float32 gradients.
         max_grad_norm: clips the global norm, from stage 1 on.
         vector_sizes: elements of the norms and biases, which are too small to be worth gathering one by one.
     """
