@@ -10,7 +10,8 @@ An engine `foo` is the file `rollout/engines/foo.py`, which has
 Nothing is registered: adding an engine is adding a file.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from llmquest_rl.options import Options
@@ -154,3 +156,14 @@ def choose_engine(model_path: Path, setup: EngineSetup) -> tuple[str, str]:
     except ValueError as refusal:
         return "native", str(refusal)
     return "vllm", "vLLM is installed and serves this model"
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with that many threads meanwhile: others in this process have their own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -146,6 +146,16 @@ def disk_tensors(model: CausalLM, named: Iterable[tuple[str, Tensor]] | None = N
             yield disk_of[name], tensor.detach()
 
 
+def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Name on disk to shape of every weight that a model of `path`/config.json has, a shared one once. No weight is read.
+
+    Raises:
+        ValueError: config.json is missing or damaged, or names an unknown architecture.
+    """
+    model, _ = _skeleton(Path(path))
+    return {name: tuple(tensor.shape) for name, tensor in disk_tensors(model)}
+
+
 def hf_map(model: CausalLM) -> HFMap:
     """The map at the end of the architecture file that `model` comes from."""
     found: HFMap = sys.modules[type(model).__module__].HF  # type: ignore[attr-defined]
