@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), *(f"os error {number}" for number in DISK_FULL))
 _NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
 _CHUNK = 1 << 22
 
@@ -96,7 +97,7 @@ def save(
         if full:
             raise DiskFullError(_disk_full_message(folder, step)) from error
         raise
-    _prune(folder, step, keep_last, best)
+    _prune(folder, step, keep_last)
     return final
 
 
@@ -131,17 +132,19 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], json.loads((path / STATE).read_text()))
 
 
-def best_checkpoint(folder: Path, metric: str, mode: Literal["max", "min"] = "max") -> Path | None:
-    """The checkpoint with the best value of `metric`, the newer of equals; None when none has a value of it."""
-    scored = []
-    for path in _newest_first(folder):
-        try:
-            score = _read_manifest(path)["score"]
-        except CheckpointError:
-            continue  # a damaged checkpoint is reported by whoever loads it
-        if score and score["metric"] == metric and math.isfinite(score["value"]):
-            scored.append((score["value"], path))
-    return {"max": max, "min": min}[mode](scored, key=lambda item: item[0])[1] if scored else None
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the best value of the metric that the newest one with a value has; the newer of equals.
+
+    None when no checkpoint has a value.
+    """
+    scored = [(path, score) for path in _newest_first(folder) if (score := _score(path)) is not None]
+    if not scored:
+        return None
+    newest = scored[0][1]
+    comparable = [
+        (score.value, path) for path, score in scored if (score.metric, score.mode) == (newest.metric, newest.mode)
+    ]
+    return {"max": max, "min": min}[newest.mode](comparable, key=lambda item: item[0])[1]
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -158,7 +161,7 @@ def _seal(path: Path, step: int, score: Best | None) -> None:
     manifest = {
         "format": FORMAT,
         "step": step,
-        "score": None if score is None else {"metric": score.metric, "value": float(score.value)},
+        "score": asdict(score) if score is not None and math.isfinite(score.value) else None,
         "files": {file.relative_to(path).as_posix(): entry for file, entry in zip(files, entries, strict=True)},
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -210,6 +213,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _score(path: Path) -> Best | None:
+    try:
+        score = _read_manifest(path)["score"]
+    except CheckpointError:
+        return None  # whoever loads a damaged checkpoint reports it
+    return None if score is None else Best(**score)
+
+
 def _fault(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     file = path / name
     if not file.is_file():
@@ -219,14 +230,13 @@ def _fault(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     return None if _checksum(file) == entry["crc32"] else f"{name} has other content than was written"
 
 
-def _prune(folder: Path, step: int, keep_last: int, score: Best | None) -> None:
+def _prune(folder: Path, step: int, keep_last: int) -> None:
     assert keep_last >= 1
     paths = _newest_first(folder)
     current = [path for path in paths if path.suffix != ".replaced" and int(path.name.removeprefix("step-")) <= step]
-    kept = set(current[:keep_last])
-    if score is not None and (winner := best_checkpoint(folder, score.metric, score.mode)) is not None:
-        kept.add(winner)
-    _remove(path for path in paths if path not in kept)
+    _remove(path for path in paths if path not in current)
+    kept = {*current[:keep_last], best_checkpoint(folder)}
+    _remove(path for path in current if path not in kept)
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -256,7 +266,7 @@ def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
     if any(isinstance(link, OSError) and link.errno in DISK_FULL for link in chain):
         return True
     text = " ".join(map(str, chain))
-    return "No space left on device" in text or "os error 28" in text or shutil.disk_usage(folder).free < _CHUNK
+    return any(sign in text for sign in DISK_FULL_TEXTS) or shutil.disk_usage(folder).free < _CHUNK
 
 
 def _check_state(value: Any, where: str) -> None:

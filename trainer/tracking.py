@@ -10,7 +10,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ class Tracker:
         self._completions.truncate(first_step)
         self._last_step = first_step - 1
         self._trackers: list[Any] = []
+        self._on_close: list[Callable[[], object]] = []
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin tracking with the resolved configuration. Call it after the learners exist: see `_new_trackers`."""
@@ -224,9 +226,11 @@ class Tracker:
         return rows
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
-        self._trackers = []
+        """Finish every tracker; a failure of one does not keep the others from finishing."""
+        with ExitStack() as stack:
+            for action in [*self._on_close, *(tracker.finish for tracker in self._trackers)]:
+                stack.callback(action)
+        self._trackers, self._on_close = [], []
 
     def __enter__(self) -> "Tracker":
         return self
@@ -241,9 +245,11 @@ class Tracker:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         # Accelerate's trackers log through a state that must exist. Where a learner lives in this process it made the
-        # state, with its process group; making it here first would take that away. Otherwise: no GPU is touched.
+        # state, with its process group; making it here first would take that away. Otherwise: no GPU is touched, and
+        # `close` removes it.
         if not PartialState._shared_state:
             PartialState(cpu=True)
+            self._on_close.append(PartialState._reset_state)
         run_name, folder = self._folder.path.name, str(self._folder.path)
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": self._first_step},
