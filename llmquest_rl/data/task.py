@@ -20,7 +20,8 @@ from llmquest_rl.data.rows import (
 from llmquest_rl.options import Options
 
 REDRAWS = 256
-PROBES_PER_HELD_OUT = 4
+PROBED_PER_HELD_OUT = 4
+DRAWS_PER_PROBED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,23 @@ class GeneratedRows:
 def generated_task(name: str, draw: Callable[[int], Draw], held_out: int, seed: int) -> Task:
     """A task from a generator, where `draw(i)` gives the same problem for the same i.
 
-    The held-out side is fixed first, from a probe of four draws for each problem wanted: of the distinct problems
-    found, those with the smallest hash of (seed, problem), at most a quarter. Training then skips every problem of the
-    held-out side, so the sides are disjoint by problem, and also a space of two problems leaves something on both.
+    The held-out side is fixed first: problems are drawn until there are four distinct ones for each wanted (or the
+    space seems to have no more), and the quarter with the smallest hash of (seed, problem) is held out. Training then
+    skips every such problem, so the sides are disjoint, and also a space of two problems leaves something on both.
+
+    Raises:
+        DataError: the generator makes a single problem only.
     """
-    probe = {drawn.key: drawn for drawn in map(draw, range(held_out * PROBES_PER_HELD_OUT))}
+    probe: dict[str, Draw] = {}
+    wanted = held_out * PROBED_PER_HELD_OUT
+    for index in range(wanted * DRAWS_PER_PROBED):
+        drawn = draw(index)
+        probe[drawn.key] = drawn
+        if len(probe) == wanted:
+            break
     if len(probe) < 2:
         raise DataError(f"task {name} generates a single problem: its parameters leave no room for a held-out split")
-    keys = held_out_keys(probe, 1 / PROBES_PER_HELD_OUT, seed)
+    keys = held_out_keys(probe, 1 / PROBED_PER_HELD_OUT, seed)
     rows = [
         Row(f"{name}/held_out/{i}", probe[key].row.prompt, probe[key].row.answer, probe[key].row.columns)
         for i, key in enumerate(sorted(keys))

@@ -22,10 +22,8 @@ class Config(table.Config):
     """GSM8K writes the number after its worked solution and this mark."""
     answer_remove: str = ","
     """Thousands separators."""
-    name: str = "gsm8k"
-    """How samples are named in logs."""
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task; see `table.load`."""
-    return table.load(config, seed, malformed)
+    """The task; see `table.read_task`."""
+    return table.read_task("gsm8k", config, seed, malformed)

@@ -44,29 +44,32 @@ class Config(Options):
     """Keep what follows the last such string in the gold answer, e.g. `####`; a row without it is malformed."""
     answer_remove: str = ""
     """Characters taken out of the gold answer, e.g. `,` in `1,000`."""
-    name: str = "table"
-    """How samples are named in logs: `<name>/train/<row>`."""
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task.
+    """The task; see `read_task`."""
+    return read_task("table", config, seed, malformed)
+
+
+def read_task(name: str, config: Config, seed: int, malformed: MalformedRows) -> Task:
+    """A task whose samples are called `<name>/train/<row>` and `<name>/held_out/<row>`.
 
     Raises:
         DataError: no such file or column, or a malformed row where those are errors.
     """
-    rows = list(_rows(config, "train", _read(config.path, config.subset, config.split, malformed), malformed))
+    rows = list(_rows(f"{name}/train", config, _read(config.path, config.subset, config.split, malformed), malformed))
     held_out: list[Row] | float = config.held_out_share
     if config.held_out_path is not None or (config.held_out_split is not None and not is_local(config.path)):
         path, split = config.held_out_path or config.path, config.held_out_split or config.split
-        held_out = list(_rows(config, "held_out", _read(path, config.subset, split, malformed), malformed))
-    return listed_task(config.name, rows, held_out, seed, malformed)
+        held_out = list(_rows(f"{name}/held_out", config, _read(path, config.subset, split, malformed), malformed))
+    return listed_task(name, rows, held_out, seed, malformed)
 
 
 def _read(path: str, subset: str | None, split: str, malformed: MalformedRows) -> Iterator[PlacedRow]:
     return read_files(path, malformed) if is_local(path) else read_hub(path, subset, split)
 
 
-def _rows(config: Config, side: str, placed: Iterator[PlacedRow], malformed: MalformedRows) -> Iterator[Row]:
+def _rows(prefix: str, config: Config, placed: Iterator[PlacedRow], malformed: MalformedRows) -> Iterator[Row]:
     for number, (where, record) in enumerate(placed):
         if number == 0:
             _check_columns(config, where, record)
@@ -77,7 +80,7 @@ def _rows(config: Config, side: str, placed: Iterator[PlacedRow], malformed: Mal
         mapped = (config.columns.prompt, config.columns.answer)
         extra = {key: value for key, value in record.items() if key not in mapped}
         prompt = _prompt(config.template, record[config.columns.prompt], extra)
-        yield Row(f"{config.name}/{side}/{number}", prompt, _answer(config, record), extra)
+        yield Row(f"{prefix}/{number}", prompt, _answer(config, record), extra)
 
 
 def _check_columns(config: Config, where: str, record: dict[str, Any]) -> None:
