@@ -13,9 +13,10 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, create_model, model_serializer, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from llmquest_rl.options import Options
@@ -64,7 +65,8 @@ class Component(BaseModel):
 
     @model_serializer(mode="plain")
     def _resolved(self) -> dict[str, Any]:
-        return {"name": self.name, **self._options.model_dump(mode="json")}
+        options = self._options.model_dump(mode="json")
+        return {"name": self.name} | {key: value for key, value in options.items() if key != "name"}
 
 
 def component_names(package: str) -> list[str]:
@@ -93,6 +95,17 @@ def _parameters(function: Callable[..., Any]) -> type[Options]:
             annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
             fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model("Parameters", __base__=Options, **fields)
+
+
+def section_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The class of the section, or of the list's items, that a field holds; None for plain values."""
+    candidates: list[Any] = [field.annotation]
+    while candidates:
+        candidate = candidates.pop()
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+        candidates += get_args(candidate)
+    return None
 
 
 def find_module(package: str, name: str) -> ModuleType:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.components import Component, options_class
+from trainer.components import Component, options_class, section_class
 from trainer.config import Config
 from trainer.config_rules import broken_rules
 from trainer.config_tree import ConfigError, ConfigTree, KeyPath, describe_value, neighbours, parse_key
@@ -81,19 +81,9 @@ def _known_keys(path: KeyPath, tree: ConfigTree) -> list[str]:
     values: Any = tree.values
     for part in path:
         values = values[part] if isinstance(values, list) else values.get(part, {})
-        model = model if isinstance(part, int) else _section_class(model, part)
+        if isinstance(part, str) and part in model.model_fields:
+            model = section_class(model.model_fields[part]) or model
     own = list(model.model_fields)
     if issubclass(model, Component):
         return own + list(options_class(model.package, values.get("name", "")).model_fields)
     return own
-
-
-def _section_class(model: type[BaseModel], key: str) -> type[BaseModel]:
-    """The class of the section (or of the list's items) that a field holds."""
-    candidates = [model.model_fields[key].annotation] if key in model.model_fields else []
-    while candidates:
-        candidate = candidates.pop()
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-        candidates += get_args(candidate)
-    return model

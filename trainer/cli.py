@@ -1,0 +1,184 @@
+"""The command line: commands parse, and call one function each. Whatever is heavy is imported inside a command."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.findings import Finding
+
+PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
+USER_ERROR = 2
+LAST_LINE = {"eval/accuracy": "held-out accuracy", "eval/loss": "held-out loss"}
+"""The metric whose first and last value end a run's output: the first of these that the run has."""
+console = Console()
+app = typer.Typer(
+    help="Reinforcement learning of language models, on one loop that also does pretraining and SFT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml; `configs` lists them.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For instance optimizer.lr=1e-5")]
+RunReference = Annotated[str, typer.Argument(help="A run folder, runs/NAME for its newest run, or runs/latest.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest run of this name.")] = False,
+    resume_from: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; load and start nothing.")] = False,
+    replay: Annotated[Path | None, typer.Option(help="Train on rollouts saved in this folder.")] = None,
+) -> None:
+    """Train as a recipe says; the last line printed is what it led to."""
+    from trainer.config_rules import sizes_table
+
+    settings = _load(config, overrides)
+    console.print(sizes_table(settings))
+    if dry_run:
+        _print_checks(settings)
+        return
+    from trainer.loop import train as run_training
+    from trainer.run import RunFolder
+
+    resume_path = RunFolder.open(resume_from or f"runs/{settings.name}").path if resume or resume_from else None
+    _report(run_training(settings, resume_path, replay))
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or runs/NAME for the newest of a name.")],
+    metric: Annotated[list[str] | None, typer.Option(help="Keys of metrics.jsonl; may be given several times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png or .svg file; default: plot.png in the first run.")] = None,
+    group_seeds: Annotated[bool, typer.Option(help="Runs that differ in their seed only become one band.")] = False,
+) -> None:
+    """Draw curves of one or several runs."""
+    from trainer.plot import plot_runs
+
+    console.print(f"plot: {plot_runs(runs, metric or (), out, group_seeds)}", soft_wrap=True)
+
+
+@app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL with `completion`, `answer` and any further columns.")],
+    reward: Annotated[
+        list[str], typer.Option(help="A built-in, module:function or path.py:function; options after commas.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL to write: score, scores by name, failure, seconds.")],
+    timeout_s: Annotated[float, typer.Option(help="Limit for one reward of one row, in seconds.")] = 5.0,
+    memory_mb: Annotated[int, typer.Option(help="Limit for one row, in MiB.")] = 1024,
+    processes: Annotated[int, typer.Option(help="Worker processes.")] = 2,
+) -> None:
+    """Run rewards over a file: try a reward before it trains anything."""
+    from rewards.config import GraderConfig
+    from rewards.file import grade_file, parse_reward
+
+    limits = GraderConfig(timeout_s=timeout_s, memory_mb=memory_mb, processes=processes)
+    summary = grade_file([parse_reward(text) for text in reward], file, out, limits)
+    console.print(Text(f"{summary}\nwritten: {out}"), soft_wrap=True)
+
+
+@app.command()
+def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
+    """List the recipes, each with what it shows."""
+    from trainer.recipes import recipes
+
+    table = Table("recipe", "what it shows", box=None)
+    for path, line in recipes(folder):
+        table.add_row(Text(str(path)), Text(line))
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which engine and dtype would be used and why, and a self-test of about ten seconds."""
+    from trainer.doctor import examine
+
+    findings = list(_printed(examine()))
+    if not all(findings):
+        raise typer.Exit(1)
+
+
+def _load(path: Path, overrides: Iterable[str] | None) -> "Config":
+    from trainer.config_load import load_config
+
+    return load_config(path, overrides or ())
+
+
+def _print_checks(config: "Config") -> None:
+    from trainer.dry_run import dry_run
+
+    if not all(list(_printed(dry_run(config)))):
+        raise typer.Exit(1)
+    console.print("dry run: the configuration, the files, the data and the rewards are sound")
+
+
+def _printed(findings: Iterable["Finding"]) -> Iterator[bool]:
+    """Print each finding when it is made; yields whether it is good."""
+    for finding in findings:
+        mark = Text("ok  ", "green") if finding.passed else Text("FAIL", "bold red")
+        console.print(mark, Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
+        yield finding.passed
+
+
+def _report(folder: Path) -> None:
+    """The curve, and as the last line what training led to on held-out data."""
+    from trainer.plot import plot_runs
+    from trainer.tracking import JsonLines
+
+    console.print(Text(f"run: {folder}\nplot: {plot_runs([folder])}"), soft_wrap=True)
+    rows = JsonLines(folder / "metrics.jsonl").read()
+    for key, label in LAST_LINE.items():
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            console.print(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
+            return
+
+
+def _set_up_logging(debug: bool) -> None:
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=debug, show_time=False)],
+    )
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Errors that name what to change: of bad input, of files, and those that our packages define."""
+    own = type(error).__module__.split(".")[0] in PACKAGES
+    return own or isinstance(error, ValueError | OSError | ImportError)
+
+
+def main() -> None:
+    """Entry point. Errors of users are one message and exit code 2; `--debug` anywhere shows where they arose."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    _set_up_logging(debug)
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:
+        if debug or not _is_for_the_user(error):
+            raise
+        Console(stderr=True).print(Text(f"error: {error}"), Text("(--debug shows where)", "dim"), soft_wrap=True)
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
