@@ -54,10 +54,19 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: it cannot be written, e.g. on a full disk; half a line may stay, which `truncate` removes.
+        """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line)
+        try:
+            # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line)
+        except OSError as error:
+            fix = "the run can be resumed once there is room to write"
+            raise OSError(error.errno, f"{error.strerror}; {fix}", str(self.path)) from error
 
     def read(self) -> list[dict[str, Any]]:
         """All rows. A last line without its end, left by a killed process, is no row.

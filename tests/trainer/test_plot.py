@@ -1,6 +1,5 @@
 """Curves: what is drawn, for whom, and what is refused. Lines are read back from the SVG and from the figure's data."""
 
-import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -105,9 +104,7 @@ def test_svg_is_text_the_same_for_the_same_runs(tmp_path: Path) -> None:
     run = new_run(tmp_path, REWARDS)
     svg = plot_runs([run], ["x/y", "reward/mean"], tmp_path / "deep" / "a.svg").read_text()
     assert ElementTree.fromstring(svg).tag.endswith("svg")
-    assert "<dc:date>" not in svg and re.sub("[0-9a-f]{10,}", "", svg) == re.sub(
-        "[0-9a-f]{10,}", "", plot_runs([run], ["x/y", "reward/mean"], tmp_path / "b.svg").read_text()
-    )
+    assert plot_runs([run], ["x/y", "reward/mean"], tmp_path / "b.svg").read_text() == svg
 
 
 def test_what_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
