@@ -5,12 +5,13 @@ same kind of CPU with the same number of threads, whatever was generated before.
 (seed, completion, position) alone; in other company it differs only as products of another shape round differently.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.generation.batch import Batch, Caches, Room, Row, packs, waiting_line
+from llmquest_rl.generation.batch import Batch, Caches, GenerationError, Prompt, Room, Row, packs, waiting_line
 from llmquest_rl.generation.sampling import check_sampling
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import Completion, Request, Sampling
@@ -84,13 +85,21 @@ class NativeGenerator:
         if waiting:
             room = self._room(requests, limits)
             batch = Batch(self.model, self._reserve(room), room, sampling, self.eos_ids)
-            while waiting or batch.rows:
-                batch.admit(waiting)
-                batch.draw()
-                self._find_stops(batch.rows, sampling.stop)
-                for row in batch.retire():
-                    done[row.prompt.request][row.index] = row
+            try:
+                self._run(batch, waiting, sampling, done)
+            except GenerationError:
+                self.release()  # it holds NaN, which no mask silences
+                raise
         return self._completions(done, sampling)
+
+    def _run(self, batch: Batch, waiting: deque[Prompt], sampling: Sampling, done: Sequence[list[Row | None]]) -> None:
+        """Draw until nobody waits and nobody is left, and put each row where it belongs in `done`."""
+        while waiting or batch.rows:
+            batch.admit(waiting)
+            batch.draw()
+            self._find_stops(batch.rows, sampling.stop)
+            for row in batch.retire():
+                done[row.prompt.request][row.index] = row
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
