@@ -123,6 +123,8 @@ class Pool:
         self._failed_starts = 0
         self._seconds = QUEUE_SECONDS
         """Moving average of the time one task takes; starts where nothing is sent ahead."""
+        self.required: dict[str, list[str]] = {}
+        """The arguments that each reward, by name, cannot do without."""
         self.replaced = 0
         """Workers that were replaced so far."""
         try:
@@ -132,13 +134,6 @@ class Pool:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def required(self) -> dict[str, list[str]]:
-        """The arguments that each reward, by name, cannot do without."""
-        started = self._ready()[0].started
-        assert started is not None
-        return started.required
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.started is not None]
@@ -164,20 +159,18 @@ class Pool:
 
     def _feed(self, pending: deque[Task]) -> None:
         depth = max(1, min(MAX_QUEUE, int(QUEUE_SECONDS / self._seconds)))
-        idle = self._processes - sum(bool(worker.queue) for worker in self._workers)
         for worker in self._ready():
-            if not worker.queue:
-                if idle <= 0:
-                    continue
-                idle -= 1
+            if not worker.queue and sum(bool(other.queue) for other in self._workers) >= self._processes:
+                continue  # it is the spare
             while pending and worker.can_take(pending[0], depth) and worker.send(pending[0]):
                 pending.popleft()
 
     def _receive(self, answers: list[tuple[int, int, Outcome]], pending: deque[Task]) -> None:
         """Wait for news: answers, started workers, ended workers, or limits of time that have passed."""
         workers = {worker.connection: worker for worker in self._workers}
-        next_limit = min(worker.since + self._limit(worker) for worker in self._workers if self._is_timed(worker))
-        for connection in wait(list(workers), timeout=max(0.0, next_limit - time.monotonic())):
+        limits = [worker.since + self._limit(worker) for worker in self._workers if self._is_timed(worker)]
+        # None is timed where a task could not be sent, because an idle worker has ended: that is read at once.
+        for connection in wait(list(workers), timeout=max(0.0, min(limits, default=0.0) - time.monotonic())):
             assert isinstance(connection, Connection)
             self._read(workers[connection], answers, pending)
         for worker in list(self._workers):
@@ -208,6 +201,7 @@ class Pool:
         if message.error is not None:
             raise RewardError(message.error)
         worker.started = message
+        self.required = message.required
         self._failed_starts = 0
 
     def _on_answer(self, worker: Worker, message: Answer, answers: list[tuple[int, int, Outcome]]) -> bool:

@@ -144,6 +144,8 @@ def test_a_hang_is_charged_once_and_replaced_in_less_than_a_second() -> None:
 
 def test_a_worker_killed_while_idle_is_replaced() -> None:
     with Grader([own("process")], ONE) as grader:
+        time.sleep(2)  # the spare is ready, too, and idle
+        grader.grade([item("0")])
         first = grader.grade([item("0")])[0].value
         os.kill(int(first), signal.SIGKILL)
         wait_until(lambda: not is_running(int(first)))
