@@ -255,6 +255,12 @@ class Config(Options):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def eval_sampling(self) -> Sampling:
+        """How held-out completions are drawn: as in training, but for what `eval` says."""
+        changes = {"temperature": self.eval.temperature, "max_tokens": self.eval.max_tokens or self.rollout.sampling.max_tokens}
+        return self.rollout.sampling.model_copy(update=changes)
+
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:

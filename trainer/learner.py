@@ -243,7 +243,7 @@ class Learner:
         return disk_tensors(self.model, self._gathered())
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         for name, parameter in self.model.named_parameters():
             whole = (
@@ -255,7 +255,8 @@ class Learner:
     def published(self) -> Published:
         """The weights in host memory with their checksums, on the first process; nothing on the others."""
         if self.rank == 0:
-            return publish((name, tensor.cpu()) for name, tensor in self.weights())
+            gathered = self.engine.zero_optimization_partition_weights()  # such a tensor is gone after its turn
+            return publish((name, tensor.clone().cpu() if gathered else tensor.cpu()) for name, tensor in self.weights())
         deque(self.weights(), maxlen=0)
         return {}, {}
 
@@ -342,7 +343,7 @@ class Learner:
 
 
 def _forget_accelerate() -> None:
-    """Accelerate keeps its state for the life of a process; a second learner, or one after a tracker, needs it fresh."""
+    """Accelerate keeps its state as long as the process lives; a learner that comes second needs it fresh."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -9,6 +9,9 @@ from llmquest_rl.data.packing import split_ranks
 from llmquest_rl.types import Group
 from trainer.cluster import Handle
 
+MODEL = "model"
+"""The folder of the Hub's layout inside a checkpoint."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -53,8 +56,9 @@ class LearnerGroup:
         return self.handle.all("published", timeout_s=self.timeout_s, fetch=False)[0]
 
     def save(self, folder: Path) -> None:
-        """Write everything that an exact resume needs into an existing folder."""
+        """Write everything that an exact resume needs into an existing folder, and the model for everybody else's tools."""
         self.handle.all("save", folder, timeout_s=self.timeout_s)
+        self.export(folder / MODEL)
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote."""

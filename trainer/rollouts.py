@@ -69,6 +69,11 @@ class Rollouts:
         }
         return groups, metrics
 
+    def close(self) -> None:
+        """End workers and graders."""
+        self.workers.close()
+        self.graders.close()
+
     def _generate(self, samples: list[Sample], n: int, sampling: Sampling, key: str) -> list[list[Completion]]:
         requests = [
             Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id)) for i, sample in enumerate(samples)

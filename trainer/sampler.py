@@ -85,8 +85,7 @@ class LiveSampler:
         }
 
     def close(self) -> None:
-        self.rollouts.workers.close()
-        self.rollouts.graders.close()
+        self.rollouts.close()
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.rollouts.workers.all(method, *args, timeout_s=self.rollouts.timeout_s)

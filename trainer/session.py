@@ -42,7 +42,7 @@ class Session:
         self.stop = stop
         self.done = done
         self.failed_saves = 0
-        self.last_save: dict[str, float] = {}
+        self.last_save = {"time/checkpoint_s": 0.0, "checkpoint/failed_saves": 0.0}
         self._step_started = time.perf_counter()
 
     def steps(self) -> Iterator[int]:

@@ -95,6 +95,7 @@ class RolloutSource:
         self.batch = config.batch
         self.sampling = config.rollout.sampling
         self.eval = config.eval
+        self.eval_sampling = config.eval_sampling
         self.correct = (config.eval.reward or config.rewards[0].name, config.eval.threshold)
         self.held_out = stream.held_out(config.data.eval_samples)
         self.uniform_steps = 0
@@ -113,9 +114,7 @@ class RolloutSource:
         return self.sampler.push(learners, version)
 
     def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
-        changes = {"temperature": self.eval.temperature, "max_tokens": self.eval.max_tokens or self.sampling.max_tokens}
-        sampling = self.sampling.model_copy(update=changes)
-        groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, sampling)
+        groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, self.eval_sampling)
         return metrics | accuracy_metrics(groups, *self.correct) if groups else metrics
 
     def state_dict(self) -> dict[str, Any]:

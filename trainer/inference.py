@@ -1,0 +1,109 @@
+"""Sampling without training: evaluation of a model on held-out data, rollouts to a folder, answers to prompts."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmquest_rl.types import Group, Request
+from trainer import checkpoint
+from trainer.assemble import needs, start_rollouts
+from trainer.cluster import open_cluster
+from trainer.config import Config
+from trainer.evaluate import accuracy_metrics
+from trainer.learners import MODEL
+from trainer.parts import Parts
+from trainer.replay import save_rollouts
+from trainer.rollouts import Rollouts, seed_for
+from trainer.run import RunFolder
+from trainer.sampler import check_groups
+
+def trained_model(run: str, which: str = "latest") -> Path:
+    """The Hub folder inside a run's checkpoint.
+
+    Args:
+        run: a run folder, `runs/<name>` or `runs/latest`.
+        which: `latest`, `best`, or the number of a step.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    folder = RunFolder.open(run)
+    if which == "latest":
+        return checkpoint.latest(folder.checkpoints).path / MODEL
+    if which == "best":
+        path = checkpoint.best_checkpoint(folder.checkpoints)
+        if path is None:
+            raise checkpoint.CheckpointError(f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric")
+        return path / MODEL
+    return checkpoint.load(folder.checkpoints / f"step-{int(which):06d}").path / MODEL
+
+
+def export(run: str, out: Path, which: str = "latest") -> Path:
+    """Copy a trained model out of its run: a folder that transformers, vLLM and the Hub take as it is.
+
+    Raises:
+        ValueError: `out` exists and is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty: give a new folder")
+    shutil.copytree(trained_model(run, which), out, dirs_exist_ok=True)
+    return out
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What sampling needs, running."""
+
+    parts: Parts
+    rollouts: Rollouts
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Sampling]:
+    """Rollout workers and graders of a configuration, without learners."""
+    parts = Parts(config)
+    workers_and_graders = [need for need in needs(config, samples=True) if need.name != "learner"]
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(TemporaryDirectory(prefix="llmquest-logs-")))
+        cluster = open_cluster(config.cluster, workers_and_graders, logs)
+        stack.callback(cluster.close)
+        rollouts = start_rollouts(parts, cluster, parts.model_path)
+        stack.callback(rollouts.close)
+        rollouts.wait_ready(config.cluster.start_timeout_s)
+        yield Sampling(parts, rollouts)
+
+
+def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
+    """Evaluate `config.model.path` on the held-out samples as `config.eval` says; metrics and the groups themselves."""
+    settings = config.eval
+    with running(config) as sampling:
+        samples = sampling.parts.prompts.held_out(config.data.eval_samples)
+        groups, _ = sampling.rollouts.run(samples, settings.samples_per_prompt, config.eval_sampling, "eval")
+    check_groups(groups, config.graders.max_unscored_share)
+    return accuracy_metrics(groups, settings.reward or config.rewards[0].name, settings.threshold), groups
+
+
+def generate_rollouts(config: Config, steps: int, out: Path) -> Iterator[tuple[int, list[Group]]]:
+    """Sample and grade the prompts of the first steps and save them as `train --replay` reads them."""
+    with running(config) as sampling:
+        for step in range(1, steps + 1):
+            samples = sampling.parts.prompts.take(config.batch.prompts_per_step)
+            n = config.batch.samples_per_prompt
+            groups, _ = sampling.rollouts.run(samples, n, config.rollout.sampling, f"train/{step}")
+            save_rollouts(out, step, groups)
+            yield step, groups
+
+
+def answer_prompts(config: Config, prompts: list[str], n: int) -> list[list[str]]:
+    """Complete prompts `n` times each with `config.model.path`: [prompts][n] texts."""
+    with running(config) as sampling:
+        renderer = sampling.parts.renderer
+        requests = [
+            Request(renderer.prompt_ids(prompt), n, seed_for(config.seed, "generate", i)) for i, prompt in enumerate(prompts)
+        ]
+        work = [(requests, config.rollout.sampling)]
+        [answers] = sampling.rollouts.workers.map("generate", work, timeout_s=config.rollout.timeout_s)
+    return [[completion.text for completion in group] for group in answers]
