@@ -43,7 +43,7 @@ class Summary:
     examples: dict[str, str] = field(default_factory=dict)
     """The first message of each kind of failure."""
     seconds: float = 0.0
-    """Wall time of the grading."""
+    """Wall time of the grading, without the start of the worker processes."""
 
     @property
     def mean(self) -> float | None:
@@ -114,13 +114,11 @@ def _read_row(line: int, raw: bytes) -> Row:
     try:
         record = json.loads(raw)
     except ValueError as error:  # UnicodeDecodeError is one, too
-        return Row(line, None, f"line {line} is not JSON: {error}")
+        return Row(line, None, f"not JSON: {error}")
     if not isinstance(record, dict):
-        return Row(line, None, f"line {line} is not a JSON object")
+        return Row(line, None, "not a JSON object")
     if not isinstance(record.get("completion"), str):
-        return Row(
-            line, None, f"line {line} has no text `completion`; it has: {', '.join(sorted(record)) or 'nothing'}"
-        )
+        return Row(line, None, f"no text `completion`; it has: {', '.join(sorted(record)) or 'nothing'}")
     columns = {key: value for key, value in record.items() if key not in OWN_KEYS}
     return Row(line, GradeItem(record.get("prompt", ""), record["completion"], record.get("answer"), columns))
 
@@ -137,20 +135,20 @@ def grade_file(rewards: Sequence[RewardConfig], path: Path, out: Path, config: G
         RewardError: a reward cannot be imported, or needs a column that the first row lacks.
         OSError: a file cannot be read or written.
     """
-    started = time.perf_counter()
     first = next((row.item for row in read_rows(path) if row.item is not None), None)
     summary = Summary()
     unfinished = out.with_name(out.name + ".unfinished")
     with Grader(rewards, config) as grader, unfinished.open("w", encoding="utf-8") as file:
         if first is not None:
             grader.check(first.columns)
+        started = time.perf_counter()
         rows = read_rows(path)
         while chunk := list(islice(rows, CHUNK)):
             for row, score in zip(chunk, _grade(grader, chunk), strict=True):
                 summary.add(row.line, score)
                 file.write(json.dumps(_record(row, score)) + "\n")
+        summary.seconds = time.perf_counter() - started
     os.replace(unfinished, out)
-    summary.seconds = time.perf_counter() - started
     return summary
 
 

@@ -33,12 +33,12 @@ def test_rows_come_back_in_order_with_their_failures(tmp_path: Path) -> None:
     failures = [None, "invalid", None, "invalid", "invalid", "exception", None, None, "invalid"]
     assert [row["failure"] for row in rows] == failures
     assert rows[0]["scores"] == {"exact_number": 1.0, "length": -0.5} and rows[0]["seconds"] > 0
-    assert "line 2 is not JSON" in rows[1]["detail"] and "no text `completion`" in rows[3]["detail"]
+    assert "not JSON" in rows[1]["detail"] and "no text `completion`" in rows[3]["detail"]
     assert "not one number" in rows[5]["detail"]
     assert (summary.rows, summary.scored, summary.mean) == (9, 4, 0.5)
     assert summary.failures == {"invalid": 4, "exception": 1} and summary.not_applicable == 0
     text = str(summary)
-    for shown in ("9 rows", "mean 0.5000 of 4", "length: mean", "failed, invalid: 4, e.g. line 2"):
+    for shown in ("9 rows", "mean 0.5000 of 4", "length: mean", "failed, invalid: 4, e.g. line 2: not JSON"):
         assert shown in text
     assert sorted(tmp_path.iterdir()) == sorted([source, out])
 
