@@ -7,6 +7,8 @@ the three together are a `Group`, from which the learner's batch is packed (see 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import Field
+
 from llmquest_rl.options import Options
 
 Message = dict[str, str]
@@ -34,15 +36,15 @@ class Sample:
 class Sampling(Options):
     """How tokens are drawn. Log-probs returned by an engine are those of the distribution that was sampled from."""
 
-    temperature: float = 1.0
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Divides the logits; 0 means greedy decoding (log-probs are then those at temperature 1)."""
-    top_k: int = 0
+    top_k: int = Field(default=0, ge=0)
     """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
-    min_p: float = 0.0
+    min_p: float = Field(default=0.0, ge=0, le=1)
     """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
-    max_tokens: int = 256
+    max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens, the end-of-sequence token included."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text is cut before the string, the tokens that formed it stay."""

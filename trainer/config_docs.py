@@ -19,7 +19,7 @@ from trainer.config import Config
 TARGET = Path("docs/configuration.md")
 INTRODUCTION = """# Configuration reference
 
-Made from the typed tree by `make docs`: the texts are the docstrings in `trainer/config.py` and in the components' files.
+Made from the typed tree by `make docs`: the texts are the docstrings of `trainer/config.py` and of the components.
 
 A recipe is a YAML file. It may have one `inherit: other.yaml`, relative to itself: sections merge key by key; lists,
 and components of another `name`, are replaced as a whole. On the command line `a.b.c=value` overrides a key

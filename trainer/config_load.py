@@ -71,7 +71,8 @@ def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
     if error["type"] in ("model_type", "dict_type"):
         return f"{place}: expected a section of keys, found {found}"
     expected = error["msg"].removeprefix("Value error, ").split(", unable to")[0]
-    expected = expected.replace("Input should be a valid", "expected a").replace("Input should be", "expected")
+    expected = expected.replace("Input should be", "expected").replace("a valid integer", "a whole number")
+    expected = expected.replace("a valid ", "a ")
     return f"{place}: {expected}, found {found}"
 
 
@@ -80,7 +81,7 @@ def _known_keys(path: KeyPath, tree: ConfigTree) -> list[str]:
     model: type[BaseModel] = Config
     values: Any = tree.values
     for part in path:
-        values = values[part] if isinstance(values, list) else values.get(part, {})
+        values = values[part] if isinstance(part, int) else values.get(part, {})
         if isinstance(part, str) and part in model.model_fields:
             model = section_class(model.model_fields[part]) or model
     own = list(model.model_fields)

@@ -173,7 +173,7 @@ def describe_value(value: Any) -> str:
 
 def neighbours(word: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown word: what was probably meant, or what there is."""
-    near = get_close_matches(word, known, n=3, cutoff=0.5)
+    near = get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; there are: {', '.join(known)}" if known else ""

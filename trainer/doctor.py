@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -50,7 +51,7 @@ def _guarded(name: str, look: Callable[[], str]) -> Iterator[Finding]:
         yield Finding(name, f"{type(error).__name__}: {error}", passed=False)
 
 
-def device() -> str:
+def device() -> Literal["cpu", "cuda"]:
     """What would be computed on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 

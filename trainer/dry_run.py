@@ -17,6 +17,8 @@ from trainer.tracking import check_trackers
 
 GRADED_ROWS = 10
 MEASURED_ROWS = 200
+GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>")
+"""How a right completion may end: rewards differ in the mark that they want."""
 
 
 def dry_run(config: Config) -> Iterator[Finding]:
@@ -81,27 +83,31 @@ def _describe(check: DataCheck) -> str:
 
 
 def _gold_answers(parts: Parts) -> Finding:
-    """The gold answers of ten rows, given as completions, through the real graders."""
+    """The gold answers of ten rows, given as completions, through the real graders: one form must be correct."""
     config = parts.config
     samples, _ = check_task(parts.prompts, parts.renderer, GRADED_ROWS)
     with Grader(config.rewards, config.graders) as grader:
         grader.check(samples[0].columns)
-        scores = grader.grade([_as_completion(sample, parts) for sample in samples])
-    judge = config.eval.reward or config.rewards[0].name
+        scores = grader.grade([_as_completion(sample, form, parts) for sample in samples for form in GOLD_FORMS])
+    judge, threshold = config.eval.reward or config.rewards[0].name, config.eval.threshold
+    best = [
+        max(scores[i : i + len(GOLD_FORMS)], key=lambda score: is_correct(score, judge, threshold))
+        for i in range(0, len(scores), len(GOLD_FORMS))
+    ]
     wrong = [
         f"{sample.id}: the answer {sample.answer!r} gave {_explain(score)}"
-        for sample, score in zip(samples, scores, strict=True)
-        if score.failure is not None or not is_correct(score, judge, config.eval.threshold)
+        for sample, score in zip(samples, best, strict=True)
+        if not is_correct(score, judge, threshold)
     ]
     if wrong:
         text = f"{judge}: the gold answers of {len(wrong)} in {len(samples)} rows do NOT score as correct: {wrong[0]}"
         return Finding("rewards", text, passed=False)
-    text = f"{judge}: the gold answers of {len(samples)} rows score as correct, e.g. {_explain(scores[0])}"
+    text = f"{judge}: the gold answers of {len(samples)} rows score as correct, e.g. {_explain(best[0])}"
     return Finding("rewards", text)
 
 
-def _as_completion(sample: Sample, parts: Parts) -> GradeItem:
-    text = str(sample.answer)
+def _as_completion(sample: Sample, form: str, parts: Parts) -> GradeItem:
+    text = form.replace("ANSWER", str(sample.answer))
     token_ids = parts.renderer.encode(text)
     return grade_item(sample, Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0))
 
