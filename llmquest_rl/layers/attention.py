@@ -51,83 +51,104 @@ class PackedAttention:
 # --- CPU: one batched call for each bucket of similar segments ---
 
 MAX_PADDING = 0.25
-"""Share of a bucket's score area that may be padding: below it a batched call is cheaper than several calls."""
+"""Largest share of a segment's row in a bucket that may be padding: below it one larger call beats two calls."""
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    query_rows: Tensor
-    """[batch * query length]: the packed row of each padded query; padding repeats a row whose result is thrown away."""
-    key_rows: Tensor
-    """[batch * key length]: the parent's rows, then the segment's own."""
     batch: int
+    num_queries: int
+    """batch * width, padding included."""
+    num_keys: int
+    """batch * (parent length + width), padding included."""
     mask: Tensor | None
-    """[query length, key length], added to the scores; None = plain causal."""
+    """[width, parent length + width], added to the scores; None = plain causal, for which the kernel has a fast path."""
 
 
 class _Bucketed:
+    """Scores and sums are float32 for any dtype: that is also the faster way through the CPU kernel's backward.
+
+    All buckets are padded in one gather: the backward of a gather costs a pass over the whole pack.
+    """
+
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.buckets: list[_Bucket] = []
-        position_of = torch.empty(layout.num_tokens, dtype=torch.long)
-        num_rows = 0
-        for parent_length, members in _group(layout):
-            bucket = _make_bucket(layout, parent_length, members, device)
-            width = len(bucket.query_rows) // bucket.batch
-            for i, segment in enumerate(members):
-                start, length = layout.starts[segment], layout.lengths[segment]
-                position_of[start : start + length] = torch.arange(length) + num_rows + i * width
-            num_rows += len(bucket.query_rows)
-            self.buckets.append(bucket)
-        self.position_of = position_of.to(device)
+        groups = _similar_segments(layout)
+        rows = [_padded_rows(layout, members) for members in groups]
+        mask = _mask(layout).to(device)
+        self.buckets = [
+            _make_bucket(len(members), queries, keys, mask) for members, (queries, keys) in zip(groups, rows, strict=True)
+        ]
+        nothing = torch.zeros(0, dtype=torch.long)
+        query_rows = torch.cat([nothing, *(queries.flatten() for queries, _ in rows)])
+        self.query_rows = query_rows.to(device)
+        """The packed row of each padded query. Padding repeats its segment's last row, and its result is thrown away."""
+        self.key_rows = torch.cat([nothing, *(keys.flatten() for _, keys in rows)]).to(device)
+        """The packed row of each padded key: for each segment the rows of its parent, then its own."""
+        unpad_rows = torch.empty(layout.num_tokens, dtype=torch.long)
+        real = (query_rows.diff(prepend=query_rows.new_tensor([-1])) != 0).nonzero().squeeze(-1)
+        unpad_rows[query_rows[real]] = real
+        self.unpad_rows = unpad_rows.to(device)
+        """[tokens]: where each token's result lies among the padded results."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        outputs = [_attend_bucket(bucket, q, k, v, scale) for bucket in self.buckets]
-        return torch.cat(outputs).index_select(0, self.position_of) if outputs else q
+        queries = q.float().index_select(0, self.query_rows).split([bucket.num_queries for bucket in self.buckets])
+        num_keys = [bucket.num_keys for bucket in self.buckets]
+        keys, values = (x.float().index_select(0, self.key_rows).split(num_keys) for x in (k, v))
+        outputs = [_attend_bucket(*inputs, scale) for inputs in zip(self.buckets, queries, keys, values, strict=True)]
+        return torch.cat([q.float()[:0], *outputs]).index_select(0, self.unpad_rows).to(q.dtype)
 
 
-def _group(layout: Layout) -> list[tuple[int, list[int]]]:
-    """Segments that can share a call: (length of the parent, segments), with bounded padding."""
-    by_parent: dict[int, list[int]] = {}
-    for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents, strict=True)):
-        if length:
-            by_parent.setdefault(layout.lengths[parent] if parent >= 0 else 0, []).append(segment)
-    groups = []
-    for parent_length, segments in by_parent.items():
-        longest_first = sorted(segments, key=lambda segment: -layout.lengths[segment])
-        for segment in longest_first:
-            width = layout.lengths[groups[-1][1][0]] if groups and groups[-1][0] == parent_length else 0
-            if layout.lengths[segment] >= (1 - MAX_PADDING) * width and width:
-                groups[-1][1].append(segment)
-            else:
-                groups.append((parent_length, [segment]))
+def _similar_segments(layout: Layout) -> list[list[int]]:
+    """Non-empty segments in groups of equal parent length and similar own length, the longest of each group first."""
+
+    def parent_length(segment: int) -> int:
+        parent = layout.parents[segment]
+        return layout.lengths[parent] if parent >= 0 else 0
+
+    filled = [segment for segment, length in enumerate(layout.lengths) if length]
+    groups: list[list[int]] = []
+    for segment in sorted(filled, key=lambda segment: (parent_length(segment), -layout.lengths[segment])):
+        first = groups[-1][0] if groups else segment
+        fits = layout.lengths[segment] >= (1 - MAX_PADDING) * layout.lengths[first]
+        if groups and fits and parent_length(first) == parent_length(segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
     return groups
 
 
-def _make_bucket(layout: Layout, parent_length: int, members: Sequence[int], device: torch.device) -> _Bucket:
-    width = max(layout.lengths[segment] for segment in members)
-    offsets = torch.arange(width)
-    starts, queries, keys = layout.starts, [], []
-    for segment in members:
-        own = starts[segment] + offsets.clamp(max=layout.lengths[segment] - 1)
-        parent = layout.parents[segment]
-        queries.append(own)
-        keys.append(torch.cat((starts[parent] + torch.arange(parent_length), own)) if parent_length else own)
-    mask = None
-    if parent_length:
-        future = torch.full((width, width), float("-inf")).triu(1)
-        mask = torch.cat((torch.zeros(width, parent_length), future), dim=1).to(device)
-    return _Bucket(torch.cat(queries).to(device), torch.cat(keys).to(device), len(members), mask)
+def _mask(layout: Layout) -> Tensor:
+    """The mask [width, parent length + width] of the largest continuation: every smaller one is a view of it."""
+    continued = [(layout.lengths[parent], layout.lengths[i]) for i, parent in enumerate(layout.parents) if parent >= 0]
+    seen, width = (max(sizes) for sizes in zip(*continued, strict=True)) if continued else (0, 0)
+    return torch.full((width, seen + width), float("-inf")).triu(seen + 1)
+
+
+def _padded_rows(layout: Layout, members: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Packed rows of a bucket's queries [batch, width] and keys [batch, parent length + width]."""
+    parents = [layout.parents[segment] for segment in members]
+    seen = layout.lengths[parents[0]] if parents[0] >= 0 else 0
+    starts = torch.tensor(layout.starts)
+    lasts = torch.tensor([layout.lengths[segment] - 1 for segment in members])
+    own = starts[list(members), None] + torch.minimum(torch.arange(layout.lengths[members[0]]), lasts[:, None])
+    return own, torch.cat((starts[parents, None] + torch.arange(seen), own), dim=1)
+
+
+def _make_bucket(batch: int, queries: Tensor, keys: Tensor, mask: Tensor) -> _Bucket:
+    width, seen = queries.shape[1], keys.shape[1] - queries.shape[1]
+    largest = mask.shape[1] - mask.shape[0]
+    view = mask[:width, largest - seen : largest + width] if seen else None
+    return _Bucket(batch, queries.numel(), keys.numel(), view)
 
 
 def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    def padded(x: Tensor, rows: Tensor) -> Tensor:
-        return x.index_select(0, rows).view(bucket.batch, -1, *x.shape[1:]).transpose(1, 2)
-
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = (padded(x, bucket.key_rows).repeat_interleave(repeats, dim=1) for x in (k, v))
-    mask = bucket.mask if bucket.mask is None else bucket.mask.to(q.dtype)
+    """Results [batch * width, heads, head_dim], padding included."""
     out = F.scaled_dot_product_attention(
-        padded(q, bucket.query_rows), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+        *(x.unflatten(0, (bucket.batch, -1)).transpose(1, 2) for x in (q, k, v)),
+        attn_mask=bucket.mask,
+        is_causal=bucket.mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).reshape(-1, *q.shape[1:])
 
