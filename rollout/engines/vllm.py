@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -96,13 +96,9 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         torch.set_num_threads(setup.threads)
         from vllm import LLM
-        from vllm.platforms import current_platform
 
         # On an error vLLM logs all its state, megabytes in one line; the exception says enough.
         logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-        if setup.device == "cpu":
-            # One tiny function would be compiled as C++ at the first token: seconds, and a compiler that may be absent.
-            current_platform.simple_compile_backend = "eager"
         brought_group = not torch.distributed.is_initialized()
         llm = LLM(
             str(model_path),
@@ -182,6 +178,8 @@ class VllmEngine:
         self._trouble = f"loading weights of version {version} did not finish"
         with cpu_threads(self._setup.threads):
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": given})
+            if self._setup.device == "cpu":
+                self._llm.apply_model(_repack_output_layer)
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not drop the prefix cache of the old weights: a request is still running")
             ((same, different),) = self._llm.apply_model(partial(_read_back, given))
@@ -283,7 +281,7 @@ class VllmEngine:
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         """vLLM's answers [prompts]; when one fails, none stays behind in the engine."""
-        with cpu_threads(self._setup.threads):
+        with cpu_threads(self._setup.threads), _eager(self._setup.device):
             try:
                 answers: list[Any] = self._llm.generate(
                     [{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False
@@ -343,12 +341,25 @@ def _read_back(given: list[tuple[str, Tensor]], model: nn.Module) -> tuple[int, 
     held = dict(model.named_parameters())
     kept = [(name, held[name][: len(tensor)], tensor) for name, tensor in given if name in held]
     kept = [(name, ours, tensor) for name, ours, tensor in kept if ours.shape == tensor.shape]
-    different = [name for name, ours, tensor in kept if not torch.equal(ours, tensor.to(ours.device, ours.dtype))]
+    different = [
+        name
+        for name, ours, tensor in kept
+        if not torch.allclose(ours, tensor.to(ours.device, ours.dtype), rtol=0, atol=0, equal_nan=True)
+    ]
     return len(kept), different
 
 
+def _repack_output_layer(model: nn.Module) -> None:
+    """Renew the packed copy that an output layer tied to the embedding computes with: a reload leaves it as it was."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
 def _free_kv_cache(worker: Any) -> list[int]:
-    """Give back the memory of the KV cache; returns what `_take_kv_cache` needs to get it again, without its content."""
+    """Give back the memory of the KV cache; returns what `_take_kv_cache` needs to get it again, empty."""
     sizes = []
     for cache in worker.model_runner.kv_caches:
         storage = cache.untyped_storage()
@@ -361,6 +372,11 @@ def _take_kv_cache(worker: Any, sizes: list[int]) -> None:
     for cache, size in zip(worker.model_runner.kv_caches, sizes, strict=True):
         if size:  # layers may share one storage: it is listed once
             cache.untyped_storage().resize_(size)
+
+
+def _eager(device: str) -> AbstractContextManager[object]:
+    """No torch.compile on a CPU: for one tiny function it would need seconds, and a C++ compiler that may be absent."""
+    return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
 
 
 @contextmanager

@@ -1,0 +1,71 @@
+"""One real vLLM for all tests of this folder: it starts once in a process, and every test pushes what it needs."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.weight_files import read_tensors, weight_entries
+from rollout.engine import EngineSetup, engine_config
+from rollout.weights import publish
+from rollout.worker import RolloutWorker
+
+VERSIONS = count(1)
+SETUP = EngineSetup(context_tokens=128, max_sequences=32, threads=1)
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct as a folder."""
+    return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def pretrained(model_path: Path) -> dict[str, Tensor]:
+    """Its weights in float32."""
+    return {name: tensor.float() for name, tensor in read_tensors(weight_entries(model_path))}
+
+
+@pytest.fixture(scope="session")
+def shared_vllm(model_path: Path) -> Iterator[RolloutWorker]:
+    pytest.importorskip("vllm")
+    worker = RolloutWorker("vllm", engine_config("vllm")(), model_path, SETUP)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def vllm_worker(shared_vllm: RolloutWorker, pretrained: dict[str, Tensor]) -> RolloutWorker:
+    """vLLM in float32 with the pretrained weights."""
+    push(shared_vllm, pretrained)
+    return shared_vllm
+
+
+def push(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:
+    """Give a worker new weights; returns their version."""
+    return worker.load_weights(publish(tensors.items()), next(VERSIONS)).version
+
+
+def perturbed(tensors: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Every weight changed by about 2 %: still a working model, and visibly another one."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor * (1 + 0.02 * torch.randn(tensor.shape, generator=generator)) for name, tensor in tensors.items()
+    }
+
+
+@torch.no_grad()
+def reference_logprobs(model_path: Path, tensors: dict[str, Tensor], sequences: list[list[int]]) -> list[list[float]]:
+    """Log-probs [sequences][len - 1] by transformers, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, local_files_only=True)
+    model.load_state_dict(tensors, strict=False)
+    scored = []
+    for tokens in sequences:
+        logits = model(torch.tensor([tokens])).logits[0, :-1]
+        scored.append(logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist())
+    return scored
