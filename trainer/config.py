@@ -81,8 +81,9 @@ class BatchConfig(Options):
     tokens_per_microbatch: PositiveInt = 8192
     """Tokens of one forward and backward pass of one learner. A memory knob only: results do not depend on it."""
     uniform_rewards: Literal["skip", "take"] = "skip"
-    """What happens to a step in which every group has equal rewards, hence no advantages: no update, or the update all
-    the same."""
+    """Groups with equal rewards have no advantages. `skip` leaves them out of the forward and backward passes (the
+    gradient is the same; with a KL term they are computed all the same), and a step of such groups alone makes no
+    update; metrics of `policy/` then describe the other groups. `take` computes all of them."""
     max_uniform_steps: PositiveInt = 5
     """Such steps in a row before a warning with sample completions."""
 

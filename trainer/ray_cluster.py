@@ -229,6 +229,7 @@ class RayCluster(Cluster):
         # Tensors travel through the object store without a copy; actors must agree on it, so it is set for all of them.
         env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"} | {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
         os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+        logging.getLogger("ray").setLevel(logging.ERROR)  # its own notes on start-up; what fails is raised
         common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "logging_level": logging.WARNING, "log_to_driver": False}
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)

@@ -105,10 +105,12 @@ class RolloutSource:
         groups, metrics = self.sampler.groups(step, samples, self.batch.samples_per_prompt, self.sampling)
         atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
         metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
-        if self._is_uniform(atoms, groups) and self.batch.uniform_rewards == "skip":
-            atoms = []
+        uniform = self._is_uniform(atoms, groups)
         metrics["reward/uniform_steps"] = float(self.uniform_steps)
-        return StepBatch(updates(atoms, self.objective, self.batch), self.batch.passes_per_step, metrics, groups)
+        minibatches = updates(atoms, self.objective, self.batch)
+        if self.batch.uniform_rewards == "skip":
+            minibatches = [] if uniform else self._with_signal(minibatches)
+        return StepBatch(minibatches, self.batch.passes_per_step, metrics, groups)
 
     def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return self.sampler.push(learners, version)
@@ -127,9 +129,16 @@ class RolloutSource:
     def close(self) -> None:
         self.sampler.close()
 
+    def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
+        """Without the groups whose advantages are all 0: they count in the mean, but have no gradient except through a KL term."""
+        if self.algorithm.beta > 0:
+            return minibatches
+        kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
+        return [minibatch for minibatch in kept if minibatch]
+
     def _is_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> bool:
         """Whether no group has anything to learn from; a run of such steps is shown to the user."""
-        if any(value for atom in atoms for values in atom.streams["advantages"] for value in values):
+        if any(map(_has_signal, atoms)):
             self.uniform_steps = 0
             return False
         self.uniform_steps += 1
@@ -141,6 +150,10 @@ class RolloutSource:
             )
             Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
         return True
+
+
+def _has_signal(atom: Atom) -> bool:
+    return any(value for values in atom.streams["advantages"] for value in values)
 
 
 def _counters(counters: dict[str, int]) -> dict[str, float]:

@@ -1,0 +1,162 @@
+"""The learner's speed beside transformers and beside the machine's limit, with prompts shared in groups of 8 and not.
+
+    python benchmarks/learner_step.py [--dtype float32] [--prompt 64] [--completion 32] [--groups 8] [--out FILE.json]
+
+One update of GRPO's loss on the same tokens for everybody: forward, backward, no optimizer. Rows:
+
+* `shared`: our learner as it runs: packed, each prompt computed once for its 8 completions;
+* `repeated`: our learner with every completion carrying its prompt: what a model that cannot share would compute;
+* `transformers`: its model on padded rows with its own best attention (sdpa), log-probs by the usual gather over logits.
+
+Tokens/s count the tokens that the data has (prompt once, each completion), so that all rows do the same job. The limit is
+the time that the model's matrix products would take at the speed of this machine's own, measured in the same run.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from llmquest_rl.algorithms.presets import resolve
+from llmquest_rl.batch import Atom, collate
+from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.objectives import policy
+from llmquest_rl.types import Sampling
+
+GROUP = 8
+
+
+def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Floating-point operations by second of a matrix product of the model's own kind of shape."""
+    a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+    for _ in range(5):
+        a @ b.T
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(10):
+            a @ b.T
+        count += 10
+    return 2 * 1024 * 576 * 1536 * count / (time.perf_counter() - started)
+
+
+def atoms(groups: int, prompt: int, completion: int) -> list[Atom]:
+    """Groups of random tokens whose completions have between half the length asked for and all of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(0, 40000, (length,), generator=generator).tolist()
+
+    result = []
+    for _ in range(groups):
+        lengths = torch.randint(completion // 2, completion + 1, (GROUP,), generator=generator).tolist()
+        streams = {name: [[0.01] * length for length in lengths] for name in ("weights", "advantages", "rollout_logprobs")}
+        result.append(Atom(tokens(prompt), [tokens(length) for length in lengths], streams))
+    return result
+
+
+def best_of(run: Callable[[], None], repeats: int) -> float:
+    """Seconds of the fastest of several runs, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def ours(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]:
+    model = load_model(path, dtype)
+    objective = policy.build(policy.Config(), resolve("grpo", {"beta": 0.0}), Sampling())
+    batch = collate(data)
+
+    def run() -> None:
+        model.zero_grad()
+        objective.loss(model, batch).value.backward()
+
+    return run
+
+
+def theirs(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]:
+    """transformers: right-padded rows, logits at the completion tokens only, as TRL computes them."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    model.train()
+    rows = [(atom.prompt, completion) for atom in data for completion in atom.completions]
+    width = max(len(completion) for _, completion in rows)
+    prompt = len(rows[0][0])
+    ids = torch.zeros(len(rows), prompt + width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (head, tail) in enumerate(rows):
+        ids[i, : prompt + len(tail)] = torch.tensor([*head, *tail])
+        mask[i, : prompt + len(tail)] = 1
+
+    def run() -> None:
+        model.zero_grad()
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, logits_to_keep=width + 1).logits[:, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
+        loss = -((logprobs - logprobs.detach()).exp() * 0.01 * mask[:, prompt:]).sum()
+        loss.backward()
+
+    return run
+
+
+def flops(parameters: int, head: int, tokens: int, targets: int) -> float:
+    """Of forward and backward: 6 for each weight and token; the head works for targets only (attention left out)."""
+    return 6.0 * ((parameters - head) * tokens + head * targets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--completion", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    dtype, path = getattr(torch, args.dtype), resolve_model("smollm2-135m-instruct")
+    shared = atoms(args.groups, args.prompt, args.completion)
+    repeated = [part for atom in shared for part in atom.expanded()]
+    speed = matmul_flops(dtype)
+    model = load_model(path, dtype)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = model.config.vocab_size * model.config.hidden_size
+    del model
+    data_tokens = sum(atom.num_tokens for atom in shared)
+    targets = sum(len(completion) for atom in shared for completion in atom.completions)
+    cases: dict[str, tuple[Callable[[], None], int]] = {
+        "shared": (ours(path, dtype, shared), data_tokens),
+        "repeated": (ours(path, dtype, repeated), sum(atom.num_tokens for atom in repeated)),
+        "transformers": (theirs(path, dtype, shared), sum(atom.num_tokens for atom in repeated)),
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (run, computed) in cases.items():
+        seconds = best_of(run, args.repeats)
+        limit = flops(parameters, head, computed, targets) / speed
+        rows[name] = {"seconds": seconds, "tokens_per_s": data_tokens / seconds, "share_of_limit": limit / seconds}
+    table = Table(title=f"{args.groups} groups of {GROUP}, prompt {args.prompt}, completions <= {args.completion}, {args.dtype}; "
+                  f"matrix products here: {speed / 1e9:.0f} GFLOP/s")
+    for heading in ("", "s per update", "tokens/s", "x transformers", "share of the matmul limit"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        ratio = row["tokens_per_s"] / rows["transformers"]["tokens_per_s"]
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}", f"{ratio:.2f}", f"{row['share_of_limit']:.0%}")
+    Console(width=120).print(table)
+    if args.out:
+        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": None}, "gflops": speed / 1e9, **rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
