@@ -137,6 +137,7 @@ class Learner:
         metrics.max("time/learner_update_s", time.perf_counter() - prepared)
         metrics.sum("learner/tokens", passes * num_tokens(plan))
         metrics.max("learner/microbatches", passes * sum(map(len, plan)))
+        metrics.max("learner/lr", self.adamw.param_groups[0]["lr"])
         metrics.max("learner/updates", self.updates)
         metrics.max("learner/bad_steps", self.bad_steps)
         metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
@@ -165,7 +166,6 @@ class Learner:
         self.bad_in_a_row = 0
         metrics.merge(parts)
         metrics.mean("learner/grad_norm", norm)
-        metrics.max("learner/lr", lr)
 
     def _step(self) -> float | None:
         """Clip and step; the gradient's norm, or None when it was not finite and nothing was changed."""
@@ -177,8 +177,9 @@ class Learner:
         if not norm.isfinite():
             self.engine.zero_grad()
             return None
-        if self.setup.optimizer.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.setup.optimizer.max_grad_norm, norm)
+        limit = self.setup.optimizer.max_grad_norm
+        if limit is not None and norm > limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.engine.step()
         return float(norm)
 

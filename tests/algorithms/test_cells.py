@@ -43,7 +43,7 @@ def test_token_ratio(pairs: list[tuple[float, float]]) -> None:
 
 
 def clipped_objective(ratio: float, advantage: float, low: float, high: float) -> float:
-    """PPO equation 7 by cases: a positive advantage stops counting above the upper bound, a negative one below the lower."""
+    """PPO equation 7 by cases: a gain stops counting above the upper bound, a loss below the lower one."""
     if advantage >= 0:
         return -advantage * min(ratio, 1 + high)
     return -advantage * max(ratio, 1 - low)

@@ -1,0 +1,149 @@
+"""What the learner's tests train on, and the process that a group of several learners is made of.
+
+    python -m tests.trainer.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.algorithms.presets import resolve
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.packing import split_ranks
+from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.objectives.policy import Policy
+from trainer.config import LearnerConfig, OptimizerConfig
+from trainer.learner import Learner, LearnerSetup
+
+POLICY = Policy(resolve("grpo", {"beta": 0.1}), temperature=0.9, max_tokens=12)
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule="cosine", warmup_steps=2)
+"""A large eps: updates are then smooth in the gradient, so that rounding stays rounding."""
+
+
+def make_folder(folder: Path, tied: bool = False) -> Path:
+    """A tiny model's config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(replace(LlamaConfig.tiny(), tied=tied).to_hf()))
+    return folder
+
+
+def make_setup(folder: Path, **changes: Any) -> LearnerSetup:
+    """A learner on random weights."""
+    setup = LearnerSetup(
+        model_path=folder,
+        objective=POLICY,
+        optimizer=OPTIMIZER,
+        learner=LearnerConfig(timeout_s=60),
+        total_updates=20,
+        tokens_per_microbatch=10_000,
+        folder=folder / "run",
+        init="random",
+        threads=1,
+    )
+    return replace(setup, **changes)
+
+
+def minibatches(seed: int, count: int = 2, groups: int = 5) -> list[list[Atom]]:
+    """Weighed minibatches of groups with random tokens, advantages, and log-probs that an engine might have given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ints(high: int, size: int) -> list[int]:
+        return torch.randint(0, high, (size,), generator=generator).tolist()
+
+    def group() -> Atom:
+        completions = [ints(256, 1 + ints(11, 1)[0]) for _ in range(3)]
+        advantages = [[float(torch.randn((), generator=generator))] * len(c) for c in completions]
+        rollout = [(-5.5 + 0.3 * torch.randn(len(c), generator=generator)).tolist() for c in completions]
+        return Atom(ints(256, 4), completions, {"advantages": advantages, "rollout_logprobs": rollout})
+
+    return [POLICY.weigh([group() for _ in range(groups)]) for _ in range(count)]
+
+
+def whole_weights(learner: Learner) -> dict[str, Tensor]:
+    """A copy of all weights by their names on disk."""
+    return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+@dataclass
+class Case:
+    """What every process of a group is told."""
+
+    setups: list[LearnerSetup]
+    world_size: int
+    port: int
+    steps: int = 2
+    passes: int = 2
+    groups: int = 5
+    save_to: Path | None = None
+
+
+def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[str, float]:
+    """Train on the same data whatever the number of processes."""
+    metrics: dict[str, float] = {}
+    for step in range(first, case.steps):
+        shares = [split_ranks(atoms, case.world_size)[rank] for atoms in minibatches(step, groups=case.groups)]
+        metrics = learner.update((shares, case.passes))
+    return metrics
+
+
+def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]]]]:
+    """Real processes over gloo: [ranks][setups] of final weights and metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "case.pt"
+        torch.save(case, path)
+        command = [sys.executable, "-m", "tests.trainer.learner_cases", str(path)]
+        processes = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(case.world_size)
+        ]
+        try:
+            outputs = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+        return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(case.world_size)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    path, rank = sys.argv[1], int(sys.argv[2])
+    case: Case = torch.load(path, weights_only=False)
+    results = []
+    for i, setup in enumerate(case.setups):
+        learner = Learner(setup, rank, case.world_size, "127.0.0.1", case.port + i)
+        metrics = run_steps(learner, case, rank)
+        results.append((whole_weights(learner), metrics))
+        if case.save_to is not None:
+            folder = case.save_to / str(i)
+            folder.mkdir(parents=True, exist_ok=True)
+            learner.save(folder)
+            moved_on = run_steps(learner, replace(case, steps=case.steps + 1), rank, case.steps)
+            expected = whole_weights(learner)
+            learner.load(folder)
+            again = run_steps(learner, replace(case, steps=case.steps + 1), rank, case.steps)
+            assert {k: v for k, v in again.items() if "/learner" not in k and "_per_s" not in k} == {
+                k: v for k, v in moved_on.items() if "/learner" not in k and "_per_s" not in k
+            }
+            for name, tensor in learner.weights():
+                assert torch.equal(tensor, expected[name]), f"{name} differs after loading"
+        learner.close()
+    torch.save(results, f"{path}.{rank}")
+
+
+if __name__ == "__main__":
+    main()
