@@ -30,6 +30,10 @@ class PackedLinear(nn.Linear):
         """Take over the weight as it is now."""
         self._packed = _reorder(self.weight)
 
+    def unpack(self) -> None:
+        """Give the copy's memory back; `pack` comes before the next use."""
+        self._packed = None
+
     def forward(self, input: Tensor) -> Tensor:
         """`input` [rows, in_features] to [rows, out_features]."""
         return _product(input, self._packed, self.bias)
@@ -46,6 +50,10 @@ class PackedHead(LMHead):
         """Take over the weight as it is now."""
         self._packed = _reorder(self.weight)
 
+    def unpack(self) -> None:
+        """Give the copy's memory back; `pack` comes before the next use."""
+        self._packed = None
+
     def logits(self, states: Tensor) -> Tensor:
         """See `LMHead.logits`."""
         return _product(states, self._packed, None)
@@ -54,7 +62,7 @@ class PackedHead(LMHead):
 def can_pack(model: CausalLM) -> bool:
     """Whether the kernels are there: a CPU model in float32 or bfloat16, and a torch build with oneDNN."""
     weight = next(model.parameters())
-    has_kernels = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_kernels = torch.backends.mkldnn.is_available()
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and bool(has_kernels)
 
 
@@ -69,9 +77,23 @@ def pack_model(model: CausalLM) -> None:
                 setattr(parent, name, PackedLinear(child))
             elif type(child) is LMHead:
                 setattr(parent, name, PackedHead(child))
-    for module in model.modules():
-        if isinstance(module, PackedLinear | PackedHead):
-            module.pack()
+    for module in _packed_modules(model):
+        module.pack()
+
+
+def unpack_model(model: CausalLM) -> None:
+    """Give the memory of the packed copies back, until `pack_model` makes them again."""
+    for module in _packed_modules(model):
+        module.unpack()
+
+
+def packed_bytes(model: CausalLM) -> int:
+    """Memory of the packed copies."""
+    return sum(module._packed.nbytes for module in _packed_modules(model) if module._packed is not None)
+
+
+def _packed_modules(model: CausalLM) -> list[PackedLinear | PackedHead]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear | PackedHead)]
 
 
 def _reorder(weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
-from llmquest_rl.generation.packing import can_pack, pack_model
+from llmquest_rl.generation.packing import can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import disk_names, find_architecture, load_model, new_model
 from llmquest_rl.options import Options
@@ -120,16 +120,19 @@ class NativeEngine:
         self._generator.version = version
 
     def sleep(self) -> None:
-        """Give back the memory of keys and values."""
+        """Give back the memory of keys and values, and of the packed copy of the weights."""
         self._generator.release()
+        unpack_model(self._model)
         self._awake = False
 
     def wake(self) -> None:
-        """Undo `sleep`: the memory is taken when it is next needed."""
+        """Undo `sleep`; the memory of keys and values is taken when it is next needed."""
+        if self._packs and not self._awake:
+            pack_model(self._model)
         self._awake = True
 
     def close(self) -> None:
-        """Free keys and values; the weights go with the engine."""
+        """Free what `sleep` frees; the weights go with the engine."""
         self.sleep()
 
     def describe(self) -> FACTS:
@@ -144,7 +147,7 @@ class NativeEngine:
             "threads": self._setup.threads,
             "max_sequences": self._setup.max_sequences,
             "context_tokens": self._setup.context_tokens,
-            "pack_weights": self._packs,
+            "packed_bytes": packed_bytes(self._model),
             "cache_tokens": self._generator.cache_tokens,
             "cache_bytes": self._generator.cache_bytes,
         }
