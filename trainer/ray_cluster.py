@@ -16,14 +16,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+if not os.environ.get("RAY_ADDRESS"):
+    # Read when Ray is imported: a Ray of our own, on one machine, listens on the loopback interface only.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-from trainer.cluster import Cluster, ClusterError, Handle, Need
-from trainer.config import ClusterConfig
+import ray  # noqa: E402
+from ray.actor import ActorHandle  # noqa: E402
+from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
+
+from trainer.cluster import Cluster, ClusterError, Handle, Need  # noqa: E402
+from trainer.config import ClusterConfig  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -229,14 +233,13 @@ class RayCluster(Cluster):
         # Tensors travel through the object store without a copy; actors must agree on it, so it is set for all of them.
         env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"} | {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
         os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-        logging.getLogger("ray").setLevel(logging.ERROR)  # its own notes on start-up; what fails is raised
-        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "logging_level": logging.WARNING, "log_to_driver": False}
+        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "logging_level": logging.ERROR, "log_to_driver": False}
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)
             return
         # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
         slots = max(os.cpu_count() or 1, math.ceil(sum(need.count * need.cpus for need in needs)))
-        ray.init(num_cpus=slots, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+        ray.init(num_cpus=slots, include_dashboard=False, **common)
 
     def _place(self, needs: list[Need], timeout_s: float) -> PlacementGroup:
         have = ray.cluster_resources()
