@@ -1,7 +1,7 @@
 """Attention over packed tokens, and the interface that it shares with the caches used in generation.
 
-The packed form never pads what its caller sees. On a CPU, segments of similar shape are attended together in one batched call;
-on a GPU one FlexAttention kernel walks the blocks of the pack that hold visible pairs.
+The packed form never pads what its caller sees. On a CPU, segments of similar shape are attended together in one
+batched call; on a GPU one FlexAttention kernel walks the blocks of the pack that hold visible pairs.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
@@ -33,13 +33,13 @@ class AttentionContext(Protocol):
 
 
 class PackedAttention:
-    """Causal attention within each segment of a layout, plus the whole of the segment's parent. Nothing crosses otherwise.
+    """Causal attention within each segment of a layout, plus the whole of the segment's parent. Nothing else is seen.
 
     Built once for a batch: index tensors and masks are shared by all layers.
     """
 
     def __init__(self, layout: Layout, device: torch.device | str) -> None:
-        assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "a parent has no parent itself"
+        assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "parents have no parents"
         device = torch.device(device)
         self._backend: _Bucketed | _Flex = (_Flex if device.type == "cuda" else _Bucketed)(layout, device)
 
@@ -62,7 +62,7 @@ class _Bucket:
     num_keys: int
     """batch * (parent length + width), padding included."""
     mask: Tensor | None
-    """[width, parent length + width], added to the scores; None = plain causal, for which the kernel has a fast path."""
+    """[width, parent length + width], added to the scores; None = plain causal, a fast path of the kernel."""
 
 
 class _Bucketed:
@@ -76,12 +76,13 @@ class _Bucketed:
         rows = [_padded_rows(layout, members) for members in groups]
         mask = _mask(layout).to(device)
         self.buckets = [
-            _make_bucket(len(members), queries, keys, mask) for members, (queries, keys) in zip(groups, rows, strict=True)
+            _make_bucket(len(members), queries, keys, mask)
+            for members, (queries, keys) in zip(groups, rows, strict=True)
         ]
         nothing = torch.zeros(0, dtype=torch.long)
         query_rows = torch.cat([nothing, *(queries.flatten() for queries, _ in rows)])
         self.query_rows = query_rows.to(device)
-        """The packed row of each padded query. Padding repeats its segment's last row, and its result is thrown away."""
+        """The packed row of each padded query. Padding repeats a segment's last row; its result is dropped."""
         self.key_rows = torch.cat([nothing, *(keys.flatten() for _, keys in rows)]).to(device)
         """The packed row of each padded key: for each segment the rows of its parent, then its own."""
         unpad_rows = torch.empty(layout.num_tokens, dtype=torch.long)
@@ -143,8 +144,11 @@ def _make_bucket(batch: int, queries: Tensor, keys: Tensor, mask: Tensor) -> _Bu
 
 def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Results [batch * width, heads, head_dim], padding included."""
+    batched_q, batched_k, batched_v = (x.view(bucket.batch, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        *(x.unflatten(0, (bucket.batch, -1)).transpose(1, 2) for x in (q, k, v)),
+        batched_q,
+        batched_k,
+        batched_v,
         attn_mask=bucket.mask,
         is_causal=bucket.mask is None,
         scale=scale,

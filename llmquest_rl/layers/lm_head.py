@@ -1,7 +1,7 @@
 """The output layer: log-probabilities of given tokens without ever holding tokens x vocabulary.
 
-Rows are worked through in chunks, in buffers that all chunks share. Backward computes each chunk's probabilities a second
-time: one more matrix product, instead of keeping the largest tensor of the whole model.
+Rows are worked through in chunks, in buffers that all chunks share. Backward computes each chunk's probabilities a
+second time: one more matrix product, instead of keeping the largest tensor of the whole model.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class LMHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, size)) if tied_to is None else tied_to
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, vocab] of `states` [n, size], in the model's dtype: the tensor that `forward` avoids, so for few rows."""
+        """Logits [n, vocab] of `states` [n, size], in the model's dtype: what `forward` avoids, so for few rows."""
         return states @ self.weight.t()
 
     def forward(
@@ -32,7 +32,7 @@ class LMHead(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target, and the entropy of the distribution that it stands in.
 
-        Matrix products are in the dtype of the weight, all else is float32. The entropy is a metric: it has no gradient.
+        Matrix products are in the weight's dtype, all else is float32. The entropy is a metric: it has no gradient.
 
         Args:
             states: Final hidden states [n, size].
@@ -43,7 +43,8 @@ class LMHead(nn.Module):
         Returns:
             Log-probs [n] and entropy [n] (None unless asked for), float32.
         """
-        logprobs, entropies = _ChunkedLogProbs.apply(states, self.weight, targets, temperature, entropy)  # type: ignore[no-untyped-call]
+        inputs = (states, self.weight, targets, temperature, entropy)
+        logprobs, entropies = _ChunkedLogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
         return logprobs, entropies if entropy else None
 
 
@@ -68,7 +69,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """With p = softmax(logits / T): d logprob / d logits = (onehot - p) / T. The row's factor is put on the small side."""
+        """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand."""
         states, weight, targets = ctx.saved_tensors
         scale = (-grads[0] / ctx.temperature)[:, None]
         scaled = states * scale.to(states.dtype)

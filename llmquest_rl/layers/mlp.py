@@ -1,6 +1,6 @@
 """Feed-forward layers."""
 
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

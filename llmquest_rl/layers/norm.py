@@ -1,4 +1,4 @@
-"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), with the rounding of the Llama family."""
+"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), rounded as in the Llama family."""
 
 import torch
 from torch import Tensor, nn

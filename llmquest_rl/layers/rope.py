@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2) in the half-split layout of Hugging Face checkpoints.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), half-split as in the Hub's checkpoints.
 
 A head vector is split into halves `[x1 | x2]`, and pair i is turned by `position * inv_freq[i]`:
 `[x1 cos - x2 sin | x2 cos + x1 sin]`.
@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
 
 
 class RoPE:
-    """Angles for positions. Not a module: its frequencies are a function of the config and stay float32 whatever the model's dtype."""
+    """Angles for positions. Not a module: its frequencies follow from the config, and stay float32 in any model."""
 
     def __init__(self, dim: int, parameters: Mapping[str, Any]) -> None:
         """Prepare the frequencies.
@@ -62,12 +62,13 @@ def _unscaled(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
 def _llama3(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
     """Llama 3.1's context extension: long waves are slowed by `factor`, short ones kept, those between interpolated.
 
-    Source: the model card and reference code of Llama 3.1 (wavelength bounds `L / low_freq_factor`, `L / high_freq_factor`).
+    Source: the reference code of Llama 3.1. The bounds are wavelengths: `L / low_freq_factor`, `L / high_freq_factor`.
     """
     factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * inv_freq / factor + keep * inv_freq
+    scaled: Tensor = (1 - keep) * inv_freq / factor + keep * inv_freq
+    return scaled
 
 
 SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {"default": _unscaled, "llama3": _llama3}

@@ -60,7 +60,7 @@ class CausalLM(nn.Module):
     """A decoder. A subclass makes `embedding`, `blocks` and `head`, and implements `hidden`."""
 
     shares_prompts: ClassVar[bool] = True
-    """Whether a prompt is computed once for all its completions. A model with a recurrent state says False and gets expanded atoms."""
+    """Whether a prompt is computed once for all its completions. A model with a recurrent state says False."""
 
     head: LMHead
     blocks: nn.ModuleList
@@ -69,7 +69,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        """Keep only each block's input and compute the rest again in backward: less memory for about a third more time."""
+        """Keep only each block's input and compute the rest again in backward: less memory, a third more time."""
 
     @property
     def num_layers(self) -> int:

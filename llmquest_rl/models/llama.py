@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3, arXiv:2407.21783, section 3.2), which is also SmolLM2's architecture.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783, section 3.2), also SmolLM2's architecture.
 
 A pre-norm decoder: RMSNorm, attention with rotary positions and grouped key/value heads, SwiGLU, no dropout.
 Text only, one device: parallelism, caches and losses live elsewhere.
@@ -16,7 +16,7 @@ from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import SwiGLU
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rotate
-from llmquest_rl.models.base import CausalLM, Hidden, HFMap
+from llmquest_rl.models.base import CausalLM, HFMap, Hidden
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LlamaConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: 4 query heads on 2 key/value heads, tied."""
+        """For tests: two query heads on one key/value head, tied."""
         return cls(
             vocab_size=256,
             hidden_size=64,

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: found, checked against their own headers, and read one tensor at a time.
+"""The safetensors files of a checkpoint folder: found, checked against their own headers, read one tensor at a time.
 
 Everything here knows only the folder, never a model.
 """
@@ -56,7 +56,8 @@ def weight_entries(folder: Path) -> dict[str, Entry]:
         promised: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         for key, name in promised.items():
             if key not in entries or entries[key].file.name != name:
-                raise ValueError(f"{folder / INDEX} places {key!r} in {name}, which does not hold it: fetch or save the checkpoint again")
+                problem = f"{folder / INDEX} places {key!r} in {name}, which does not hold it"
+                raise ValueError(f"{problem}: fetch or save the checkpoint again")
     return entries
 
 
@@ -68,7 +69,8 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: fetch or save the checkpoint again")
+            lost = ", ".join(missing)
+            raise ValueError(f"{folder} lacks {lost}, which {INDEX} names: fetch or save the checkpoint again")
         return files
     if (folder / SINGLE).exists():
         return [folder / SINGLE]

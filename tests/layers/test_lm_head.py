@@ -1,0 +1,114 @@
+"""The chunked head: exact values and gradients, and memory that does not grow with tokens x vocabulary."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from llmquest_rl.layers import lm_head
+from llmquest_rl.layers.lm_head import LMHead
+
+torch.set_num_threads(1)
+
+
+def make(n: int, vocab: int = 97, size: int = 16, dtype: torch.dtype = torch.float32) -> tuple[LMHead, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    head = LMHead(size, vocab)
+    torch.nn.init.normal_(head.weight, generator=generator)
+    states = torch.randn(n, size, generator=generator).to(dtype).requires_grad_()
+    return head.to(dtype), states, torch.randint(vocab, (n,), generator=generator)
+
+
+def reference(
+    head: LMHead, states: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropy and a copy of the leaves, in float64."""
+    wide_states = states.detach().double().requires_grad_()
+    wide_weight = head.weight.detach().double().requires_grad_()
+    logprobs = torch.log_softmax(wide_states @ wide_weight.t() / temperature, -1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, wide_states, wide_weight
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 0})
+    monkeypatch.setattr(lm_head, "MIN_CHUNK_ROWS", 8)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("n", [1, 8, 21])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_values_and_gradients_equal_float64(n: int, temperature: float, dtype: torch.dtype, tolerance: float) -> None:
+    head, states, targets = make(n, dtype=dtype)
+    upstream = torch.linspace(-1.0, 2.0, n)
+    logprobs, entropy = head(states, targets, temperature, entropy=True)
+    expected, expected_entropy, wide_states, wide_weight = reference(head, states, targets, temperature)
+    assert entropy is not None
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=tolerance, rtol=tolerance)
+    logprobs.backward(upstream)
+    expected.backward(upstream.double())
+    for ours, theirs in ((states.grad, wide_states.grad), (head.weight.grad, wide_weight.grad)):
+        assert ours is not None
+        assert theirs is not None
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * float(theirs.abs().max()), rtol=0.0)
+
+
+def test_entropy_is_a_metric_without_gradient() -> None:
+    head, states, targets = make(5)
+    _, entropy = head(states, targets, 1.0, True)
+    assert entropy is not None
+    assert not entropy.requires_grad
+    assert head(states, targets)[1] is None
+
+
+def test_no_targets() -> None:
+    """A microbatch without targets still takes part: backward gives zeros, not missing gradients."""
+    head, states, targets = make(0)
+    logprobs, entropy = head(states, targets, 1.0, True)
+    assert logprobs.shape == (0,)
+    assert entropy is not None
+    assert entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+
+
+def test_frozen_weight_and_tied_weight() -> None:
+    head, states, targets = make(5)
+    head.weight.requires_grad_(False)
+    head(states, targets)[0].sum().backward()
+    assert states.grad is not None
+    assert head.weight.grad is None
+    embedding = torch.nn.Embedding(97, 16)
+    assert LMHead(16, 97, embedding.weight).weight is embedding.weight
+
+
+def peak_bytes(n: int, vocab: int) -> int:
+    """Largest memory held by tensors beyond those that existed before, over forward and backward."""
+    head, states, targets = make(n, vocab)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        logprobs, _ = head(states, targets, 0.9, entropy=True)
+        logprobs.sum().backward()
+    current = peak = 0
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = 8192
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 64 * vocab})
+    small, large = peak_bytes(256, vocab), peak_bytes(4096, vocab)
+    logits = 4096 * vocab * 4
+    assert large < logits / 10
+    assert (
+        large - small < 4096 * 16 * 4 * 8
+    )  # a few tensors of the size of the states: nothing with the vocabulary in it

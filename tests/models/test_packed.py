@@ -1,0 +1,149 @@
+"""A packed batch computes what separate sequences would, for every architecture: values, gradients, and no leak."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import architectures
+
+torch.set_num_threads(1)
+
+ARCHITECTURES = architectures()
+
+ATOMS = [
+    Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
+    Atom([11, 3], [[7, 7, 7]]),
+    Atom([], [[4, 8, 15, 16, 23, 42]]),
+    Atom([6, 6, 6, 6, 6], [[], [2, 3, 4, 5]], mask=[[], [True, False, True, True]]),
+]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> CausalLM:
+    hf = ARCHITECTURES[request.param]
+    model = hf.model(hf.config.tiny())
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)  # far from uniform
+    return model
+
+
+def gradients(model: CausalLM, logprobs: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (logprobs * torch.linspace(0.5, 1.5, len(logprobs))).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
+def assert_same_gradients(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name, gradient in a.items():
+        torch.testing.assert_close(gradient, b[name], atol=1e-5 * float(gradient.abs().max()), rtol=0.0, msg=name)
+
+
+def test_shared_prompts_equal_repeated_prompts(model: CausalLM) -> None:
+    if not model.shares_prompts:
+        pytest.skip("this architecture computes a prompt for each completion")
+    shared = model(collate(ATOMS), 0.8, True)
+    repeated = model(collate([part for atom in ATOMS for part in atom.expanded()]), 0.8, True)
+    torch.testing.assert_close(shared.logprobs, repeated.logprobs, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(shared.entropy, repeated.entropy, atol=1e-5, rtol=0.0)
+    assert_same_gradients(gradients(model, shared.logprobs), gradients(model, repeated.logprobs))
+
+
+def test_packed_equals_separate(model: CausalLM) -> None:
+    atoms = [part for atom in ATOMS for part in atom.expanded()]
+    packed = model(collate(atoms)).logprobs
+    separate = torch.cat([model(collate([atom])).logprobs for atom in atoms])
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=0.0)
+    assert_same_gradients(gradients(model, packed), gradients(model, separate))
+
+
+def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
+    batch = collate([part for atom in ATOMS for part in atom.expanded()])
+    states, _ = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu"))
+    distribution = torch.log_softmax(model.logits(states).double() / 0.8, -1)[batch.sources]
+    output = model(batch, 0.8, True)
+    expected = distribution.gather(-1, batch.targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(output.logprobs.double(), expected, atol=1e-5, rtol=0.0)
+    assert output.entropy is not None
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    torch.testing.assert_close(output.entropy.double(), entropy, atol=1e-5, rtol=0.0)
+
+
+def test_a_neighbour_cannot_leak(model: CausalLM) -> None:
+    """Changing one completion, or the other group, changes no other log-prob by a single bit."""
+    atoms = [ATOMS[0], ATOMS[1]]
+    before = model(collate(atoms)).logprobs
+    atoms[0] = Atom(ATOMS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
+    atoms[1] = Atom([50, 51], ATOMS[1].completions)
+    after = model(collate(atoms)).logprobs
+    own = torch.tensor([0, 1, 7])  # completions 0 and 2 of the first group
+    assert torch.equal(before[own], after[own])
+    assert not bool((before[2:7] == after[2:7]).any())
+    assert not bool((before[8:] == after[8:]).any())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model: CausalLM) -> None:
+    batch = collate(ATOMS)
+    plain = gradients(model, model(batch).logprobs)
+    saved_plain = saved_bytes(model)
+    model.gradient_checkpointing = True
+    again = gradients(model, model(batch).logprobs)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert saved_bytes(model) < saved_plain / 3
+
+
+def saved_bytes(model: CausalLM) -> int:
+    """Bytes that the forward of a batch keeps for its backward, parameters not counted."""
+    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logprobs = model(collate(ATOMS)).logprobs
+    assert logprobs.requires_grad
+    return sum(kept.values())
+
+
+def test_checkpointing_does_nothing_without_gradient(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("checkpointed without a gradient to compute")
+
+    monkeypatch.setattr("llmquest_rl.models.base.checkpoint", never)
+    model.gradient_checkpointing = True
+    with torch.no_grad():
+        model(collate(ATOMS))
+    with pytest.raises(AssertionError, match="without a gradient"):
+        model(collate(ATOMS))
+
+
+def test_batch_without_targets(model: CausalLM) -> None:
+    output = model(collate([Atom([1, 2, 3], [[]])]), entropy=True)
+    assert output.logprobs.shape == (0,)
+    assert not any(bool(gradient.any()) for gradient in gradients(model, output.logprobs).values())
+
+
+def test_what_caches_ask_for(model: CausalLM) -> None:
+    """Layers, key/value heads and head size are those that attention is called with."""
+    seen: list[tuple[int, int, int]] = []
+
+    class Recorder(PackedAttention):
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            assert k.shape == v.shape
+            seen.append((layer, k.shape[1], k.shape[2]))
+            return super().attend(layer, q, k, v, scale)
+
+    layout = Layout((3,), (-1,))
+    model.hidden(torch.tensor([1, 2, 3]), layout.positions(), Recorder(layout, "cpu"))
+    assert seen == [(layer, model.num_kv_heads, model.head_dim) for layer in range(model.num_layers)]
