@@ -1,10 +1,10 @@
-"""One GRPO step of ours beside TRL's GRPOTrainer: same model, prompts, samples, token limit, dtype and machine, in one run.
+"""One GRPO step of ours beside TRL's GRPOTrainer: same model, prompts, samples, token limit, dtype, machine.
 
     python benchmarks/grpo_step.py [--steps 3] [--dtype float32] [--engine vllm] [--out FILE.json]
 
-Each side runs in a process of its own, one after the other, so that its peak memory (all its processes together) is its
-own. The first step of each side is not counted. TRL generates with transformers, since it has no vLLM on CPUs, and gets the
-largest batches that are good for it; ours is `llmquest-rl train` as a user runs it, Ray and all.
+Each side runs in a process of its own, one after the other, so that its peak memory (all its processes together) is
+its own. The first step of each side is not counted. TRL generates with transformers, since it has no vLLM on CPUs, and
+gets the largest batches that are good for it; ours is `llmquest-rl train` as a user runs it, Ray and all.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
 
     trainer.add_callback(Clock())
     trainer.train()
-    lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    key = "completions/mean_length"
+    lengths = [entry[key] for entry in trainer.state.log_history if key in entry]
     for row, length in zip(times, lengths, strict=False):
         row["tokens"] = length * PROMPTS * SAMPLES
     return times[1:]
@@ -204,7 +205,8 @@ def main() -> None:
         rows_file.write_text(json.dumps(SIDES[args.side](args)))
         return
     results = {side: measure(side, sys.argv[1:]) for side in SIDES}
-    table = Table(title=f"one GRPO step: SmolLM2-135M, {PROMPTS} x {SAMPLES}, <= {MAX_TOKENS} tokens, {args.dtype}, {os.cpu_count()} cores")
+    sizes = f"{PROMPTS} x {SAMPLES}, <= {MAX_TOKENS} tokens, {args.dtype}, {os.cpu_count()} cores"
+    table = Table(title=f"one GRPO step: SmolLM2-135M, {sizes}")
     for heading in ("", "ours", "TRL", "TRL / ours"):
         table.add_column(heading, justify="right")
     (ours, our_peak), (trl, trl_peak) = results["ours"], results["trl"]

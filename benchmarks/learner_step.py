@@ -6,10 +6,10 @@ One update of GRPO's loss on the same tokens for everybody: forward, backward, n
 
 * `shared`: our learner as it runs: packed, each prompt computed once for its 8 completions;
 * `repeated`: our learner with every completion carrying its prompt: what a model that cannot share would compute;
-* `transformers`: its model on padded rows with its own best attention (sdpa), log-probs by the usual gather over logits.
+* `transformers`: its model on padded rows with its own best attention (sdpa), log-probs gathered from logits.
 
-Tokens/s count the tokens that the data has (prompt once, each completion), so that all rows do the same job. The limit is
-the time that the model's matrix products would take at the speed of this machine's own, measured in the same run.
+Tokens/s count the tokens that the data has (prompt once, each completion), so that all rows do the same job. The limit
+is the time that the model's matrix products would take at this machine's own speed, measured in the same run.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def atoms(groups: int, prompt: int, completion: int) -> list[Atom]:
     result = []
     for _ in range(groups):
         lengths = torch.randint(completion // 2, completion + 1, (GROUP,), generator=generator).tolist()
-        streams = {name: [[0.01] * length for length in lengths] for name in ("weights", "advantages", "rollout_logprobs")}
+        names = ("weights", "advantages", "rollout_logprobs")
+        streams = {name: [[0.01] * length for length in lengths] for name in names}
         result.append(Atom(tokens(prompt), [tokens(length) for length in lengths], streams))
     return result
 
@@ -146,16 +147,18 @@ def main() -> None:
         seconds = best_of(run, args.repeats)
         limit = flops(parameters, head, computed, targets) / speed
         rows[name] = {"seconds": seconds, "tokens_per_s": data_tokens / seconds, "share_of_limit": limit / seconds}
-    table = Table(title=f"{args.groups} groups of {GROUP}, prompt {args.prompt}, completions <= {args.completion}, {args.dtype}; "
-                  f"matrix products here: {speed / 1e9:.0f} GFLOP/s")
+    sizes = f"{args.groups} groups of {GROUP}, prompt {args.prompt}, completions <= {args.completion}, {args.dtype}"
+    table = Table(title=f"{sizes}; matrix products here: {speed / 1e9:.0f} GFLOP/s")
     for heading in ("", "s per update", "tokens/s", "x transformers", "share of the matmul limit"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         ratio = row["tokens_per_s"] / rows["transformers"]["tokens_per_s"]
-        table.add_row(name, f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}", f"{ratio:.2f}", f"{row['share_of_limit']:.0%}")
+        cells = (f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}", f"{ratio:.2f}", f"{row['share_of_limit']:.0%}")
+        table.add_row(name, *cells)
     Console(width=120).print(table)
     if args.out:
-        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": None}, "gflops": speed / 1e9, **rows}, indent=1) + "\n")
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        args.out.write_text(json.dumps({"arguments": arguments, "gflops": speed / 1e9, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from trainer.tracking import Tracker, check_trackers
 
 log = logging.getLogger(__name__)
 
+Running = tuple[Session, BatchSource, LearnerGroup]
+
 MAX_RESTARTS = 10
 """Deaths of rollout workers, or of graders, that one run makes good."""
 
 
 @contextmanager
-def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> Iterator[tuple[Session, BatchSource, LearnerGroup]]:
+def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> Iterator[Running]:
     """Start everything that a run needs; on leaving, close it in reverse, whatever happened.
 
     What can be wrong with data, tokenizer, model files or trackers is found before the first process starts.
@@ -59,7 +61,9 @@ def needs(config: Config, samples: bool) -> list[Need]:
     """What the run asks of the cluster."""
     cluster = config.cluster
     learners = Need("learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner)
-    workers = Need("rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker)
+    workers = Need(
+        "rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker
+    )
     graders = Need("grader", config.graders.workers, 1, 0)
     return [learners, workers, graders] if samples else [learners]
 
@@ -80,11 +84,12 @@ def start_rollouts(parts: Parts, cluster: Cluster, model_path: Path) -> Rollouts
     workers = cluster.spawn(RolloutWorker, "rollout", lambda i: worker, max_restarts=MAX_RESTARTS)
     grader = {"rewards": list(config.rewards), "config": config.graders}
     graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
-    return Rollouts(workers, graders, config.seed, config.rollout.timeout_s, config.graders.timeout_s * len(config.rewards))
+    grade_timeout_s = config.graders.timeout_s * len(config.rewards)
+    return Rollouts(workers, graders, config.seed, config.rollout.timeout_s, grade_timeout_s)
 
 
 class OpenDataset:
-    """Opens the source of objectives that learn from given sequences. The data is read at once, before anything starts."""
+    """Opens the source of objectives that learn from given sequences; reads the data before anything starts."""
 
     def __init__(self, parts: Parts, replay: Path | None) -> None:
         self.needs = needs(parts.config, samples=False)

@@ -1,7 +1,8 @@
 """Where members run: in this process, or as Ray actors.
 
-Rollout workers, graders and learners are plain classes. `cluster.spawn` makes a group of one class and returns a `Handle`;
-the handle alone knows whether a member is an object next door or an actor on another node (`trainer/ray_cluster.py`).
+Rollout workers, graders and learners are plain classes. `cluster.spawn` makes a group of one class and returns a
+`Handle`, which alone knows whether a member is an object next door or an actor on another node
+(`trainer/ray_cluster.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -95,7 +96,12 @@ class Cluster(ABC):
 
     @abstractmethod
     def spawn(
-        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+        self,
+        cls: type,
+        name: str,
+        kwargs: Callable[[int], dict[str, Any]],
+        max_restarts: int = 0,
+        in_step: bool = False,
     ) -> Handle:
         """Build the members of the group `name`, member i from `cls(**kwargs(i))`. Returns before they are ready.
 
@@ -116,7 +122,12 @@ class InlineCluster(Cluster):
         self.counts = {need.name: need.count for need in needs}
 
     def spawn(
-        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+        self,
+        cls: type,
+        name: str,
+        kwargs: Callable[[int], dict[str, Any]],
+        max_restarts: int = 0,
+        in_step: bool = False,
     ) -> Handle:
         return InlineHandle(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
 

@@ -259,8 +259,9 @@ class Config(Options):
     @property
     def eval_sampling(self) -> Sampling:
         """How held-out completions are drawn: as in training, but for what `eval` says."""
-        changes = {"temperature": self.eval.temperature, "max_tokens": self.eval.max_tokens or self.rollout.sampling.max_tokens}
-        return self.rollout.sampling.model_copy(update=changes)
+        sampling = self.rollout.sampling
+        changes = {"temperature": self.eval.temperature, "max_tokens": self.eval.max_tokens or sampling.max_tokens}
+        return sampling.model_copy(update=changes)
 
     @field_validator("name")
     @classmethod

@@ -20,6 +20,7 @@ from trainer.rollouts import Rollouts, seed_for
 from trainer.run import RunFolder
 from trainer.sampler import check_groups
 
+
 def trained_model(run: str, which: str = "latest") -> Path:
     """The Hub folder inside a run's checkpoint.
 
@@ -36,7 +37,7 @@ def trained_model(run: str, which: str = "latest") -> Path:
     if which == "best":
         path = checkpoint.best_checkpoint(folder.checkpoints)
         if path is None:
-            raise checkpoint.CheckpointError(f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric")
+            raise checkpoint.CheckpointError(f"{folder.checkpoints}: none has a value of checkpoint.best_metric")
         return path / MODEL
     return checkpoint.load(folder.checkpoints / f"step-{int(which):06d}").path / MODEL
 
@@ -102,7 +103,8 @@ def answer_prompts(config: Config, prompts: list[str], n: int) -> list[list[str]
     with running(config) as sampling:
         renderer = sampling.parts.renderer
         requests = [
-            Request(renderer.prompt_ids(prompt), n, seed_for(config.seed, "generate", i)) for i, prompt in enumerate(prompts)
+            Request(renderer.prompt_ids(prompt), n, seed_for(config.seed, "generate", i))
+            for i, prompt in enumerate(prompts)
         ]
         work = [(requests, config.rollout.sampling)]
         [answers] = sampling.rollouts.workers.map("generate", work, timeout_s=config.rollout.timeout_s)

@@ -18,7 +18,7 @@ class StepBatch:
     """What one step trains on."""
 
     minibatches: list[list[Atom]]
-    """One list of atoms for each optimizer update, with token weights that make each list's loss a mean. May be empty."""
+    """Atoms for each optimizer update, with token weights that make each update's loss a mean. May be empty."""
     passes: int = 1
     """Times that the minibatches are gone through."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class LearnerGroup:
         return metrics
 
     def weights(self) -> Any:
-        """A reference to `(tensors by disk name, checksums)`, gathered on the first learner; pass it on, do not open it."""
+        """A reference to `(tensors by disk name, checksums)`, gathered on the first learner: to be passed on."""
         return self.handle.all("published", timeout_s=self.timeout_s, fetch=False)[0]
 
     def save(self, folder: Path) -> None:
-        """Write everything that an exact resume needs into an existing folder, and the model for everybody else's tools."""
+        """Write what an exact resume needs into an existing folder, and the model for everybody else's tools."""
         self.handle.all("save", folder, timeout_s=self.timeout_s)
         self.export(folder / MODEL)
 

@@ -1,4 +1,4 @@
-"""What a run is made of, built from its configuration when first asked for. Nothing here starts a process or loads weights."""
+"""What a run is made of, built from its configuration when first asked for; no process starts, no weights load."""
 
 import logging
 from functools import cached_property
@@ -28,7 +28,9 @@ class Parts:
     @cached_property
     def objective(self) -> Objective:
         section = self.config.objective
-        objective: Objective = section.module.build(section.options, self.config.algorithm, self.config.rollout.sampling)
+        objective: Objective = section.module.build(
+            section.options, self.config.algorithm, self.config.rollout.sampling
+        )
         return objective
 
     @cached_property
@@ -106,5 +108,5 @@ class Parts:
 
 
 def threads(cpus_each: float | None, count: int) -> int:
-    """CPU threads of one process: what it was given, else the machine's cores shared out, because phases take turns on them."""
+    """CPU threads of one process: what it was given, else the machine's cores shared out: phases take turns on them."""
     return max(1, int(cpus_each)) if cpus_each is not None else max(1, available_cores() // count)

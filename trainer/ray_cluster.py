@@ -1,7 +1,7 @@
 """Members as Ray actors: placement, time limits, restarts. The only file that imports Ray.
 
-A member that dies and may be restarted is rebuilt and its work redone; every wait has a limit, and the error names who did
-not answer.
+A member that dies and may be restarted is rebuilt and its work redone; every wait has a limit, and the error names who
+did not answer.
 """
 
 import contextlib
@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """How often one piece of work is redone on a fresh member before the run stops: it is then the work that kills."""
 
+GRACE_S = 5.0
+"""How long a failure waits for news of a death: members in step fail when one of them dies, often before Ray has noticed."""
+
+CLOSE_S = 30.0
+"""How long a member may take to close before it is killed."""
+
 PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
 """Environment variables with these prefixes reach every actor."""
 
@@ -41,7 +47,7 @@ Work = tuple[int, tuple[Any, ...]]
 """The index of a piece of work, and its arguments."""
 
 
-class MemberDied(ClusterError):
+class MemberDiedError(ClusterError):
     """The process of one member ended."""
 
 
@@ -71,6 +77,14 @@ class Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.member, method)(*args)
 
+    def hold(self, method: str, *args: Any) -> tuple[None, Any]:
+        """As `call`, in two answers: the first comes with the second, but weighs nothing."""
+        return None, self.call(method, *args)
+
+    def close(self) -> None:
+        if self.member is not None:
+            self.member.close()
+
 
 class RayHandle(Handle):
     """Members are Ray actors inside a placement group."""
@@ -91,6 +105,7 @@ class RayHandle(Handle):
         self.max_restarts = max_restarts
         self.log_dir = log_dir
         self.start_timeout_s = 0.0
+        self.silent: set[int] = set()
         self.actors = [start(i) for i in range(size)]
         self.built = [build(actor, i) for i, actor in enumerate(self.actors)]
 
@@ -103,7 +118,9 @@ class RayHandle(Handle):
 
     def all(self, method: str, *args: Any, timeout_s: float, fetch: bool = True) -> list[Any]:
         if not fetch:
-            return [actor.call.remote(method, *args) for actor in self.actors]
+            pairs = [actor.hold.options(num_returns=2).remote(method, *args) for actor in self.actors]
+            self._gather([made for made, _ in pairs], range(self.size), method, timeout_s)
+            return [answer for _, answer in pairs]
         if self.max_restarts:
             return self._work(method, [deque([(i, args)]) for i in range(self.size)], timeout_s)
         refs = [actor.call.remote(method, *args) for actor in self.actors]
@@ -117,18 +134,25 @@ class RayHandle(Handle):
         return self._work(method, [deque(enumerate(items))] * self.size, timeout_s)
 
     def close(self) -> None:
-        refs = [actor.call.remote("close") for actor in self.actors]
-        done, late = ray.wait(refs, num_returns=len(refs), timeout=30)
+        refs = {actor.close.remote(): i for i, actor in enumerate(self.actors) if i not in self.silent}
+        done, late = ray.wait(list(refs), num_returns=len(refs), timeout=CLOSE_S) if refs else ([], [])
         for ref in done:
             with contextlib.suppress(RayActorError):  # already dead: nothing left to close
-                ray.get(ref)
+                self._report_failed_close(refs[ref], ref)
         if late:
-            log.warning("%d of %d %s did not close within 30 s and were killed", len(late), self.size, self.name)
+            log.warning("%d of %d %s did not close within %g s: killed", len(late), self.size, self.name, CLOSE_S)
         for actor in self.actors:
             ray.kill(actor)
 
+    def _report_failed_close(self, member: int, ref: Any) -> None:
+        """A run that ends with an error must end with that one, not with one of its clearing up."""
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            log.warning("%s-%d failed to close: %s", self.name, member, error)
+
     def _gather(self, refs: list[Any], members: Sequence[int], method: str, timeout_s: float) -> list[Any]:
-        """Answers in order; the first failure raises at once, since members in step would wait for the failed one."""
+        """Answers in order; the first failure raises, since members in step would wait for the failed one."""
         pending = dict(zip(refs, members, strict=True))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -137,8 +161,25 @@ class RayHandle(Handle):
             if not done:
                 raise self._late(method, pending.values(), timeout_s)
             member = pending.pop(done[0])
-            answers[member] = self._get(member, method, done[0])
+            try:
+                answers[member] = self._get(member, method, done[0])
+            except MemberDied:
+                raise
+            except Exception as error:
+                raise self._cause(error, pending, method) from error
         return [answers[member] for member in members]
+
+    def _cause(self, error: Exception, pending: dict[Any, int], method: str) -> Exception:
+        """The death of another member, if there was one: it explains the error, and not the other way round."""
+        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE_S) if pending else ([], [])
+        for ref in done:
+            try:
+                self._get(pending[ref], method, ref)
+            except MemberDied as death:
+                return death
+            except Exception as other:
+                log.debug("%s-%d failed too: %s", self.name, pending[ref], other)
+        return error
 
     def _work(self, method: str, queues: list[deque[Work]], timeout_s: float) -> list[Any]:
         """One piece in flight for each member, taken from the member's queue (which members may share)."""
@@ -156,23 +197,25 @@ class RayHandle(Handle):
             remaining = min(deadline for _, _, deadline in running.values()) - time.monotonic()
             done, _ = ray.wait(list(running), num_returns=1, timeout=max(remaining, 0.0))
             if not done:
-                raise self._late(method, [member for member, _, _ in running.values()], timeout_s)
+                now = time.monotonic()
+                raise self._late(method, [member for member, _, end in running.values() if end <= now], timeout_s)
             member, work, _ = running.pop(done[0])
             try:
                 answers[work[0]] = self._get(member, method, done[0])
-            except MemberDied as error:
+            except MemberDiedError as error:
                 deaths[work[0]] += 1
                 if deaths[work[0]] >= MAX_ATTEMPTS:
-                    raise ClusterError(f"{error} The same work has killed {MAX_ATTEMPTS} members: not redone.") from error
+                    raise ClusterError(f"{error} Its work has killed {MAX_ATTEMPTS} members: not redone.") from error
                 self._restart(member, error)
                 queues[member].appendleft(work)
         return [answers[index] for index in indices]
 
-    def _restart(self, member: int, error: "MemberDied") -> None:
+    def _restart(self, member: int, error: "MemberDiedError") -> None:
         if self.restarts >= self.max_restarts:
-            raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are this group's limit.") from error
+            raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are the limit.") from error
         self.restarts += 1
         log.warning("%s A new one is started and its work redone (restart %d).", error, self.restarts)
+        ray.kill(self.actors[member])  # also one that only seems dead would hold the new one's place
         self.actors[member] = self.start(member)
         self._gather([self.build(self.actors[member], member)], [member], "start", self.start_timeout_s)
         if self.on_restart is not None:
@@ -183,11 +226,14 @@ class RayHandle(Handle):
             return ray.get(ref)
         except RayActorError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise MemberDied(f"{self.name}-{member} died during {method} ({reason}); its log: {self._log(member)}.") from error
+            who = f"{self.name}-{member} died during {method} ({reason})"
+            raise MemberDiedError(f"{who}; its log: {self._log(member)}.") from error
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from error
+            raise error.cause from error
 
     def _late(self, method: str, members: Iterable[int], timeout_s: float) -> ClusterError:
+        members = list(members)
+        self.silent |= set(members)
         who = ", ".join(f"{self.name}-{member} (log: {self._log(member)})" for member in sorted(members))
         return ClusterError(f"no answer to {method} within {timeout_s:g} s from {who}.")
 
@@ -203,10 +249,19 @@ class RayCluster(Cluster):
         self.needs = {need.name: need for need in needs}
         self.start_timeout_s = config.start_timeout_s
         self._connect(needs)
-        self.group = self._place(needs, config.start_timeout_s)
+        try:
+            self.group = self._place(needs, config.start_timeout_s)
+        except BaseException:
+            ray.shutdown()
+            raise
 
     def spawn(
-        self, cls: type, name: str, kwargs: Callable[[int], dict[str, Any]], max_restarts: int = 0, in_step: bool = False
+        self,
+        cls: type,
+        name: str,
+        kwargs: Callable[[int], dict[str, Any]],
+        max_restarts: int = 0,
+        in_step: bool = False,
     ) -> Handle:
         need = self.needs[name]
         names = list(self.needs)
@@ -230,16 +285,19 @@ class RayCluster(Cluster):
         ray.shutdown()
 
     def _connect(self, needs: list[Need]) -> None:
-        # Tensors travel through the object store without a copy; actors must agree on it, so it is set for all of them.
-        env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"} | {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        # Tensors travel through the object store without a copy; driver and actors must agree on it.
+        env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+        env |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "logging_level": logging.ERROR, "log_to_driver": False}
+        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False}
+        common["logging_level"] = logging.ERROR
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)
             return
         # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
         slots = max(os.cpu_count() or 1, math.ceil(sum(need.count * need.cpus for need in needs)))
-        ray.init(num_cpus=slots, include_dashboard=False, **common)
+        # Without the word `local` it would join whatever Ray somebody has started on this machine.
+        ray.init("local", num_cpus=slots, include_dashboard=False, **common)
 
     def _place(self, needs: list[Need], timeout_s: float) -> PlacementGroup:
         have = ray.cluster_resources()
@@ -250,8 +308,9 @@ class RayCluster(Cluster):
             if total > have.get(resource, 0.0) + 1e-6:
                 asked = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in needs)
                 raise ClusterError(
-                    f"the Ray cluster has {have.get(resource, 0.0):g} {resource}s, but this run asks for {total:g} ({asked}). "
-                    f"Add nodes, or lower rollout.workers, graders.workers, learner.processes or cluster.{resource.lower()}s_per_*."
+                    f"the Ray cluster has {have.get(resource, 0.0):g} {resource}s, but this run asks for {total:g} "
+                    f"({asked}). Add nodes, or lower rollout.workers, graders.workers, learner.processes or "
+                    f"cluster.{resource.lower()}s_per_*."
                 )
         bundles = [{"CPU": need.cpus, "GPU": need.gpus} for need in needs for _ in range(need.count)]
         group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="PACK")
@@ -259,6 +318,6 @@ class RayCluster(Cluster):
             remove_placement_group(group)
             raise ClusterError(
                 f"Ray did not place {bundles} within {timeout_s:g} s, although the totals suffice: free now is "
-                f"{ray.available_resources()}. Another job holds the rest, or no single node is large enough for one member."
+                f"{ray.available_resources()}. Another job holds the rest, or no node is large enough for one member."
             )
         return group

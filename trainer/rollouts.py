@@ -1,4 +1,4 @@
-"""Prompts to graded groups: rollout workers sample, graders score. Used by training, evaluation and `generate` alike."""
+"""Prompts to graded groups: rollout workers sample, graders score; for training, evaluation and `generate` alike."""
 
 import time
 from collections.abc import Sequence
@@ -97,5 +97,5 @@ class Rollouts:
 
 def grade_item(sample: Sample, completion: Completion) -> GradeItem:
     """What a reward gets to see: the row as the data set has it, the completion's text, and how long it was."""
-    columns = {**sample.columns, "completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
-    return GradeItem(sample.prompt, completion.text, sample.answer, columns)
+    seen = {"completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+    return GradeItem(sample.prompt, completion.text, sample.answer, sample.columns | seen)

@@ -12,24 +12,23 @@ from trainer.learners import LearnerGroup
 from trainer.replay import load_rollouts, save_rollouts
 from trainer.rollouts import Rollouts, grade_item
 
+Sampled = tuple[list[Group], dict[str, float]]
+"""Groups, and metrics of how they were made."""
+
 
 class Sampler(Protocol):
     """Answers prompts with graded groups."""
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         """Groups for training, and metrics."""
         ...
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         """Groups for evaluation; none where nothing can be sampled."""
         ...
 
     def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         """Give the learners' weights to whoever samples; returns metrics."""
-        ...
-
-    def close(self) -> None:
-        """End what sampling needed."""
         ...
 
 
@@ -56,7 +55,7 @@ class LiveSampler:
         self.current: tuple[Any, int] | None = None
         rollouts.workers.on_restart = self._restore
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         groups, metrics = self.rollouts.run(samples, n, sampling, f"train/{step}")
         if self.sleeps:
             self._all("sleep")
@@ -64,28 +63,27 @@ class LiveSampler:
             save_rollouts(self.save_to, step, groups)
         return groups, metrics | check_groups(groups, self.max_unscored_share)
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         # The key does not hold the step: evaluations differ by the weights alone.
         groups, metrics = self.rollouts.run(samples, n, sampling, "eval")
         check_groups(groups, self.max_unscored_share)
         return groups, {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
 
     def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Every worker compares what it received with the learners' checksums before it loads them, and answers with what it loaded."""
+        """Every worker compares what it received with the learners' checksums, loads it, and reports what it loaded."""
         started = time.perf_counter()
         if self.sleeps:
             self._all("wake")
-        self.current = (learners.weights(), version)
-        reports = self._all("load_weights", *self.current)
+        self.current = None  # a worker that dies while it loads gets these weights when its work is redone
+        current = (learners.weights(), version)
+        reports = self._all("load_weights", *current)
+        self.current = current
         assert all(report.version == version for report in reports)
         return {
             "time/sync_s": time.perf_counter() - started,
             "rollout/weight_version": float(version),
             "rollout/pushed_mb": sum(report.num_bytes for report in reports) / 1e6,
         }
-
-    def close(self) -> None:
-        self.rollouts.close()
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.rollouts.workers.all(method, *args, timeout_s=self.rollouts.timeout_s)
@@ -102,14 +100,11 @@ class ReplayedSampler:
 
     folder: Path
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         return load_rollouts(self.folder, step), {}
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         return [], {}
 
     def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}
-
-    def close(self) -> None:
-        """Nothing was started."""

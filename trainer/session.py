@@ -10,12 +10,12 @@ from trainer.config import Config
 from trainer.learners import LearnerGroup, StepBatch
 from trainer.run import Progress, RunFolder, StopSignal
 from trainer.sources import BatchSource
-from trainer.tracking import Tracker, completions_table, system_metrics
+from trainer.tracking import Tracker, system_metrics
 
 log = logging.getLogger(__name__)
 
 
-class WeightsDiffer(RuntimeError):
+class WeightsDifferError(RuntimeError):
     """The engine's log-probs are too far from the learner's: the two do not hold the same weights."""
 
 
@@ -72,12 +72,12 @@ class Session:
         return self.source.evaluate(self.learners, step)
 
     def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """A disk that is full costs this checkpoint, not the run: the older ones are intact, and the next save tries again."""
+        """A full disk costs this checkpoint, not the run: the older ones are intact, and the next save tries again."""
         self.progress.phase("checkpoint")
         started = time.perf_counter()
         options = self.config.checkpoint
-        value = metrics.get(options.best_metric) if options.best_metric else None
-        best = checkpoint.Best(options.best_metric, value, options.best_mode) if options.best_metric and value is not None else None
+        metric, value = options.best_metric, metrics.get(options.best_metric or "")
+        best = checkpoint.Best(metric, value, options.best_mode) if metric is not None and value is not None else None
         state = {"step": step, "source": self.source.state_dict()}
         try:
             checkpoint.save(
@@ -93,9 +93,9 @@ class Session:
     def _check_gap(self, metrics: dict[str, float]) -> None:
         limit, gap = self.config.rollout.gap_limit, metrics.get("policy/logp_gap")
         if limit is not None and gap is not None and gap > limit:
-            raise WeightsDiffer(
-                f"policy/logp_gap is {gap:.3g} nats per token, rollout.gap_limit is {limit:g}: the engine samples from other "
-                "weights than the learner trains, or in far lower precision. Compare rollout.dtype with model.dtype first."
+            raise WeightsDifferError(
+                f"policy/logp_gap is {gap:.3g} nats per token, rollout.gap_limit is {limit:g}: the engine samples from "
+                "other weights than the learner trains, or in far lower precision (see rollout.dtype, model.dtype)."
             )
 
 

@@ -44,10 +44,6 @@ class BatchSource(Protocol):
         """Take up what `state_dict` returned."""
         ...
 
-    def close(self) -> None:
-        """End what the source started."""
-        ...
-
 
 def updates(atoms: Sequence[Atom], objective: Objective, batch: BatchConfig) -> list[list[Atom]]:
     """The minibatches of a step, each with weights of its own: the mean of an update is over its minibatch."""
@@ -79,9 +75,6 @@ class DatasetSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
-
-    def close(self) -> None:
-        """Nothing was started."""
 
 
 class RolloutSource:
@@ -126,11 +119,8 @@ class RolloutSource:
         self.stream.load_state_dict(state["stream"])
         self.uniform_steps = state["uniform_steps"]
 
-    def close(self) -> None:
-        self.sampler.close()
-
     def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
-        """Without the groups whose advantages are all 0: they count in the mean, but have no gradient except through a KL term."""
+        """Without groups whose advantages are all 0: they count in the mean, but only a KL term gives them a gradient."""
         if self.algorithm.beta > 0:
             return minibatches
         kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
@@ -145,8 +135,8 @@ class RolloutSource:
         log.warning("all rewards are equal within every group of this step: there is nothing to learn from")
         if self.uniform_steps % self.batch.max_uniform_steps == 0:
             title = (
-                f"{self.uniform_steps} steps in a row without any difference in reward: the task is too hard or too easy, "
-                "or the reward does not see what the model writes"
+                f"{self.uniform_steps} steps in a row without any difference in reward: the task is too hard or too "
+                "easy, or the reward does not see what the model writes"
             )
             Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
         return True

@@ -1,4 +1,4 @@
-"""The cluster seam on real Ray: order, restarts, time limits that name who is missing, and placement that does not fit."""
+"""The cluster seam on real Ray: order, restarts, time limits that name who is missing, placement that does not fit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +70,9 @@ def test_a_member_that_may_not_be_restarted_ends_the_run(cluster: Cluster) -> No
     handle.close()
 
 
-def test_a_cluster_that_is_too_small_says_what_is_missing(cluster: Cluster, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_too_small_says_what_is_missing(
+    cluster: Cluster, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
