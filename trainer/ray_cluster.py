@@ -35,7 +35,7 @@ MAX_ATTEMPTS = 3
 """How often one piece of work is redone on a fresh member before the run stops: it is then the work that kills."""
 
 GRACE_S = 5.0
-"""How long a failure waits for news of a death: members in step fail when one of them dies, often before Ray has noticed."""
+"""How long a failure waits for news of a death: members in step fail when one dies, often before Ray has noticed."""
 
 CLOSE_S = 30.0
 """How long a member may take to close before it is killed."""
@@ -163,7 +163,7 @@ class RayHandle(Handle):
             member = pending.pop(done[0])
             try:
                 answers[member] = self._get(member, method, done[0])
-            except MemberDied:
+            except MemberDiedError:
                 raise
             except Exception as error:
                 raise self._cause(error, pending, method) from error
@@ -175,7 +175,7 @@ class RayHandle(Handle):
         for ref in done:
             try:
                 self._get(pending[ref], method, ref)
-            except MemberDied as death:
+            except MemberDiedError as death:
                 return death
             except Exception as other:
                 log.debug("%s-%d failed too: %s", self.name, pending[ref], other)

@@ -120,7 +120,7 @@ class RolloutSource:
         self.uniform_steps = state["uniform_steps"]
 
     def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
-        """Without groups whose advantages are all 0: they count in the mean, but only a KL term gives them a gradient."""
+        """Without groups whose advantages are all 0: they count in the mean, but have a gradient only through a KL."""
         if self.algorithm.beta > 0:
             return minibatches
         kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
