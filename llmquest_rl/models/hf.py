@@ -148,7 +148,7 @@ def disk_tensors(model: CausalLM, named: Iterable[tuple[str, Tensor]] | None = N
 
 
 def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name on disk to shape of every weight that a model of `path`/config.json has, a shared one once. No weight is read.
+    """Name on disk to shape of every weight of a model of `path`/config.json, a shared one once. No weight is read.
 
     Raises:
         ValueError: config.json is missing or damaged, or names an unknown architecture.

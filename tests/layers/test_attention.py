@@ -1,5 +1,7 @@
 """Packed attention: who sees whom, and that padding inside a bucket never shows."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,11 +127,11 @@ def test_few_calls_for_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     kernel = F.scaled_dot_product_attention
 
-    def counted(*args: Tensor, **kwargs: object) -> Tensor:
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(args[0].shape)
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    PackedAttention(layout, "cpu").attend(0, *inputs(layout.num_tokens, dtype=torch.float32), 0.3)
+    PackedAttention(layout, "cpu").attend(0, *inputs(layout.num_tokens, dtype=torch.float32), scale=0.3)
     assert len(calls) <= 8
     assert sum(shape[0] * shape[2] for shape in calls) <= 1.25 * layout.num_tokens

@@ -1,4 +1,4 @@
-"""Parity with transformers: values and gradients, on random checkpoints that transformers itself wrote, and on SmolLM2."""
+"""Parity with transformers in values and gradients, on random checkpoints that it wrote itself, and on SmolLM2."""
 
 import json
 from pathlib import Path
