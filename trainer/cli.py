@@ -1,5 +1,6 @@
 """The command line: commands parse, and call one function each. Whatever is heavy is imported inside a command."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml; `configs` lists them.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For instance optimizer.lr=1e-5")]
+Source = Annotated[Path, typer.Argument(help="A recipe, or a run: its configuration with the model that it trained.")]
+Checkpoint = Annotated[str, typer.Option(help="Of a run: latest, best, or the number of a step.")]
 RunReference = Annotated[str, typer.Argument(help="A run folder, runs/NAME for its newest run, or runs/latest.")]
 
 
@@ -56,6 +59,70 @@ def train(
 
     resume_path = RunFolder.open(resume_from or f"runs/{settings.name}").path if resume or resume_from else None
     _report(run_training(settings, resume_path, replay))
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Accuracy, mean@k and pass@k on held-out data, with 95 % confidence intervals."""
+    from trainer.inference import evaluate as run_evaluation
+
+    metrics, groups = run_evaluation(_load_for_sampling(source, checkpoint, overrides))
+    for key in sorted(key for key in metrics if not key.endswith(("_low", "_high"))):
+        interval = f"  [{metrics[f'{key}_low']:.4f}, {metrics[f'{key}_high']:.4f}]" if f"{key}_low" in metrics else ""
+        console.print(Text(f"{key.removeprefix('eval/')}: {metrics[key]:.4f}{interval}"))
+    console.print(f"problems asked: {len(groups)}")
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Completions of each prompt.")] = 1,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Answer prompts with a recipe's or a run's model, as `rollout.sampling` says."""
+    from trainer.inference import answer_prompts
+
+    for question, answers in zip(
+        prompt, answer_prompts(_load_for_sampling(source, checkpoint, overrides), prompt, samples), strict=True
+    ):
+        for answer in answers:
+            console.print(Text(f"{question}\n", "dim"), Text(answer), soft_wrap=True)
+
+
+@app.command()
+def rollout(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder for the rollouts; `train --replay` reads it.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Steps' worth of prompts.")] = 1,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Sample and grade without training, and keep the rollouts."""
+    from trainer.inference import generate_rollouts
+
+    for step, groups in generate_rollouts(_load_for_sampling(source, checkpoint, overrides), steps, out):
+        values = [score.value for group in groups for score in group.scores if score.value is not None]
+        mean = f"{sum(values) / len(values):.4f}" if values else "none"
+        console.print(f"step {step}: {len(groups)} prompts, {len(values)} scored completions, mean reward {mean}")
+    console.print(Text(f"rollouts: {out}"), soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunReference,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Copy a trained model out of its run, as a folder that transformers, vLLM and the Hub take."""
+    from trainer.inference import export as export_model
+
+    console.print(Text(f"model: {export_model(run, out, checkpoint)}"), soft_wrap=True)
 
 
 @app.command()
@@ -92,6 +159,25 @@ def grade(
 
 
 @app.command()
+def parity(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or smollm2-135m-instruct.")],
+    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit that passes.")] = 1e-3,
+) -> None:
+    """Compare our float32 logits with transformers'; exit code 1 above the tolerance."""
+    from llmquest_rl.models.hub import resolve_model
+    from llmquest_rl.models.parity import parity as compare
+
+    report = compare(resolve_model(path))
+    console.print(f"{report.architecture}: {report.positions} positions, largest logit {report.max_abs_logit:.1f}")
+    console.print(
+        f"largest difference: {report.max_abs_diff:.2e}, with a shared prompt: {report.max_abs_diff_shared:.2e}"
+    )
+    if not report.worst <= tolerance:  # also when it is NaN
+        console.print(f"that is above the tolerance of {tolerance:g}")
+        raise typer.Exit(1)
+
+
+@app.command()
 def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
     """List the recipes, each with what it shows."""
     from trainer.recipes import recipes
@@ -116,6 +202,17 @@ def _load(path: Path, overrides: Iterable[str] | None) -> "Config":
     from trainer.config_load import load_config
 
     return load_config(path, overrides or ())
+
+
+def _load_for_sampling(source: Path, checkpoint: str, overrides: Iterable[str] | None) -> "Config":
+    """A recipe as it is; of a run, its saved configuration around the model that it trained."""
+    if source.suffix in (".yaml", ".yml"):
+        return _load(source, overrides)
+    from trainer.inference import trained_model
+    from trainer.run import RunFolder
+
+    model = json.dumps(str(trained_model(str(source), checkpoint)))
+    return _load(RunFolder.open(source).config, [f"model.path={model}", "model.init=pretrained", *(overrides or ())])
 
 
 def _print_checks(config: "Config") -> None:
