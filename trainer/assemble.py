@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from llmquest_rl.data.rows import DataError
 from rewards.grader import Grader, check_rewards
 from rollout.engine import check_engine
 from rollout.worker import RolloutWorker
@@ -14,6 +15,7 @@ from trainer.config_load import dump
 from trainer.learner import Learner
 from trainer.learners import LearnerGroup
 from trainer.parts import Parts
+from trainer.replay import check_replay
 from trainer.rollouts import Rollouts
 from trainer.run import Progress, RunFolder, StopSignal
 from trainer.sampler import LiveSampler, ReplayedSampler, Sampler
@@ -37,6 +39,7 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
     """
     parts = Parts(config)
     check_trackers(config.tracking.trackers)
+    parts.check_model()
     open_source = SOURCES[parts.objective.source](parts, replay)
     folder = RunFolder.open(resume_from) if resume_from else RunFolder.create(Path("runs"), config.name)
     with ExitStack() as stack:
@@ -48,8 +51,7 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
         stack.callback(cluster.close)
         learners = start_learners(parts, cluster, folder)
         stack.callback(learners.close)
-        source = open_source(cluster, learners, folder)
-        stack.callback(source.close)
+        source = open_source(cluster, learners, folder, stack)
         done = resume(folder, source, learners) if resume_from else 0
         tracker = stack.enter_context(Tracker(folder, config.tracking.trackers, config.name, done + bool(done)))
         tracker.start(config.model_dump(mode="json"))
@@ -95,7 +97,7 @@ class OpenDataset:
         self.needs = needs(parts.config, samples=False)
         self.source = DatasetSource(parts.sequences, parts.objective, parts.config)
 
-    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> BatchSource:
+    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         learners.wait_ready()
         return self.source
 
@@ -110,16 +112,22 @@ class OpenRollouts:
         self.needs = needs(config, samples=replay is None)
         self.prompts = parts.prompts
         section = config.rollout.engine
-        if replay is None:
-            check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
-            check_rewards(config.rewards, self.prompts.held_out(1)[0].columns, config.graders)
+        if replay is not None:
+            check_replay(replay, config.steps)
+            return
+        check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
+        samples = self.prompts.held_out(1)
+        if not samples:
+            raise DataError(f"every held-out prompt has more than data.max_prompt_tokens = {config.data.max_prompt_tokens}")
+        check_rewards(config.rewards, samples[0].columns, config.graders)
 
-    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> BatchSource:
-        sampler = ReplayedSampler(self.replay) if self.replay is not None else self._live(cluster, learners, folder)
+    def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
+        replayed = None if self.replay is None else ReplayedSampler(self.replay)
+        sampler = replayed or self._live(cluster, learners, folder, stack)
         learners.wait_ready()
         return RolloutSource(self.prompts, sampler, self.parts.objective, self.parts.config)
 
-    def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder) -> Sampler:
+    def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> Sampler:
         config = self.parts.config
         model_path = self.parts.model_path
         if config.model.init == "random":  # only the learners have these weights: engines start from a copy
@@ -127,6 +135,7 @@ class OpenRollouts:
             learners.wait_ready()
             learners.export(model_path)
         rollouts = start_rollouts(self.parts, cluster, model_path)
+        stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         save_to = folder.rollouts if config.rollout.save else None
         return LiveSampler(rollouts, config.graders.max_unscored_share, config.rollout.sleep, save_to)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from llmquest_rl.types import Group, Request
 from trainer import checkpoint
@@ -66,15 +66,17 @@ class Sampling:
 def running(config: Config) -> Iterator[Sampling]:
     """Rollout workers and graders of a configuration, without learners."""
     parts = Parts(config)
+    parts.check_model()
     workers_and_graders = [need for need in needs(config, samples=True) if need.name != "learner"]
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(TemporaryDirectory(prefix="llmquest-logs-")))
+        logs = Path(mkdtemp(prefix="llmquest-logs-"))
         cluster = open_cluster(config.cluster, workers_and_graders, logs)
         stack.callback(cluster.close)
         rollouts = start_rollouts(parts, cluster, parts.model_path)
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         yield Sampling(parts, rollouts)
+    shutil.rmtree(logs)  # after an error they stay: its message names them
 
 
 def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:

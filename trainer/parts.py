@@ -10,7 +10,7 @@ from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.data.task import open_task
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
 from llmquest_rl.hardware import available_cores, choose_dtype
-from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.hub import check_model_files, resolve_model
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from trainer.config import Config
@@ -36,6 +36,15 @@ class Parts:
     @cached_property
     def model_path(self) -> Path:
         return resolve_model(self.config.model.path)
+
+    def check_model(self) -> None:
+        """Check that every weight is there, without reading one.
+
+        Raises:
+            ValueError: a file is missing or cut short, or a tensor is; the message names it.
+        """
+        if self.config.model.init == "pretrained":
+            check_model_files(self.model_path)
 
     @cached_property
     def renderer(self) -> PromptRenderer:

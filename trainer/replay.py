@@ -98,6 +98,17 @@ def replay_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def check_replay(folder: Path, steps: int) -> None:
+    """Check that a run of that many steps can be replayed.
+
+    Raises:
+        ValueError: steps are missing; names the first.
+    """
+    missing = sorted(set(range(1, steps + 1)) - set(replay_steps(folder)))
+    if missing:
+        raise ValueError(f"{folder}: no rollouts of step {missing[0]}, and the run has {steps} steps: lower `steps`")
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.jsonl.gz"
 

@@ -47,7 +47,8 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to do, from 1; ends early when the user asks to stop."""
-        if self.done == 0 and self.config.eval.every and self.config.eval.at_start:
+        options = self.config.eval
+        if self.done == 0 and options.every and options.at_start and not self.stop.requested:
             self.tracker.log(0, self._evaluate(0))
         for step in self.stop.steps(range(self.done + 1, self.config.steps + 1)):
             self._step_started = time.perf_counter()

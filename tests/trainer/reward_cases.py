@@ -1,0 +1,26 @@
+"""Rewards for runs of the tiny model, most of which misbehave."""
+
+
+def low_characters(completion: str) -> float:
+    """Share of the characters before `A` in ASCII: a random model gets about a half, and can learn."""
+    return sum(character < "A" for character in completion) / max(1, len(completion))
+
+
+def always_fails(completion: str) -> float:
+    raise RuntimeError("this grader is broken")
+
+
+def constant(completion: str) -> float:
+    return 0.5
+
+
+def huge(completion: str) -> float:
+    """Finite, but neither its square nor a float32 can hold it."""
+    return 1e300 * (len(completion) % 3)
+
+
+def slow(completion: str) -> float:
+    import time
+
+    time.sleep(0.05)
+    return low_characters(completion)
