@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +34,8 @@ from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import Published, publish
 from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner_batches import Plan, num_tokens, plan_microbatches
-from trainer.learner_group import join_group, zero_config
+from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microbatches, save_batch
+from trainer.learner_group import join_group, over_processes, zero_config
 from trainer.learner_state import load_rng, peak_memory_gb, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Learner:
         metrics.max("learner/updates", self.updates)
         metrics.max("learner/bad_steps", self.bad_steps)
         metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
-        return self._over_processes(metrics).to_floats()
+        return over_processes(metrics).to_floats()
 
     def _update_once(self, microbatches: list[TokenBatch], atoms: Sequence[Atom], metrics: Metrics) -> None:
         options = self.setup.optimizer
@@ -188,9 +188,7 @@ class Learner:
         self.bad_in_a_row += 1
         log.warning("update %d had NaN or inf in loss or gradients and was skipped", self.updates)
         if self.bad_in_a_row > self.setup.learner.max_bad_steps:
-            path = self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(list(atoms), path)
+            path = save_batch(self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt", atoms)
             raise BadStepsError(
                 f"{self.bad_in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_bad_steps is "
                 f"{self.setup.learner.max_bad_steps}); the weights are those before. The last batch is in {path}: "
@@ -207,13 +205,8 @@ class Learner:
         for name in streams:
             model = models[name]
             assert model is not None, f"the objective asks for {name} but not for a reference model"
-            plan = [[self._with_logprobs(model, name, batch) for batch in microbatches] for microbatches in plan]
+            plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device)
         return plan
-
-    @torch.no_grad()
-    def _with_logprobs(self, model: nn.Module, name: str, batch: TokenBatch) -> TokenBatch:
-        logprobs = model(batch.to(self.device), temperature=self.setup.objective.temperature).logprobs
-        return replace(batch, streams={**batch.streams, name: logprobs.to("cpu", torch.float32)})
 
     @torch.no_grad()
     def evaluate(self, atoms: Sequence[Atom]) -> dict[str, float]:
@@ -225,13 +218,8 @@ class Learner:
         metrics = Metrics()
         for batch in plan[0]:
             metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
-        floats = self._over_processes(metrics).to_floats()
+        floats = over_processes(metrics).to_floats()
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
-
-    def _over_processes(self, metrics: Metrics) -> Metrics:
-        everyone: list[Metrics] = [metrics] * self.world_size
-        dist.all_gather_object(everyone, metrics.fetched())
-        return Metrics().merge(everyone)
 
     # --- weights and state ---
 
@@ -257,7 +245,9 @@ class Learner:
         """The weights in host memory with their checksums, on the first process; nothing on the others."""
         if self.rank == 0:
             gathered = self.engine.zero_optimization_partition_weights()  # such a tensor is gone after its turn
-            return publish((name, tensor.clone().cpu() if gathered else tensor.cpu()) for name, tensor in self.weights())
+            return publish(
+                (name, tensor.clone().cpu() if gathered else tensor.cpu()) for name, tensor in self.weights()
+            )
         deque(self.weights(), maxlen=0)
         return {}, {}
 

@@ -1,10 +1,12 @@
 """What a learner runs: minibatches cut into packed microbatches, as many on every process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.data.packing import pack
@@ -50,3 +52,21 @@ def num_tokens(plan: Plan) -> int:
     """Tokens in a plan, empty microbatches left out."""
     batches = (batch for microbatches in plan for batch in microbatches)
     return sum(len(batch.tokens) for batch in batches if bool(torch.any(batch.streams["weights"] != 0)))
+
+
+@torch.no_grad()
+def add_logprobs(plan: Plan, name: str, model: nn.Module, temperature: float, device: torch.device) -> Plan:
+    """The plan with stream `name`: the model's log-probs of the targets."""
+
+    def with_stream(batch: TokenBatch) -> TokenBatch:
+        logprobs: Tensor = model(batch.to(device), temperature=temperature).logprobs
+        return replace(batch, streams={**batch.streams, name: logprobs.to("cpu", torch.float32)})
+
+    return [[with_stream(batch) for batch in microbatches] for microbatches in plan]
+
+
+def save_batch(path: Path, atoms: Sequence[Atom]) -> Path:
+    """Keep a process's share of a minibatch for a post-mortem; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(list(atoms), path)
+    return path

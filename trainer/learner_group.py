@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llmquest_rl.metrics import Metrics
 from trainer.config import LearnerConfig
 
 ON_HOST = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
@@ -31,6 +32,13 @@ def join_group(device: torch.device, rank: int, world_size: int, address: str, p
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **options)
     return True
+
+
+def over_processes(metrics: Metrics) -> Metrics:
+    """The metrics of all processes merged, on each of them. A collective call."""
+    everyone: list[Metrics] = [metrics] * dist.get_world_size()
+    dist.all_gather_object(everyone, metrics.fetched())
+    return Metrics().merge(everyone)
 
 
 def zero_config(
