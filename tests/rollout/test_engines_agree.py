@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmquest_rl.types import Request, Sampling
-from rollout.engine import engine_config
+from rollout.engine import EngineSetup, engine_config
 from rollout.weights import publish
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import SETUP, VERSIONS, perturbed
@@ -64,3 +65,58 @@ def test_greedy_tokens_and_endings_agree(
                 theirs.text,
                 theirs.finish_reason,
             )
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, as transformers saves it, of another kind: heads of 32, untied, scaled RoPE, no tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        eos_token_id=[7, 9],
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    path = tmp_path_factory.mktemp("small_llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_a_model_without_tokenizer_and_with_two_end_tokens(small_llama: Path) -> None:
+    pytest.importorskip("vllm")
+    setup = EngineSetup(context_tokens=160, max_sequences=16, threads=1)
+    workers = [RolloutWorker(name, engine_config(name)(), small_llama, setup) for name in ("native", "vllm")]
+    prompts = [list(range(10, 110)), [5, 6, 8]]
+    try:
+        native, vllm = (worker.logprobs(prompts) for worker in workers)
+        for ours, theirs in zip(native, vllm, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=TOLERANCE)
+        for sampler, scorer in (workers, workers[::-1]):
+            (group,) = sampler.generate([Request(prompts[1], 16, seed=1)], Sampling(max_tokens=40, top_k=12))
+            assert {c.text for c in group} == {""}
+            assert all((c.token_ids[-1] in (7, 9)) == (c.finish_reason == "stop") for c in group)
+            assert all(not {7, 9} & set(c.token_ids[:-1]) for c in group)
+            everything = Sampling(max_tokens=40)
+            (completion,) = sampler.generate([Request(prompts[0], 1, seed=2)], everything)[0]
+            (scored,) = scorer.logprobs([prompts[0] + completion.token_ids])
+            assert completion.logprobs == pytest.approx(scored[len(prompts[0]) - 1 :], abs=TOLERANCE)
+        with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+            workers[1].generate([Request(prompts[1], 1, seed=1)], Sampling(stop=("x",)))
+    finally:
+        for worker in workers:
+            worker.close()
