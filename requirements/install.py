@@ -17,6 +17,7 @@ HERE = ROOT / "requirements"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
+SYSTEM_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 UV = "uv==0.13.9"
 PIP_TO_UV = {
     "find-links": "UV_FIND_LINKS",
@@ -69,7 +70,10 @@ def pip_setting(pip: list[str], name: str) -> str:
     from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if from_environment is not None:
         return from_environment
-    answers = (subprocess.run([*pip, "config", "get", f"{s}.{name}"], capture_output=True, text=True) for s in ("install", "global"))
+    answers = (
+        subprocess.run([*pip, "config", "get", f"{s}.{name}"], capture_output=True, text=True)
+        for s in ("install", "global")
+    )
     return next((answer.stdout.strip() for answer in answers if answer.stdout.strip()), "")
 
 
@@ -81,6 +85,8 @@ def uv_environment(pip: list[str]) -> dict[str, str]:
         if value and variable not in env:
             env[variable] = value
             say(f"pip's {name} is handed on to uv")
+    if SYSTEM_CERTIFICATES.exists():  # behind a proxy of a company its certificate is there, and not among uv's own
+        env.setdefault("UV_SYSTEM_CERTS", "1")
     # As pip does: the best version of all indexes, not the first index that has the name.
     env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     return env
@@ -124,7 +130,9 @@ def install(device: str) -> None:
 
 def main() -> None:
     if sys.version_info < (3, 11):
-        sys.exit(f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make setup PYTHON=python3.12")
+        sys.exit(
+            f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make setup PYTHON=python3.12"
+        )
     device, reason = find_device()
     say(f"for {device.upper()}: {reason}")
     wanted = stamp(device)

@@ -1,4 +1,4 @@
-"""Loads every recipe of the given folders: `python -m trainer.check_configs configs`. Exit code 1 names what is wrong."""
+"""Loads every recipe of the given folders (`python -m trainer.check_configs configs`) and names what is wrong."""
 
 import sys
 from collections.abc import Iterable
