@@ -34,18 +34,14 @@ from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import Published, publish
 from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microbatches, save_batch
+from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microbatches
 from trainer.learner_group import join_group, over_processes, zero_config
-from trainer.learner_state import load_rng, peak_memory_gb, save_rng, seed_everything
+from trainer.learner_state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
 
 TAG = "learner"
 """Name of DeepSpeed's folder inside a checkpoint."""
-
-
-class BadStepsError(RuntimeError):
-    """Too many updates in a row had NaN or inf in loss or gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +86,7 @@ class Learner:
         self.device = torch.device(setup.device)
         self.dtype = getattr(torch, setup.dtype)
         self.updates = 0
-        self.bad_steps = 0
-        self.bad_in_a_row = 0
+        self.bad_steps = BadSteps(setup.learner.max_bad_steps)
         self._set_threads()
         os.environ.setdefault("DS_ACCELERATOR", setup.device)
         self._owns_group = join_group(
@@ -139,7 +134,7 @@ class Learner:
         metrics.max("learner/microbatches", passes * sum(map(len, plan)))
         metrics.max("learner/lr", self.adamw.param_groups[0]["lr"])
         metrics.max("learner/updates", self.updates)
-        metrics.max("learner/bad_steps", self.bad_steps)
+        metrics.max("learner/bad_steps", self.bad_steps.total)
         metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
         return over_processes(metrics).to_floats()
 
@@ -161,9 +156,11 @@ class Learner:
         norm = self._step()
         self.updates += 1
         if norm is None:
-            self._count_bad(atoms)
+            self.bad_steps.bad(
+                self.updates, atoms, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
+            )
             return
-        self.bad_in_a_row = 0
+        self.bad_steps.good()
         metrics.merge(parts)
         metrics.mean("learner/grad_norm", norm)
 
@@ -182,18 +179,6 @@ class Learner:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.engine.step()
         return float(norm)
-
-    def _count_bad(self, atoms: Sequence[Atom]) -> None:
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
-        log.warning("update %d had NaN or inf in loss or gradients and was skipped", self.updates)
-        if self.bad_in_a_row > self.setup.learner.max_bad_steps:
-            path = save_batch(self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt", atoms)
-            raise BadStepsError(
-                f"{self.bad_in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_bad_steps is "
-                f"{self.setup.learner.max_bad_steps}); the weights are those before. The last batch is in {path}: "
-                "torch.load(path, weights_only=False) gives its atoms. A lower learning rate or clip is the usual cure."
-            )
 
     def _fitting(self, atoms: Sequence[Atom]) -> list[Atom]:
         """Atoms as this model can compute them."""
@@ -234,26 +219,21 @@ class Learner:
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero import GatheredParameters
 
+        cut_up = self.engine.zero_optimization_partition_weights()
         for name, parameter in self.model.named_parameters():
-            whole = (
-                GatheredParameters([parameter]) if self.engine.zero_optimization_partition_weights() else nullcontext()
-            )
-            with whole:
-                yield name, parameter.detach()
+            with GatheredParameters([parameter]) if cut_up else nullcontext():
+                yield name, parameter.detach().clone() if cut_up else parameter.detach()
 
     def published(self) -> Published:
         """The weights in host memory with their checksums, on the first process; nothing on the others."""
         if self.rank == 0:
-            gathered = self.engine.zero_optimization_partition_weights()  # such a tensor is gone after its turn
-            return publish(
-                (name, tensor.clone().cpu() if gathered else tensor.cpu()) for name, tensor in self.weights()
-            )
+            return publish((name, tensor.cpu()) for name, tensor in self.weights())
         deque(self.weights(), maxlen=0)
         return {}, {}
 
     def save(self, folder: Path) -> None:
         """Write everything that an exact resume needs into an existing folder."""
-        state = {"updates": self.updates, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
+        state = {"updates": self.updates, **self.bad_steps.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
         dist.barrier()
@@ -273,9 +253,8 @@ class Learner:
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
-        self.updates, self.bad_steps, self.bad_in_a_row = (
-            state[key] for key in ("updates", "bad_steps", "bad_in_a_row")
-        )
+        self.updates = state["updates"]
+        self.bad_steps.load_state_dict(state)
         load_rng(folder / TAG / f"rng_{self.rank}.pt")
 
     def export(self, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -63,10 +62,3 @@ def add_logprobs(plan: Plan, name: str, model: nn.Module, temperature: float, de
         return replace(batch, streams={**batch.streams, name: logprobs.to("cpu", torch.float32)})
 
     return [[with_stream(batch) for batch in microbatches] for microbatches in plan]
-
-
-def save_batch(path: Path, atoms: Sequence[Atom]) -> Path:
-    """Keep a process's share of a minibatch for a post-mortem; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(list(atoms), path)
-    return path

@@ -22,7 +22,8 @@ from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import verify
 from tests.trainer.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner import BadStepsError, Learner
+from trainer.learner import Learner
+from trainer.learner_state import BadStepsError
 
 OpenLearner = Callable[..., Learner]
 ALL_STAGES = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
