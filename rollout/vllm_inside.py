@@ -1,0 +1,65 @@
+"""What is done inside vLLM's worker and around its start: called by its engine, or handed to vLLM; imports no vLLM."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
+    "VLLM_HOST_IP": "127.0.0.1",  # its process group has one node
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads pinned to cores would take them from the learners
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def read_back(given: list[tuple[str, Tensor]], model: nn.Module) -> tuple[int, list[str]]:
+    """How many of the pushed tensors vLLM keeps as they came, vocabulary padding aside, and which of those differ."""
+    held = dict(model.named_parameters())
+    kept = [(name, held[name][: len(tensor)], tensor) for name, tensor in given if name in held]
+    kept = [(name, ours, tensor) for name, ours, tensor in kept if ours.shape == tensor.shape]
+    different = [
+        name
+        for name, ours, tensor in kept
+        if not torch.allclose(ours, tensor.to(ours.device, ours.dtype), rtol=0, atol=0, equal_nan=True)
+    ]
+    return len(kept), different
+
+
+def free_kv_cache(worker: Any) -> list[int]:
+    """Give back the memory of the KV cache; returns what `take_kv_cache` needs to get it again, empty."""
+    sizes = []
+    for cache in worker.model_runner.kv_caches:
+        storage = cache.untyped_storage()
+        sizes.append(storage.nbytes())
+        storage.resize_(0)
+    return sizes
+
+
+def take_kv_cache(worker: Any, sizes: list[int]) -> None:
+    """Undo `free_kv_cache`."""
+    for cache, size in zip(worker.model_runner.kv_caches, sizes, strict=True):
+        if size:  # layers may share one storage: it is listed once
+            cache.untyped_storage().resize_(size)
+
+
+@contextmanager
+def process_as_it_was() -> Iterator[None]:
+    """Undo what starting vLLM does to the rest of the process: variables, thread count, and its lock on that count."""
+    variables, set_num_threads, count = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(count)
+        for name in set(os.environ) | set(variables):
+            if name.startswith("VLLM_") or name in ENVIRONMENT:
+                continue
+            if name in variables:
+                os.environ[name] = variables[name]
+            else:
+                del os.environ[name]
