@@ -129,10 +129,10 @@ def install(device: str) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(
-            f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make setup PYTHON=python3.12"
-        )
+    # This file is run by whatever Python there is.
+    if sys.version_info < (3, 11):  # noqa: UP036
+        found = sys.version.split()[0]
+        sys.exit(f"setup: Python 3.11 or newer is needed, this is {found}; try: make setup PYTHON=python3.12")
     device, reason = find_device()
     say(f"for {device.upper()}: {reason}")
     wanted = stamp(device)
