@@ -1,1 +1,1 @@
-"""llmquest_rl: the library room. Models, algorithms, objectives and data in plain PyTorch; no Ray, vLLM or DeepSpeed."""
+"""The library room: models, algorithms, objectives and data in plain PyTorch; no Ray, vLLM or DeepSpeed."""

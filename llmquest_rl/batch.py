@@ -134,7 +134,8 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
             lengths.append(len(completion))
             parents.append(parent)
             mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
-            if any(len(values) != len(completion) for values in [mask, *(atom.streams[name][i] for name in names)]):
+            signals: list[Sequence[object]] = [mask, *(atom.streams[name][i] for name in names)]
+            if any(len(values) != len(completion) for values in signals):
                 raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or stream of another length")
             kept = [j for j, keep in enumerate(mask) if keep and (j > 0 or atom.prompt)]
             sources += [start + j - 1 if j > 0 else last_prompt_index for j in kept]

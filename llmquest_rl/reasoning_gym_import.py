@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def _itersolve(*_: object) -> Iterator[list[int]]:
-    raise ImportError("reasoning-gym's `zebra_puzzles` needs the SAT solver `pycosat`: pip install pycosat (needs a C compiler)")
+    raise ImportError("reasoning-gym's `zebra_puzzles` needs the SAT solver `pycosat`, which needs a C compiler")
 
 
 def import_reasoning_gym() -> ModuleType:

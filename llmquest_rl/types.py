@@ -1,4 +1,4 @@
-"""The nouns that travel between rooms: Sample, Request, Completion, Score, Group. Torch-free, so that graders start fast.
+"""The nouns that travel between rooms: Sample, Request, Completion, Score, Group. No torch: graders start fast.
 
 A task yields a `Sample`; a rollout worker answers a `Request` with `Completion`s; graders give each a `Score`;
 the three together are a `Group`, from which the learner's batch is packed (see `llmquest_rl.batch`).
@@ -57,7 +57,7 @@ class Request:
     prompt_ids: list[int]
     n: int
     seed: int
-    """Completion i of the request is drawn with a generator seeded from (seed, i): independent of the batch around it."""
+    """Completion i is drawn with a generator seeded from (seed, i): independent of the batch around it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Loss:
 
 
 def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metrics: Metrics) -> Loss:
-    """The objective's value plus the model's terms, which are means and so count by the microbatch's share of weight."""
+    """The objective's value plus the model's terms: means, so they count by the microbatch's share of weight."""
     share = batch.streams["weights"].sum()
     for name, term in aux.items():
         metrics.mean(f"aux/{name}", term.detach() * share, share)
