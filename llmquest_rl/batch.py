@@ -102,7 +102,10 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch with every tensor on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "sources", "targets", "sequence_ids")}
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("tokens", "positions", "sources", "targets", "sequence_ids")
+        }
         return replace(self, **moved, streams={name: stream.to(device) for name, stream in self.streams.items()})
 
 
