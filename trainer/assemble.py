@@ -118,7 +118,7 @@ class OpenRollouts:
         check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
         samples = self.prompts.held_out(1)
         if not samples:
-            raise DataError(f"every held-out prompt has more than data.max_prompt_tokens = {config.data.max_prompt_tokens}")
+            raise DataError("every held-out prompt is too long: raise data.max_prompt_tokens")
         check_rewards(config.rewards, samples[0].columns, config.graders)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:

@@ -22,7 +22,7 @@ if not os.environ.get("RAY_ADDRESS"):
 
 import ray  # noqa: E402
 from ray.actor import ActorHandle  # noqa: E402
-from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError  # noqa: E402
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
@@ -275,10 +275,17 @@ class RayCluster(Cluster):
 
         def build(actor: ActorHandle, member: int) -> Any:
             if in_step and not meeting:
-                meeting.update(ray.get(actor.meeting_point.remote(), timeout=self.start_timeout_s))
+                meeting.update(self._meeting_point(actor, f"{name}-{member}"))
             return actor.build.remote(cls, kwargs(member) | meeting)
 
         return RayHandle(name, need.count, start, build, max_restarts, self.log_dir)
+
+    def _meeting_point(self, actor: ActorHandle, name: str) -> dict[str, Any]:
+        try:
+            return dict(ray.get(actor.meeting_point.remote(), timeout=self.start_timeout_s))
+        except (RayActorError, GetTimeoutError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ClusterError(f"{name} did not start ({reason}); its log: {self.log_dir / name}.log.") from error
 
     def close(self) -> None:
         remove_placement_group(self.group)

@@ -145,6 +145,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 def runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """RL on two-digit sums with a reward that differs between samples; everything inline, three steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     values = {
         "name": "tiny",
         "steps": 3,
