@@ -141,4 +141,4 @@ class OpenRollouts:
         return LiveSampler(rollouts, config.graders.max_unscored_share, config.rollout.sleep, save_to)
 
 
-SOURCES = {"dataset": OpenDataset, "rollout": OpenRollouts}
+SOURCES: dict[str, type[OpenDataset] | type[OpenRollouts]] = {"dataset": OpenDataset, "rollout": OpenRollouts}
