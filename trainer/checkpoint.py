@@ -22,7 +22,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), *(f"os error {number}" for number in DISK_FULL))
+TORCH_TEXTS = ("iostream error", "unexpected pos")
+"""All that torch.save says when a file takes no more bytes."""
+DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), *(f"os error {number}" for number in DISK_FULL), *TORCH_TEXTS)
 _NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
 _CHUNK = 1 << 22
 

@@ -85,7 +85,8 @@ class Session:
                 self.folder.checkpoints, step, self.learners.save, state, keep_last=options.keep_last, best=best
             )
         except checkpoint.DiskFullError as error:
-            if step == self.config.steps or self.stop.requested:
+            # Of several learners one failed, and the others wait for it in the middle of saving: they cannot go on.
+            if step == self.config.steps or self.stop.requested or self.config.learner.processes > 1:
                 raise
             self.failed_saves += 1
             log.error("%s. The run goes on; the next checkpoint is tried after %d steps.", error, options.every)

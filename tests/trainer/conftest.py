@@ -1,4 +1,4 @@
-"""A model of a few thousand weights with a real tokenizer and chat template, and runs of it that take a second or two."""
+"""A model of a few thousand weights with a tokenizer and chat template, and runs of it that take seconds."""
 
 import json
 import os
@@ -48,14 +48,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 60,000 weights that reads characters; SmolLM2's chat template."""
+    """A random Llama of 30,000 weights that reads characters; SmolLM2's chat template."""
     source, folder = tmp_path_factory.mktemp("shape"), tmp_path_factory.mktemp("model")
     characters = [*SPECIAL, "\n", *map(chr, range(32, 127))]
     vocabulary = {character: i for i, character in enumerate(characters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[1], additional_special_tokens=[*SPECIAL])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[1], additional_special_tokens=[*SPECIAL]
+    )
     fast.chat_template = load_tokenizer(resolve_model("smollm2-135m-instruct")).chat_template
     fast.save_pretrained(source)
     shape = replace(
@@ -109,6 +111,7 @@ class Command:
     process: "subprocess.Popen[bytes]"
     mark: str
     output: Path
+    seen: set[psutil.Process] = field(default_factory=set)
 
     def wait(self, timeout_s: float = 120) -> tuple[int, str]:
         """Its exit code and what it printed."""
@@ -120,11 +123,15 @@ class Command:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def left(self) -> list[psutil.Process]:
-        """Processes that it started and that still run."""
-        return [process for process in psutil.process_iter() if _environment(process).get(MARK) == self.mark]
+        """Processes that it started and that still run: its descendants now or before, and whoever has its mark."""
+        if self.process.poll() is None:
+            self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+        self.seen |= {process for process in psutil.process_iter() if _environment(process).get(MARK) == self.mark}
+        return [process for process in self.seen if process.is_running() and _environment(process)]
 
     def assert_nothing_left(self, within_s: float) -> None:
         deadline = time.monotonic() + within_s
+        assert self.process.poll() is not None, "it must have ended itself"
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not left, [(process.pid, process.cmdline()) for process in left]
@@ -198,7 +205,7 @@ def saved(run: Path, step: int) -> dict[str, Any]:
     folder = run / "checkpoints" / f"step-{step:06d}"
     weights = {path.name: path.read_bytes() for path in sorted((folder / "model").glob("*.safetensors"))}
     assert weights, f"{folder} has no weights"
-    files = sorted((folder / "learner").glob("*model_states.pt")) + sorted((folder / "learner").glob("*optim_states.pt"))
+    files = sorted((folder / "learner").glob("*_states.pt"))
     state = {path.name: _tensors(torch.load(path, weights_only=False)) for path in files}
     return {"weights": weights, "state": state}
 

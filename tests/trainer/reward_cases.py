@@ -19,7 +19,7 @@ def huge(completion: str) -> float:
     return 1e300 * (len(completion) % 3)
 
 
-def slow(completion: str) -> float:
+def slow_low_characters(completion: str) -> float:
     import time
 
     time.sleep(0.05)

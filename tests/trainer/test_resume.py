@@ -1,20 +1,21 @@
-"""A run that was interrupted and resumed equals one that never was: bit for bit, in weights, optimizer and metrics."""
+"""A run that was interrupted and resumed equals one that never was: bit for bit, in weights, optimizer, metrics."""
 
+import logging
 import random
-import signal
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
+from tests.trainer.conftest import Command, Runs, assert_equal_runs, rows, saved
 from trainer.checkpoint import CheckpointError
-from trainer.loop import train
+from trainer.run import RunFolder, RunFolderError
+from trainer.session import Session
 
 HARD = ("batch.updates_per_step=2", "batch.passes_per_step=2", "algorithm.beta=0.1")
-"""Several updates on the same completions, and a frozen reference that must be the initial model also after a resume."""
+"""Several updates on the same completions, and a frozen reference: the initial model, also after a resume."""
 
 
 def supervised(runs: Runs) -> Runs:
@@ -54,3 +55,103 @@ def test_a_data_set_resumed_at_every_step_changes_nothing(runs: Runs, interrupt_
     expected = runs.train(*options)
     assert_equal_runs(resumed_at_every_step(runs, interrupt_at, *options), expected, 3)
     assert rows(expected)[-1]["eval/loss"] < rows(expected)[0]["eval/loss"]
+
+
+def _kill_within_a_step(command: Command, run: RunFolder, after: int, wait_s: float) -> bool:
+    """Kill -9 at a moment after the checkpoint of step `after`; False when the command had ended before."""
+    deadline = time.monotonic() + 120
+    while not (run.checkpoints / f"step-{after:06d}").exists() and command.process.poll() is None:
+        assert time.monotonic() < deadline, command.output.read_text()
+        time.sleep(0.01)
+    time.sleep(wait_s)
+    ended = command.process.poll() is not None
+    command.process.kill()
+    command.wait()
+    command.assert_nothing_left(within_s=10)
+    return not ended
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_continues_as_if_it_had_not_been(runs: Runs) -> None:
+    """`kill -9` at two moments within steps, then `train --resume`."""
+    runs.values |= {"steps": 6, "rewards": [{"function": runs.values["rewards"][0]["function"].replace("low", "slow_low")}]}
+    expected = runs.train(*HARD, "name=expected")
+    generator = random.Random()
+    command = runs.command(*HARD)
+    while not (runs.folder / "runs" / "tiny").exists() and command.process.poll() is None:
+        time.sleep(0.05)
+    run = RunFolder(runs.newest())
+    assert _kill_within_a_step(command, run, 1, generator.uniform(0, 0.6)), "it was to be killed before its end"
+    _kill_within_a_step(runs.command(*HARD, "--resume"), run, 3, generator.uniform(0, 0.6))
+    code, output = runs.command(*HARD, "--resume").wait()
+    assert code == 0 and "took over the lock of process" in output, output
+    assert runs.newest() == run.path
+    assert_equal_runs(run.path, expected, 6)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    runs: Runs, interrupt_at: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = runs.train()
+    interrupt_at(2)
+    run = runs.train()
+    file = run / "checkpoints" / "step-000002" / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    interrupt_at(0)
+    with caplog.at_level(logging.WARNING, "trainer"):
+        runs.train(resume=run)
+    assert "step-000002 is damaged: model/model.safetensors has other content" in caplog.text
+    assert "falling back" in caplog.text
+    assert_equal_runs(run, expected, 3)
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
+        runs.train(resume=run)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = runs.train()
+    save, kept = Session._save, []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(self: Session, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        if step != 2:
+            return save(self, step, metrics)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            return save(self, step, metrics)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            kept.extend(path.name for path in self.folder.checkpoints.iterdir())
+
+    monkeypatch.setattr(Session, "_save", save_on_a_full_disk)
+    run = runs.train()
+    assert kept == ["step-000001"]
+    assert "the disk is full: the checkpoint of step 2 does not fit" in caplog.text
+    assert [row["checkpoint/failed_saves"] for row in rows(run)] == [0, 0, 1]
+    assert saved(run, 3) == saved(expected, 3)
+
+
+def test_two_runs_in_one_folder_are_an_error(runs: Runs) -> None:
+    run = RunFolder(runs.train("steps=1", "optimizer.warmup_steps=0"))
+    with run.locked(), pytest.raises(RunFolderError, match="another run works in this folder"):
+        runs.train(resume=run.path)
+
+
+def test_weights_that_are_not_all_there_are_found_before_the_start(runs: Runs, tmp_path: Path, tiny_model: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny_model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        runs.train(f"model.path={copy}")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        runs.train(f"model.path={copy}")
+    assert not (tmp_path / "runs").exists()
