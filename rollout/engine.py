@@ -158,9 +158,22 @@ def choose_engine(model_path: Path, setup: EngineSetup) -> tuple[str, str]:
     return "vllm", "vLLM is installed and serves this model"
 
 
+def check_context(model_path: Path, longest: int | None, setup: EngineSetup) -> None:
+    """Whether a model's positions suffice for what will be asked of it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if longest is not None and setup.context_tokens > longest:
+        raise ValueError(
+            f"the model in {model_path} knows {longest} positions, but prompts and completions may take "
+            f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
+        )
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute with that many threads meanwhile: others in this process have their own number."""
+    """Compute with that many threads meanwhile: their number changes the rounding, and others here have their own."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

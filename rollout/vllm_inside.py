@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -63,3 +64,13 @@ def process_as_it_was() -> Iterator[None]:
                 os.environ[name] = variables[name]
             else:
                 del os.environ[name]
+
+
+def completion_seed(seed: int, index: int) -> int:
+    """The seed of completion `index` of a request: 48 bits, so that neighbours do not share a random stream."""
+    return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=6).digest(), "little")
+
+
+def without_compiler(device: str) -> AbstractContextManager[object]:
+    """No torch.compile on a CPU: for one tiny function it would need seconds, and a C++ compiler that may be absent."""
+    return torch.compiler.set_stance("forcewithout_compiler") if device == "cpu" else nullcontext()

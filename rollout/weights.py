@@ -84,6 +84,16 @@ def verify(published: Published) -> str:
     return blake2b(repr(sorted(checksums.items())).encode(), digest_size=8).hexdigest()
 
 
+def check_newer(version: int, current: int) -> None:
+    """Check that weights are newer than those in use.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if version <= current:
+        raise ValueError(f"weights of version {version} are not newer than version {current}, which is in use")
+
+
 def check_fit(given: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that tensors are, by name and shape, exactly the weights of a model.
 

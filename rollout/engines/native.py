@@ -5,8 +5,7 @@ can be resumed bit for bit: see `llmquest_rl.generation.engine` for what its exa
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ from llmquest_rl.models.hf import disk_names, find_architecture, load_model, new
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder
-from rollout.engine import FACTS, EngineError, EngineSetup
+from rollout.engine import FACTS, EngineError, EngineSetup, check_context, cpu_threads
+from rollout.weights import check_fit, check_newer
 
 
 class Config(Options):
@@ -46,12 +46,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
         raise ValueError(f"{model_path} has no config.json: give a folder of the Hugging Face layout")
     values = json.loads(path.read_text(encoding="utf-8"))
     find_architecture(values, path).config.from_hf(values)
-    longest = values.get("max_position_embeddings")
-    if longest is not None and setup.context_tokens > longest:
-        raise ValueError(
-            f"the model in {model_path} knows {longest} positions, but prompts and completions may take "
-            f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
-        )
+    check_context(model_path, values.get("max_position_embeddings"), setup)
 
 
 def build(model_path: Path, config: Config, setup: EngineSetup) -> "NativeEngine":
@@ -91,7 +86,7 @@ class NativeEngine:
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         self._check_awake()
-        with _threads(self._setup.threads):
+        with cpu_threads(self._setup.threads):
             try:
                 return self._generator.generate(requests, sampling)
             except GenerationError as error:
@@ -100,18 +95,17 @@ class NativeEngine:
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """See `RolloutEngine.logprobs`."""
         self._check_awake()
-        with _threads(self._setup.threads):
+        with cpu_threads(self._setup.threads):
             return self._generator.logprobs(sequences)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._check_awake()
-        if version <= self.version:
-            raise ValueError(f"weights of version {version} are not newer than version {self.version}, which is in use")
+        check_newer(version, self.version)
         given = list(tensors)
         parameters = dict(self._model.named_parameters())
         targets = {disk: parameters[ours] for disk, ours in disk_names(self._model).items()}
-        _check_fit(given, targets)
+        check_fit(given, {name: tuple(target.shape) for name, target in targets.items()})
         with torch.no_grad():
             for name, tensor in given:
                 targets[name].copy_(tensor)
@@ -155,31 +149,3 @@ class NativeEngine:
     def _check_awake(self) -> None:
         if not self._awake:
             raise EngineError("the native engine is asleep or closed: call wake() first")
-
-
-def _check_fit(given: list[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> None:
-    names = [name for name, _ in given]
-    problems = {
-        "missing": [name for name in targets if name not in set(names)],
-        "unknown": [name for name in names if name not in targets],
-        "given twice": sorted({name for name in names if names.count(name) > 1}),
-        "of the wrong shape": [
-            f"{name} {list(tensor.shape)} instead of {list(targets[name].shape)}"
-            for name, tensor in given
-            if name in targets and tensor.shape != targets[name].shape
-        ],
-    }
-    found = [f"{kind}: {', '.join(items[:5])} ({len(items)} in all)" for kind, items in problems.items() if items]
-    if found:
-        raise ValueError(f"these are not the weights of this model; nothing was changed. {'; '.join(found)}")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with that many threads meanwhile: their number changes the rounding, and others here have their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

