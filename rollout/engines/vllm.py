@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class VllmEngine:
     def __init__(self, llm: Any, decoder: Decoder, model_path: Path, setup: EngineSetup, owns_group: bool) -> None:
         self._llm = llm
         self._decoder = decoder
-        self._model_path = model_path
+        self._shapes = disk_shapes(model_path)
         self._setup = setup
         self._owns_group = owns_group
         self._version = 0
@@ -229,10 +229,6 @@ class VllmEngine:
             cache = self._llm.llm_engine.vllm_config.cache_config
             facts["cache_tokens"] = cache.num_gpu_blocks * cache.block_size
         return facts
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return disk_shapes(self._model_path)
 
     def _check_usable(self) -> None:
         if self._trouble is not None:
