@@ -24,3 +24,9 @@ def slow_low_characters(completion: str) -> float:
 
     time.sleep(0.05)
     return low_characters(completion)
+
+
+def fails_on_some(completion: str) -> float:
+    if completion[:1] > "M":
+        raise RuntimeError("not this one")
+    return 1.0 + low_characters(completion)

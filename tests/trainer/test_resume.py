@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.conftest import Command, Runs, assert_equal_runs, rows, saved
+from tests.trainer.conftest import REWARDS, Command, Runs, assert_equal_runs, rows, saved
 from trainer.checkpoint import CheckpointError
 from trainer.run import RunFolder, RunFolderError
 from trainer.session import Session
@@ -74,7 +74,7 @@ def _kill_within_a_step(command: Command, run: RunFolder, after: int, wait_s: fl
 @pytest.mark.slow
 def test_a_run_that_was_killed_continues_as_if_it_had_not_been(runs: Runs) -> None:
     """`kill -9` at two moments within steps, then `train --resume`."""
-    runs.values |= {"steps": 6, "rewards": [{"function": runs.values["rewards"][0]["function"].replace("low", "slow_low")}]}
+    runs.values |= {"steps": 6, "rewards": [{"function": f"{REWARDS}:slow_low_characters"}]}
     expected = runs.train(*HARD, "name=expected")
     generator = random.Random()
     command = runs.command(*HARD)
@@ -134,6 +134,24 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert "the disk is full: the checkpoint of step 2 does not fit" in caplog.text
     assert [row["checkpoint/failed_saves"] for row in rows(run)] == [0, 0, 1]
     assert saved(run, 3) == saved(expected, 3)
+
+
+def test_ctrl_c_at_a_terminal_costs_no_completion_its_score(runs: Runs) -> None:
+    """It reaches the graders' processes too; what was under way is finished, saved, and can be continued."""
+    runs.values |= {"steps": 1000, "rewards": [{"function": f"{REWARDS}:slow_low_characters"}]}
+    command = runs.command("checkpoint.every=0", "eval.every=0")
+    deadline = time.monotonic() + 120
+    while not list(runs.folder.glob("runs/tiny/*/metrics.jsonl")):
+        assert command.process.poll() is None and time.monotonic() < deadline, command.output.read_text()
+        time.sleep(0.05)
+    command.left()
+    command.interrupt()
+    code, output = command.wait()
+    assert code == 0 and "Traceback" not in output, output
+    command.assert_nothing_left(within_s=5)
+    last = rows(runs.newest())[-1]
+    assert last["reward/scored_samples"] == 16
+    assert (runs.newest() / "checkpoints" / f"step-{last['step']:06d}" / "manifest.json").is_file()
 
 
 def test_two_runs_in_one_folder_are_an_error(runs: Runs) -> None:
