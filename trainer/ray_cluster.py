@@ -298,13 +298,22 @@ class RayCluster(Cluster):
         os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
         common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False}
         common["logging_level"] = logging.ERROR
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**common)
+        if address := os.environ.get("RAY_ADDRESS"):
+            self._join(address, common)
             return
         # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
         slots = max(os.cpu_count() or 1, math.ceil(sum(need.count * need.cpus for need in needs)))
         # Without the word `local` it would join whatever Ray somebody has started on this machine.
         ray.init("local", num_cpus=slots, include_dashboard=False, **common)
+
+    def _join(self, address: str, options: dict[str, Any]) -> None:
+        try:
+            ray.init(address, **options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ClusterError(
+                f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Is it up (`ray status`)? If it asks for "
+                "a token, as clusters do where ~/.ray/auth_token exists, set RAY_AUTH_MODE=token and copy that file here."
+            ) from error
 
     def _place(self, needs: list[Need], timeout_s: float) -> PlacementGroup:
         have = ray.cluster_resources()
