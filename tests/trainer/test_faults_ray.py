@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llmquest_rl.types import Group
 from tests.trainer.conftest import Runs, rows
 from trainer.cluster import ClusterError
-from trainer.ray_cluster import RayHandle
+from trainer.ray_handle import RayHandle
 from trainer.replay import load_rollouts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
