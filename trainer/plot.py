@@ -21,8 +21,8 @@ from trainer.tracking import JsonLines
 PANELS = {
     "reward/mean": "sampled reward, mean",
     "eval/accuracy": "held-out accuracy",
-    "loss/train": "training loss",
-    "loss/eval": "validation loss",
+    "train/loss": "training loss",
+    "eval/loss": "validation loss",
 }
 """What is drawn unless told otherwise: those of these that the runs have."""
 
@@ -195,7 +195,7 @@ def _dress(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
         axes.text(0.98, 0.03, "with 95 % intervals", transform=axes.transAxes, ha="right", fontsize=8, color="#777777")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     values = [value for curve in curves for value in [*curve.values, *(curve.low or ()), *(curve.high or ())]]
-    if min(values) >= 0 and max(values) <= 1 and not key.startswith("loss/"):
+    if min(values) >= 0 and max(values) <= 1 and not key.endswith("/loss"):
         axes.set_ylim(-0.02, 1.02)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)

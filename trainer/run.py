@@ -29,9 +29,9 @@ MARKER = "config.yaml"
 LIVE_METRICS = {
     "reward/mean": "reward",
     "policy/loss": "loss",
-    "loss/train": "loss",
+    "train/loss": "loss",
     "eval/accuracy": "held-out accuracy",
-    "loss/eval": "validation loss",
+    "eval/loss": "validation loss",
     "rollout/tokens_per_s": "rollout tok/s",
     "learner/tokens_per_s": "learner tok/s",
 }

@@ -129,7 +129,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     dense = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(**source, **dense)

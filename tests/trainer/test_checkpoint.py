@@ -117,7 +117,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_the_smallest_loss_is_the_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0]):
-        save(tmp_path, step, write_weights, {}, keep_last=1, best=Best("loss/eval", loss, "min"))
+        save(tmp_path, step, write_weights, {}, keep_last=1, best=Best("eval/loss", loss, "min"))
     assert steps(tmp_path) == [1, 3]
     assert best_checkpoint(tmp_path) == tmp_path / "step-000001"
 

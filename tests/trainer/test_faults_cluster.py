@@ -45,7 +45,9 @@ def three_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def free_cpus() -> float | None:
     """CPUs that nobody holds; None where there is no cluster yet."""
-    result = subprocess.run([sys.executable, "-c", FREE_CPUS], env=os.environ, capture_output=True, text=True, timeout=90)
+    result = subprocess.run(
+        [sys.executable, "-c", FREE_CPUS], env=os.environ, capture_output=True, text=True, timeout=90
+    )
     return float(json.loads(result.stdout)) if result.returncode == 0 else None
 
 

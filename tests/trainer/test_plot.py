@@ -45,7 +45,7 @@ def test_default_panels_follow_what_the_run_has(tmp_path: Path, drawn: list[Any]
     rl = [
         {"reward/mean": 0.5, "eval/accuracy": 0.25 if step % 2 == 0 else None, "policy/loss": 0.0} for step in range(5)
     ]
-    supervised = [{"loss/train": 4.0 - step, "loss/eval": 4.5 - step} for step in range(3)]
+    supervised = [{"train/loss": 4.0 - step, "eval/loss": 4.5 - step} for step in range(3)]
     out = plot_runs([new_run(tmp_path, rl, "rl")])
     assert out == (tmp_path / "rl").resolve() / out.parent.name / "plot.png"
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -160,7 +160,9 @@ def test_two_runs_in_one_folder_are_an_error(runs: Runs) -> None:
         runs.train(resume=run.path)
 
 
-def test_weights_that_are_not_all_there_are_found_before_the_start(runs: Runs, tmp_path: Path, tiny_model: Path) -> None:
+def test_weights_that_are_not_all_there_are_found_before_the_start(
+    runs: Runs, tmp_path: Path, tiny_model: Path
+) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in tiny_model.iterdir():

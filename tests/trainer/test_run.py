@@ -178,7 +178,7 @@ def test_plain_progress_is_one_line_a_step() -> None:
     out = io.StringIO()
     with Progress(12, done=2, console=Console(file=out, width=40)) as progress:
         progress.phase("rollout")
-        progress.advance({"reward/mean": 0.421875, "rollout/tokens_per_s": 1834.2, "loss/train": None, "x/y": 3.0})
+        progress.advance({"reward/mean": 0.421875, "rollout/tokens_per_s": 1834.2, "train/loss": None, "x/y": 3.0})
         progress.print("[not markup] " + "long " * 20)
         progress.advance({"policy/loss": -0.001})
     lines = out.getvalue().splitlines()
