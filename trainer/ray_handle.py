@@ -151,11 +151,13 @@ class RayHandle(Handle):
             except MemberDiedError:
                 raise
             except Exception as error:
-                raise self._cause(error, pending, method) from error
+                if death := self._death(pending, method):
+                    raise death from error
+                raise
         return [answers[member] for member in members]
 
-    def _cause(self, error: Exception, pending: dict[Any, int], method: str) -> Exception:
-        """The death of another member, if there was one: it explains the error, and not the other way round."""
+    def _death(self, pending: dict[Any, int], method: str) -> MemberDiedError | None:
+        """The death of another member, if there was one: it explains a failure, and not the other way round."""
         done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE_S) if pending else ([], [])
         for ref in done:
             try:
@@ -164,7 +166,7 @@ class RayHandle(Handle):
                 return death
             except Exception as other:
                 log.debug("%s-%d failed too: %s", self.name, pending[ref], other)
-        return error
+        return None
 
     def _work(self, method: str, queues: list[deque[Work]], timeout_s: float) -> list[Any]:
         """One piece in flight for each member, taken from the member's queue (which members may share)."""
@@ -179,11 +181,11 @@ class RayHandle(Handle):
                     work = queues[member].popleft()
                     ref = self.actors[member].call.remote(method, *work[1])
                     running[ref] = (member, work, time.monotonic() + timeout_s)
-            remaining = min(deadline for _, _, deadline in running.values()) - time.monotonic()
-            done, _ = ray.wait(list(running), num_returns=1, timeout=max(remaining, 0.0))
+            first = min(deadline for _, _, deadline in running.values())
+            done, _ = ray.wait(list(running), num_returns=1, timeout=max(first - time.monotonic(), 0.0))
             if not done:
-                now = time.monotonic()
-                raise self._late(method, [member for member, _, end in running.values() if end <= now], timeout_s)
+                late = [member for member, _, deadline in running.values() if deadline < first + 1]
+                raise self._late(method, late, timeout_s)
             member, work, _ = running.pop(done[0])
             try:
                 answers[work[0]] = self._get(member, method, done[0])
