@@ -1,6 +1,6 @@
 """What the learner's tests train on, and the process that a group of several learners is made of.
 
-    python -m tests.trainer.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
+python -m tests.trainer.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
 """
 
 import json
