@@ -212,7 +212,7 @@ class RayHandle(Handle):
         try:
             return ray.get(ref)
         except RayActorError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
             who = f"{self.name}-{member} died during {method} ({reason})"
             raise MemberDiedError(f"{who}; its log: {self._log(member)}.") from error
         except RayTaskError as error:

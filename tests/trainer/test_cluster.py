@@ -57,7 +57,7 @@ def test_a_dead_member_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path
     (tmp_path / "none").touch()
     assert handle.map("die_once", work, timeout_s=60) == [0, 1, 2, 3]
     assert handle.restarts == 1 and len(restored) == 1
-    with pytest.raises(ClusterError, match=r"frail-\d died during die .* 2 restarts are this group's limit"):
+    with pytest.raises(ClusterError, match=r"frail-\d died during die .* 2 restarts are the limit"):
         handle.all("die", timeout_s=60)
     handle.close()
 
