@@ -5,7 +5,7 @@ the three together are a `Group`, from which the learner's batch is packed (see 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,7 +46,7 @@ class Sampling(Options):
     """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens, the end-of-sequence token included."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; the text is cut before the string, the tokens that formed it stay."""
 
 

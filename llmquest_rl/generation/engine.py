@@ -12,7 +12,6 @@ import torch
 
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.generation.batch import Batch, Caches, GenerationError, Prompt, Room, Row, packs, waiting_line
-from llmquest_rl.generation.sampling import check_sampling
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import Completion, Request, Sampling
 
@@ -72,11 +71,10 @@ class NativeGenerator:
         """Complete each request `n` times: [requests][n].
 
         Raises:
-            ValueError: a value of `sampling` is out of range; a prompt is empty, holds an unknown token, fills the
+            ValueError: a prompt is empty, holds an unknown token, fills the
                 context or does not fit into the cache; stop strings without a decoder.
             GenerationError: the model's logits hold NaN or infinity.
         """
-        check_sampling(sampling)
         if sampling.stop and self._texts is None:
             raise ValueError("stop strings need a tokenizer to find them with: leave `stop` empty")
         limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]

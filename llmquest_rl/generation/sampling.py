@@ -17,25 +17,6 @@ _MIX_2 = -0x6B2FB644ECCEEE15
 """Constants of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA, figure 1) as signed 64-bit integers."""
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse values outside their ranges.
-
-    Raises:
-        ValueError: names the value and its range.
-    """
-    ranges = {
-        "temperature": ("at least 0 and finite", 0 <= sampling.temperature < math.inf),
-        "top_k": ("at least 0 (0 keeps all)", sampling.top_k >= 0),
-        "top_p": ("above 0 and at most 1", 0 < sampling.top_p <= 1),
-        "min_p": ("between 0 and 1", 0 <= sampling.min_p <= 1),
-        "max_tokens": ("at least 1", sampling.max_tokens >= 1),
-        "stop": ("free of empty strings", all(sampling.stop)),
-    }
-    for name, (expected, holds) in ranges.items():
-        if not holds:
-            raise ValueError(f"sampling.{name} must be {expected}, not {getattr(sampling, name)!r}")
-
-
 def processed_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits [batch, vocab] of the distribution to sample from, in float32; -inf where a token was dropped.
 
