@@ -1,8 +1,11 @@
 """One real vLLM for all tests of this folder: it starts once in a process, and every test pushes what it needs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,30 @@ def vllm_worker(shared_vllm: RolloutWorker, pretrained: dict[str, Tensor]) -> Ro
     """vLLM in float32 with the pretrained weights."""
     push(shared_vllm, pretrained)
     return shared_vllm
+
+
+class WorkerElsewhere:
+    """A rollout worker in a process of its own: a process has room for one vLLM, and that is the shared one."""
+
+    def __init__(self, name: str, model_path: Path, setup: EngineSetup) -> None:
+        self.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.process.submit(_open, name, model_path, setup).result()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *args: self.process.submit(_call, method, *args).result()
+
+    def close(self) -> None:
+        self.process.submit(_call, "close").result()
+        self.process.shutdown()
+
+
+def _open(name: str, model_path: Path, setup: EngineSetup) -> None:
+    global _worker
+    _worker = RolloutWorker(name, engine_config(name)(), model_path, setup)
+
+
+def _call(method: str, *args: Any) -> Any:
+    return getattr(_worker, method)(*args)
 
 
 def push(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:

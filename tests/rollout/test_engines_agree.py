@@ -12,7 +12,7 @@ from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, engine_config
 from rollout.weights import publish
 from rollout.worker import RolloutWorker
-from tests.rollout.conftest import SETUP, VERSIONS, perturbed
+from tests.rollout.conftest import SETUP, VERSIONS, WorkerElsewhere, perturbed
 
 TOLERANCE = 1e-4
 """Nats, in float32."""
@@ -100,7 +100,7 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_without_tokenizer_and_with_two_end_tokens(small_llama: Path) -> None:
     pytest.importorskip("vllm")
     setup = EngineSetup(context_tokens=160, max_sequences=16, threads=1)
-    workers = [RolloutWorker(name, engine_config(name)(), small_llama, setup) for name in ("native", "vllm")]
+    workers = [WorkerElsewhere(name, small_llama, setup) for name in ("native", "vllm")]
     prompts = [list(range(10, 110)), [5, 6, 8]]
     try:
         native, vllm = (worker.logprobs(prompts) for worker in workers)
