@@ -277,8 +277,6 @@ class Learner:
 
             deepspeed.comm.destroy_process_group()
 
-    # --- building ---
-
     def _set_threads(self) -> None:
         """Before each piece of work: an engine in the same process may have changed it."""
         if self.setup.threads:
@@ -298,8 +296,8 @@ class Learner:
         # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _forget_accelerate()
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        place = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_DEEPSPEED="true")
         vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
         config = zero_config(self.setup.learner, self.dtype, self.setup.optimizer.max_grad_norm, vectors)
         with redirect_stdout(io.StringIO()) as said:
@@ -317,4 +315,5 @@ def _forget_accelerate() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
