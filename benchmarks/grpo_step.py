@@ -42,6 +42,7 @@ def config(dtype: str, engine: str, steps: int) -> dict[str, Any]:
         "rewards": [{"name": "exact_number"}],
         "optimizer": {"lr": LR},
         "eval": {"every": 0},
+        "checkpoint": {"every": 0, "best_metric": None},
         "tracking": {"trackers": []},
     }
 
