@@ -76,7 +76,7 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
     from trl import GRPOConfig, GRPOTrainer
 
     from llmquest_rl.data.tokenizer import load_tokenizer
-    from rewards.exact_number import reward
+    from rewards.exact_number import Config, reward
     from trainer.config_load import parse_config
     from trainer.parts import Parts
 
@@ -95,7 +95,7 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
             return result
 
     def exact(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-        return [float(reward(c[0]["content"], a) or 0.0) for c, a in zip(completions, answer, strict=True)]
+        return [float(reward(c[0]["content"], a, Config()) or 0.0) for c, a in zip(completions, answer, strict=True)]
 
     options = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -162,7 +162,7 @@ def measure(side: str, arguments: list[str]) -> tuple[Row, float]:
 
         def watch() -> None:
             nonlocal peak
-            while not done.wait(0.5):
+            while not done.wait(2.0):  # reading it costs the measured side a little
                 peak = max(peak, tree_memory_gb(process.pid))
 
         watcher = threading.Thread(target=watch)
