@@ -257,6 +257,11 @@ class Config(Options):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def correct_if(self) -> tuple[str, float]:
+        """The reward that decides what counts as correct in an evaluation, and its smallest value that does."""
+        return self.eval.reward or self.rewards[0].name, self.eval.threshold
+
+    @property
     def eval_sampling(self) -> Sampling:
         """How held-out completions are drawn: as in training, but for what `eval` says."""
         sampling = self.rollout.sampling

@@ -89,7 +89,7 @@ def _gold_answers(parts: Parts) -> Finding:
     with Grader(config.rewards, config.graders) as grader:
         grader.check(samples[0].columns)
         scores = grader.grade([_as_completion(sample, form, parts) for sample in samples for form in GOLD_FORMS])
-    judge, threshold = config.eval.reward or config.rewards[0].name, config.eval.threshold
+    judge, threshold = config.correct_if
     best = [
         max(scores[i : i + len(GOLD_FORMS)], key=lambda score: is_correct(score, judge, threshold))
         for i in range(0, len(scores), len(GOLD_FORMS))

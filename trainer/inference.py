@@ -86,7 +86,7 @@ def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
         samples = sampling.parts.prompts.held_out(config.data.eval_samples)
         groups, _ = sampling.rollouts.run(samples, settings.samples_per_prompt, config.eval_sampling, "eval")
     check_groups(groups, config.graders.max_unscored_share)
-    return accuracy_metrics(groups, settings.reward or config.rewards[0].name, settings.threshold), groups
+    return accuracy_metrics(groups, *config.correct_if), groups
 
 
 def generate_rollouts(config: Config, steps: int, out: Path) -> Iterator[tuple[int, list[Group]]]:

@@ -36,7 +36,7 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
     """Count ungraded completions by cause.
 
     Raises:
-        TooManyUnscored: their share is above the limit.
+        TooManyUnscoredError: their share is above the limit.
     """
     scores = [score for group in groups for score in group.scores]
     items = [grade_item(group.sample, completion) for group in groups for completion in group.completions]

@@ -89,7 +89,7 @@ class RolloutSource:
         self.sampling = config.rollout.sampling
         self.eval = config.eval
         self.eval_sampling = config.eval_sampling
-        self.correct = (config.eval.reward or config.rewards[0].name, config.eval.threshold)
+        self.correct = config.correct_if
         self.held_out = stream.held_out(config.data.eval_samples)
         self.uniform_steps = 0
 
