@@ -1,19 +1,21 @@
 """The output layer: log-probabilities of given tokens without ever holding tokens x vocabulary.
 
-Rows are worked through in chunks, in buffers that all chunks share. Backward computes each chunk's probabilities a
-second time: one more matrix product, instead of keeping the largest tensor of the whole model.
+The vocabulary is worked through in chunks of columns that stay in a fast cache, in buffers that all chunks share; each
+weight is read once. Backward computes the chunks' probabilities a second time: one more matrix product, instead of
+keeping the largest tensor of the whole model.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-"""Logits held at once, by device: enough rows for a fast matrix product, and no more."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits held at once, by device: on a CPU what fits its last cache, on a GPU enough to fill it."""
 
-MIN_CHUNK_ROWS = 64
-"""Fewer rows would read the whole weight too often."""
+MIN_CHUNK_COLUMNS = 256
+"""Fewer columns would make the matrix products slow."""
 
 
 class LMHead(nn.Module):
@@ -53,68 +55,84 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        buffers = _Buffers(states, weight, temperature)
-        chosen = states.new_empty(len(states), dtype=torch.float32)
-        entropies = torch.empty_like(chosen) if entropy else chosen.new_empty(0)
-        for rows in buffers.chunks:
-            logits, logprobs = buffers.logits(rows)
-            torch._log_softmax(logits, -1, False, out=logprobs)
-            chosen[rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
+        """The sum of exponentials is kept relative to the largest logit so far (Milakov and Gimelshein 2018)."""
+        chosen = states.new_zeros(len(states), dtype=torch.float32)
+        largest = torch.full_like(chosen, -torch.inf)
+        total, weighted = torch.zeros_like(chosen), torch.zeros_like(chosen)
+        for chunk in _chunks(states, weight, targets, temperature):
+            logits, exponentials = chunk.logits, chunk.room
+            before, largest = largest, torch.maximum(largest, logits.amax(-1))
+            shrink = (before - largest).exp_()
+            torch.sub(logits, largest[:, None], out=exponentials).exp_()
+            total.mul_(shrink).add_(exponentials.sum(-1))
             if entropy:
-                entropies[rows] = -torch.linalg.vecdot(torch.exp(logprobs, out=logits), logprobs)
-        ctx.save_for_backward(states, weight, targets)
+                weighted.mul_(shrink).add_(torch.linalg.vecdot(exponentials, logits))
+            chosen[chunk.rows] = logits[chunk.rows, chunk.targets]
+        normalizer = largest + total.log()
+        ctx.save_for_backward(states, weight, targets, normalizer)
         ctx.temperature = temperature
+        entropies = normalizer - weighted / total
         ctx.mark_non_differentiable(entropies)
-        return chosen, entropies
+        return chosen - normalizer, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand."""
-        states, weight, targets = ctx.saved_tensors
+        states, weight, targets, normalizer = ctx.saved_tensors
         scale = (-grads[0] / ctx.temperature)[:, None]
         scaled = states * scale.to(states.dtype)
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        buffers = _Buffers(states, weight, ctx.temperature)
-        for rows in buffers.chunks:
-            logits, probs = buffers.logits(rows)
-            torch._softmax(logits, -1, False, out=probs)
-            probs.scatter_add_(-1, targets[rows, None], probs.new_full((len(probs), 1), -1.0))
-            errors = buffers.narrow(probs)
+        grad_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(states, weight, targets, ctx.temperature):
+            errors = chunk.logits.sub_(normalizer[:, None]).exp_()
+            errors[chunk.rows, chunk.targets] -= 1.0
+            errors = errors if errors.dtype == weight.dtype else chunk.products.copy_(errors)
             if grad_states is not None:
-                torch.mul(errors @ weight, scale[rows], out=grad_states[rows])
+                _add_product(grad_states, errors, weight[chunk.columns])
             if grad_weight is not None:
-                _add_product(grad_weight, errors.t(), scaled[rows])
-        return grad_states, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                torch.mm(errors.t(), scaled, out=grad_weight[chunk.columns])
+        if grad_states is not None:
+            grad_states = grad_states.mul_(scale).to(states.dtype)
+        return grad_states, grad_weight, None, None, None
 
 
-class _Buffers:
-    """Memory for one chunk, and the chunks. Fresh tensors for each chunk would cost more time than the softmax does."""
+class _Chunk(NamedTuple):
+    """Some columns of the logits."""
 
-    def __init__(self, states: Tensor, weight: Tensor, temperature: float) -> None:
-        self.states, self.weight, self.temperature = states, weight, temperature
-        limit = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
-        size = min(len(states), max(MIN_CHUNK_ROWS, limit // len(weight)))
-        self.chunks = [slice(start, min(start + size, len(states))) for start in range(0, len(states), max(size, 1))]
-        shape = (size, len(weight))
-        self.products = states.new_empty(shape)
-        self.results = states.new_empty(shape, dtype=torch.float32)
-        self.wide = self.products if states.dtype == torch.float32 else torch.empty_like(self.results)
+    columns: slice
+    products: Tensor
+    """[n, columns] in the dtype of the weight; where that is float32, the logits themselves."""
+    logits: Tensor
+    """[n, columns] float32, divided by the temperature; free to be overwritten."""
+    room: Tensor
+    """[n, columns] float32 for results."""
+    rows: Tensor
+    """Rows whose target is among the columns."""
+    targets: Tensor
+    """Their targets, counted from the first column."""
 
-    def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The chunk's logits divided by the temperature, and room for a result: float32 [rows, vocab] both."""
-        num_rows = rows.stop - rows.start
-        products, wide = self.products[:num_rows], self.wide[:num_rows]
-        torch.mm(self.states[rows], self.weight.t(), out=products)
-        if wide.dtype != products.dtype:
-            wide.copy_(products)
-        if self.temperature != 1.0:
-            wide.div_(self.temperature)
-        return wide, self.results[:num_rows]
 
-    def narrow(self, values: Tensor) -> Tensor:
-        """Float32 [rows, vocab] values in the dtype of the weight; overwrites the products."""
-        return values if values.dtype == self.products.dtype else self.products[: len(values)].copy_(values)
+def _chunks(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Iterator[_Chunk]:
+    """All logits, a chunk at a time. Fresh tensors for each would cost more time than the softmax does."""
+    n, vocab = len(states), len(weight)
+    elements = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
+    width = min(vocab, max(MIN_CHUNK_COLUMNS, elements // max(n, 1)))
+    products, room = states.new_empty(n * width), states.new_empty(n * width, dtype=torch.float32)
+    wide = products if states.dtype == torch.float32 else torch.empty_like(room)
+    order = targets.argsort()
+    starts = torch.arange(0, vocab, width, device=targets.device)
+    ends = torch.searchsorted(targets[order], starts + width).tolist()
+    for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
+        columns = slice(start, min(start + width, vocab))
+        shape = (n, columns.stop - start)
+        views = [buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide, room)]
+        torch.mm(states, weight[columns].t(), out=views[0])
+        if wide is not products:
+            views[1].copy_(views[0])
+        if temperature != 1.0:
+            views[1].div_(temperature)
+        rows = order[first:last]
+        yield _Chunk(columns, *views, rows, targets[rows] - start)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

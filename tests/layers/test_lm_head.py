@@ -33,7 +33,7 @@ def reference(
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 0})
-    monkeypatch.setattr(lm_head, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(lm_head, "MIN_CHUNK_COLUMNS", 8)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -106,6 +106,7 @@ def peak_bytes(n: int, vocab: int) -> int:
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     vocab = 8192
     monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 64 * vocab})
+    monkeypatch.setattr(lm_head, "MIN_CHUNK_COLUMNS", 16)
     small, large = peak_bytes(256, vocab), peak_bytes(4096, vocab)
     logits = 4096 * vocab * 4
     assert large < logits / 10
