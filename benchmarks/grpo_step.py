@@ -2,9 +2,15 @@
 
     python benchmarks/grpo_step.py [--steps 3] [--dtype float32] [--engine vllm] [--out FILE.json]
 
-Each side runs in a process of its own, one after the other, so that its peak memory (all its processes together) is
-its own. The first step of each side is not counted. TRL generates with transformers, since it has no vLLM on CPUs, and
-gets the largest batches that are good for it; ours is `llmquest-rl train` as a user runs it, Ray and all.
+Three sides, one after the other, each in a process of its own:
+
+* `ours`: `llmquest-rl train` with its defaults, Ray and all. Groups whose rewards are all equal have no gradient, so
+  they are not computed; the update is the same.
+* `every group`: the same with `batch.uniform_rewards=take`, which computes all groups, as TRL does.
+* `trl`: generates with transformers, since it has no vLLM on CPUs, in the largest batches that are good for it.
+
+The first step of each side is not counted. Peak memory is what the machine's free memory falls by, so run it on a
+machine that does nothing else.
 """
 
 import argparse
@@ -24,21 +30,26 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPTS, SAMPLES, MAX_TOKENS, LR, SEED = 16, 8, 32, 1e-5, 0
-PHASES = ("generation", "training", "weight sync", "total")
+SECONDS = ("generation", "training", "weight sync", "total")
 Row = dict[str, float]
 
 
-def config(dtype: str, engine: str, steps: int) -> dict[str, Any]:
+def config(args: argparse.Namespace, uniform_rewards: str) -> dict[str, Any]:
     """Our side's run: the quickstart's task with the benchmark's sizes, without evaluation and checkpoints."""
     return {
         "name": "benchmark",
-        "steps": steps,
+        "steps": args.steps + 1,
         "seed": SEED,
-        "model": {"path": "smollm2-135m-instruct", "dtype": dtype},
+        "model": {"path": "smollm2-135m-instruct", "dtype": args.dtype},
         "algorithm": {"name": "grpo", "beta": 0.0},
         "data": {"task": {"name": "arithmetic", "digits": 2}, "max_prompt_tokens": 96},
-        "batch": {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "uniform_rewards": "take"},
-        "rollout": {"engine": {"name": engine}, "dtype": dtype, "sampling": {"max_tokens": MAX_TOKENS}},
+        "batch": {
+            "prompts_per_step": PROMPTS,
+            "samples_per_prompt": SAMPLES,
+            "tokens_per_microbatch": 2048,
+            "uniform_rewards": uniform_rewards,
+        },
+        "rollout": {"engine": {"name": args.engine}, "dtype": args.dtype, "sampling": {"max_tokens": MAX_TOKENS}},
         "rewards": [{"name": "exact_number"}],
         "optimizer": {"lr": LR},
         "eval": {"every": 0},
@@ -47,14 +58,14 @@ def config(dtype: str, engine: str, steps: int) -> dict[str, Any]:
     }
 
 
-def run_ours(args: argparse.Namespace) -> list[Row]:
+def run_ours(args: argparse.Namespace, uniform_rewards: str = "skip") -> list[Row]:
     """Rows by step from the run's own metrics."""
     from trainer.config_load import parse_config
     from trainer.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run = train(parse_config(config(args.dtype, args.engine, args.steps + 1)))
+        run = train(parse_config(config(args, uniform_rewards)))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -62,37 +73,71 @@ def run_ours(args: argparse.Namespace) -> list[Row]:
             "training": row["time/learner_prepare_s"] + row["time/learner_update_s"],
             "weight sync": row["time/sync_s"],
             "total": row["time/step_s"],
-            "tokens": row["rollout/tokens"],
+            "completion tokens": row["rollout/tokens"],
+            "reward": row["reward/mean"],
         }
-        for row in rows[1:]
+        for row in rows
     ]
+
+
+def run_every_group(args: argparse.Namespace) -> list[Row]:
+    """As `run_ours`, but groups without a difference in reward are computed too."""
+    return run_ours(args, "take")
 
 
 def run_trl(args: argparse.Namespace) -> list[Row]:
     """Rows by step; generation and the whole step are timed around TRL's own methods."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
 
-    from llmquest_rl.data.tokenizer import load_tokenizer
-    from rewards.exact_number import Config, reward
-    from trainer.config_load import parse_config
-    from trainer.parts import Parts
-
-    parts = Parts(parse_config(config(args.dtype, "native", args.steps + 1)))
-    samples = parts.prompts.take(PROMPTS * (args.steps + 1))
-    rows = [{"prompt": [{"role": "user", "content": s.prompt}], "answer": str(s.answer)} for s in samples]
     times: list[Row] = []
 
     class Timed(GRPOTrainer):
-        """The trainer, with a clock."""
+        """The trainer, with a clock around generation."""
 
         def _generate(self, *positional: Any, **named: Any) -> Any:
             started = time.perf_counter()
             result = super()._generate(*positional, **named)
             times.append({"generation": time.perf_counter() - started})
             return result
+
+    class Clock(TrainerCallback):
+        """Marks the ends of steps."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            row = times[-1]
+            row["total"] = time.perf_counter() - self.started
+            row["training"] = row["total"] - row["generation"]
+            row["weight sync"] = 0.0
+
+    trainer = Timed(**trl_arguments(args))
+    trainer.add_callback(Clock())
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    for row, entry in zip(times, log, strict=True):
+        row["completion tokens"] = entry["completions/mean_length"] * PROMPTS * SAMPLES
+        row["reward"] = entry["reward"]
+    return times
+
+
+def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The same run in TRL's words: model, prompts, reward and options."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig
+
+    from llmquest_rl.data.tokenizer import load_tokenizer
+    from rewards.exact_number import Config, reward
+    from trainer.config_load import parse_config
+    from trainer.parts import Parts
+
+    parts = Parts(parse_config(config(args, "take")))
+    samples = parts.prompts.take(PROMPTS * (args.steps + 1))
+    rows = [{"prompt": [{"role": "user", "content": s.prompt}], "answer": str(s.answer)} for s in samples]
 
     def exact(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
         return [float(reward(c[0]["content"], a, Config()) or 0.0) for c, a in zip(completions, answer, strict=True)]
@@ -117,53 +162,31 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
         seed=SEED,
         shuffle_dataset=False,
     )
-    model = AutoModelForCausalLM.from_pretrained(parts.model_path, dtype=getattr(torch, args.dtype))
-    trainer = Timed(
-        model=model,
-        reward_funcs=exact,
-        args=options,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(parts.model_path),
-    )
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        """Marks the ends of steps."""
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            row = times[-1]
-            row["total"] = time.perf_counter() - self.started
-            row["training"] = row["total"] - row["generation"]
-            row["weight sync"] = 0.0
-
-    trainer.add_callback(Clock())
-    trainer.train()
-    key = "completions/mean_length"
-    lengths = [entry[key] for entry in trainer.state.log_history if key in entry]
-    for row, length in zip(times, lengths, strict=False):
-        row["tokens"] = length * PROMPTS * SAMPLES
-    return times[1:]
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(parts.model_path, dtype=getattr(torch, args.dtype)),
+        "reward_funcs": exact,
+        "args": options,
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": load_tokenizer(parts.model_path),
+    }
 
 
-SIDES = {"ours": run_ours, "trl": run_trl}
+SIDES = {"ours": run_ours, "every group": run_every_group, "trl": run_trl}
 
 
-def measure(side: str, arguments: list[str]) -> tuple[Row, float]:
-    """One side in a fresh process: its mean row, and the peak of its processes' memory (proportional share) in GB."""
+def measure(side: str, arguments: list[str]) -> Row:
+    """One side in a fresh process: the mean of its rows but the first, and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, *arguments, "--side", side, "--rows", str(out)]
+        free = lowest = psutil.virtual_memory().available
         process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        peak = 0.0
         done = threading.Event()
 
         def watch() -> None:
-            nonlocal peak
-            while not done.wait(2.0):  # reading it costs the measured side a little
-                peak = max(peak, tree_memory_gb(process.pid))
+            nonlocal lowest
+            while not done.wait(0.2):
+                lowest = min(lowest, psutil.virtual_memory().available)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -172,23 +195,23 @@ def measure(side: str, arguments: list[str]) -> tuple[Row, float]:
         watcher.join()
         if code:
             raise SystemExit(f"{side} ended with exit code {code}")
-        rows = json.loads(out.read_text())
-    return {key: fmean(row[key] for row in rows) for key in (*PHASES, "tokens")}, peak
+        rows = json.loads(out.read_text())[1:]
+    means = {key: fmean(row[key] for row in rows) for key in rows[0]}
+    totals = [row["total"] for row in rows]
+    return {**means, "fastest step": min(totals), "slowest step": max(totals), "peak memory": (free - lowest) / 1e9}
 
 
-def tree_memory_gb(pid: int) -> float:
-    """Memory of a process and its descendants; pages shared between them count once (PSS)."""
-    total = 0
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0.0
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return total / 1e9
+def show(results: dict[str, Row], title: str) -> None:
+    """The table: seconds and gigabytes of each side, and how many times TRL's are ours."""
+    table = Table(title=title)
+    for heading in ("", *results, "trl / ours", "trl / every group"):
+        table.add_column(heading, justify="right")
+    for key in results["trl"]:
+        values = [results[side][key] for side in SIDES]
+        timed = key in SECONDS or key == "peak memory"
+        ratios = [f"{values[-1] / value:.1f}" if timed and values[-1] else "" for value in values[:-1]]
+        table.add_row(key, *(f"{value:.4g}" for value in values), *ratios)
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -206,20 +229,11 @@ def main() -> None:
         rows_file.write_text(json.dumps(SIDES[args.side](args)))
         return
     results = {side: measure(side, sys.argv[1:]) for side in SIDES}
-    sizes = f"{PROMPTS} x {SAMPLES}, <= {MAX_TOKENS} tokens, {args.dtype}, {os.cpu_count()} cores"
-    table = Table(title=f"one GRPO step: SmolLM2-135M, {sizes}")
-    for heading in ("", "ours", "TRL", "TRL / ours"):
-        table.add_column(heading, justify="right")
-    (ours, our_peak), (trl, trl_peak) = results["ours"], results["trl"]
-    for phase in PHASES:
-        ratio = f"{trl[phase] / ours[phase]:.1f}" if trl[phase] else ""
-        table.add_row(f"{phase} (s)", f"{ours[phase]:.2f}", f"{trl[phase]:.2f}", ratio)
-    table.add_row("completion tokens", f"{ours['tokens']:.0f}", f"{trl['tokens']:.0f}", "")
-    table.add_row("peak memory (GB)", f"{our_peak:.2f}", f"{trl_peak:.2f}", f"{trl_peak / our_peak:.2f}")
-    Console().print(table)
+    sizes = f"{PROMPTS} x {SAMPLES}, <= {MAX_TOKENS} tokens, {args.dtype}, {os.cpu_count()} cores, {args.steps} steps"
+    show(results, f"one GRPO step of SmolLM2-135M ({sizes}): seconds, GB")
     if args.out:
-        sides = {side: {**row, "peak_memory_gb": peak} for side, (row, peak) in results.items()}
-        args.out.write_text(json.dumps({"dtype": args.dtype, "engine": args.engine, **sides}, indent=1) + "\n")
+        facts = {"dtype": args.dtype, "engine": args.engine, "steps": args.steps}
+        args.out.write_text(json.dumps({**facts, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Atom:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model computes for this atom."""
+        """Most tokens that the model computes for this atom: all of them but those that predict no target."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
     def with_stream(self, name: str, values: list[list[float]]) -> "Atom":
@@ -110,7 +110,7 @@ class TokenBatch:
 
 
 def collate(atoms: Sequence[Atom]) -> TokenBatch:
-    """Lay atoms end to end into one packed batch.
+    """Lay atoms end to end into one packed batch. Tokens that predict no target, as each last one, are left out.
 
     Raises:
         ValueError: a stream or mask does not have one value for each completion token.
@@ -132,15 +132,16 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
             lengths.append(len(atom.prompt))
             parents.append(-1)
         for i, completion in enumerate(atom.completions):
-            start = len(tokens)
-            tokens += completion
-            lengths.append(len(completion))
-            parents.append(parent)
             mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
             signals: list[Sequence[object]] = [mask, *(atom.streams[name][i] for name in names)]
             if any(len(values) != len(completion) for values in signals):
                 raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or stream of another length")
             kept = [j for j, keep in enumerate(mask) if keep and (j > 0 or atom.prompt)]
+            start = len(tokens)
+            read = completion[: kept[-1]] if kept else []
+            tokens += read
+            lengths.append(len(read))
+            parents.append(parent)
             sources += [start + j - 1 if j > 0 else last_prompt_index for j in kept]
             targets += [completion[j] for j in kept]
             sequence_ids += [num_sequences] * len(kept)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention import PackedAttention
 from llmquest_rl.layers.cache import CALL_COST, Decode, Prefill, SlotCache, buckets
 from llmquest_rl.models.llama import Llama, LlamaConfig
@@ -34,9 +34,9 @@ def prefill(model: Llama, cache: SlotCache, prompts: Sequence[list[int]], slots:
 
 def packed_states(model: Llama, prompt: list[int], completion: list[int]) -> Tensor:
     """States [len(completion)] of a plain forward over prompt and completion as one sequence."""
-    batch = collate([Atom([], [prompt + completion])])
-    states = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu")).states
-    return states[len(prompt) :]
+    layout = Layout((len(prompt + completion),), (-1,))
+    tokens = torch.tensor(prompt + completion)
+    return model.hidden(tokens, layout.positions(), PackedAttention(layout, "cpu")).states[len(prompt) :]
 
 
 def test_cached_equals_packed_at_every_length_for_mixed_prompts_and_groups(model: Llama) -> None:
