@@ -1,12 +1,13 @@
 """The learner's speed beside transformers and beside the machine's limit, with prompts shared in groups of 8 and not.
 
-    python benchmarks/learner_step.py [--dtype float32] [--prompt 64] [--completion 32] [--groups 8] [--out FILE.json]
+    python benchmarks/learner_step.py [--dtype float32] [--prompt 48] [--completion 32] [--groups 16] [--out FILE.json]
 
 One update of GRPO's loss on the same tokens for everybody: forward, backward, no optimizer. Rows:
 
-* `shared`: our learner as it runs: packed, each prompt computed once for its 8 completions;
+* `shared`: our learner as it runs: packed in microbatches, each prompt computed once for its 8 completions;
 * `repeated`: our learner with every completion carrying its prompt: what a model that cannot share would compute;
-* `transformers`: its model on padded rows with its own best attention (sdpa), log-probs gathered from logits.
+* `transformers`: its model on padded rows, 32 at a time, with its own best attention (sdpa), log-probs gathered from
+  logits.
 
 Tokens/s count the tokens that the data has (prompt once, each completion), so that all rows do the same job. The limit
 is the time that the model's matrix products would take at this machine's own speed, measured in the same run.
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, collate
+from llmquest_rl.data.packing import pack
 from llmquest_rl.models.hf import load_model
 from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.objectives import policy
 from llmquest_rl.types import Sampling
 
 GROUP = 8
+TOKENS_PER_MICROBATCH, ROWS_PER_MICROBATCH = 2048, 32
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -78,11 +81,12 @@ def best_of(run: Callable[[], None], repeats: int) -> float:
 def ours(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]:
     model = load_model(path, dtype)
     objective = policy.build(policy.Config(), resolve("grpo", {"beta": 0.0}), Sampling())
-    batch = collate(data)
+    microbatches = [collate(part) for part in pack(data, TOKENS_PER_MICROBATCH)]
 
     def run() -> None:
         model.zero_grad()
-        objective.loss(model, batch).value.backward()
+        for batch in microbatches:
+            objective.loss(model, batch).value.backward()
 
     return run
 
@@ -104,10 +108,11 @@ def theirs(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], Non
 
     def run() -> None:
         model.zero_grad()
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, logits_to_keep=width + 1).logits[:, :-1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
-        loss = -((logprobs - logprobs.detach()).exp() * 0.01 * mask[:, prompt:]).sum()
-        loss.backward()
+        for part, seen in zip(ids.split(ROWS_PER_MICROBATCH), mask.split(ROWS_PER_MICROBATCH), strict=True):
+            logits: Tensor = model(input_ids=part, attention_mask=seen, logits_to_keep=width + 1).logits[:, :-1].float()
+            logprobs = logits.log_softmax(-1).gather(-1, part[:, prompt:, None])[..., 0]
+            loss = -((logprobs - logprobs.detach()).exp() * 0.01 * seen[:, prompt:]).sum()
+            loss.backward()
 
     return run
 
@@ -120,9 +125,9 @@ def flops(parameters: int, head: int, tokens: int, targets: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=48)
     parser.add_argument("--completion", type=int, default=32)
-    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -41,10 +41,6 @@ class Decoder:
         )
         return [text[: stop_index(text, stop)] for text in texts]
 
-    def stopped(self, token_ids: list[int], stop: Sequence[str]) -> bool:
-        """Whether the text so far holds a stop string."""
-        return bool(stop) and stop_index(self.texts([token_ids])[0], stop) is not None
-
 
 def stop_index(text: str, stop: Sequence[str]) -> int | None:
     """Where the earliest stop string begins; None when there is none."""

@@ -60,10 +60,6 @@ class RolloutWorker:
         """The engine's facts, and this process's."""
         return {**self.engine.describe(), "start_seconds": round(self.start_seconds, 2), "pid": os.getpid()}
 
-    def health(self) -> int:
-        """Answers, with the version of the weights in use: a worker that hangs or died does not."""
-        return self.engine.version
-
     def close(self) -> None:
         """Free everything; the worker is of no use afterwards."""
         self.engine.close()

@@ -103,6 +103,17 @@ def save(
     return final
 
 
+def check_room(folder: Path, step: int) -> None:
+    """Check, before any process begins to write, that as much is free as the newest checkpoint takes.
+
+    Raises:
+        DiskFullError: it is not; nothing was touched.
+    """
+    newest = next(iter(_newest_first(folder)), None)
+    if newest is not None and shutil.disk_usage(folder).free < sum(f.stat().st_size for f in newest.rglob("*")):
+        raise DiskFullError(_disk_full_message(folder, step))
+
+
 def latest(folder: Path) -> Checkpoint:
     """The newest complete checkpoint; a damaged one is passed over, and `messages` says so.
 

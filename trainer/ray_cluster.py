@@ -16,7 +16,7 @@ if not os.environ.get("RAY_ADDRESS"):
 
 import ray  # noqa: E402
 from ray.actor import ActorHandle  # noqa: E402
-from ray.exceptions import GetTimeoutError, RayActorError  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError  # noqa: E402
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
@@ -73,6 +73,8 @@ class RayCluster(Cluster):
         except (RayActorError, GetTimeoutError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ClusterError(f"{name} did not start ({reason}); its log: {self.log_dir / name}.log.") from error
+        except RayTaskError as error:
+            raise error.cause from error
 
     def close(self) -> None:
         remove_placement_group(self.group)

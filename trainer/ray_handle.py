@@ -36,6 +36,23 @@ class MemberDiedError(ClusterError):
     """The process of one member ended."""
 
 
+def free_port(address: str) -> int:
+    """A port that nobody listens on at the moment.
+
+    Raises:
+        ClusterError: there is none, or the address is not this machine's.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ClusterError(
+                f"no free port on {address} for the learners to meet at ({error.strerror}): end processes that hold "
+                "many connections, or widen net.ipv4.ip_local_port_range"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
 class Host:
     """What Ray runs: builds the member inside the actor's process, its output in a log file of its own."""
 
@@ -51,9 +68,7 @@ class Host:
     def meeting_point(self) -> dict[str, Any]:
         """Where the members of a group that works in step can meet: this process's node and a free port of it."""
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return {"master_address": address, "master_port": probe.getsockname()[1]}
+        return {"master_address": address, "master_port": free_port(address)}
 
     def build(self, cls: type, kwargs: dict[str, Any]) -> int:
         self.member = cls(**kwargs)

@@ -80,13 +80,17 @@ class Session:
         metric, value = options.best_metric, metrics.get(options.best_metric or "")
         best = checkpoint.Best(metric, value, options.best_mode) if metric is not None and value is not None else None
         state = {"step": step, "source": self.source.state_dict()}
+        begun = False
         try:
+            checkpoint.check_room(self.folder.checkpoints, step)
+            begun = True
             checkpoint.save(
                 self.folder.checkpoints, step, self.learners.save, state, keep_last=options.keep_last, best=best
             )
         except checkpoint.DiskFullError as error:
-            # Of several learners one failed, and the others wait for it in the middle of saving: they cannot go on.
-            if step == self.config.steps or self.stop.requested or self.config.learner.processes > 1:
+            # If one of several learners failed, the others wait for it in the middle of saving: they cannot go on.
+            stuck = begun and self.config.learner.processes > 1
+            if stuck or step == self.config.steps or self.stop.requested:
                 raise
             self.failed_saves += 1
             log.error("%s. The run goes on; the next checkpoint is tried after %d steps.", error, options.every)

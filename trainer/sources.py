@@ -96,7 +96,7 @@ class RolloutSource:
     def next(self, step: int) -> StepBatch:
         samples = self.stream.take(self.batch.prompts_per_step)
         groups, metrics = self.sampler.groups(step, samples, self.batch.samples_per_prompt, self.sampling)
-        atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
+        atoms, group_metrics = make_atoms(groups, self.algorithm)
         metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         uniform = self._is_uniform(atoms, groups)
         metrics["reward/uniform_steps"] = float(self.uniform_steps)

@@ -13,23 +13,21 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.types import Group
 
 
-def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> tuple[list[Atom], Metrics]:
-    """One atom for each group, with streams `weights`, `advantages` and `rollout_logprobs`.
+def make_atoms(groups: Sequence[Group], algorithm: Algorithm) -> tuple[list[Atom], Metrics]:
+    """One atom for each group, with streams `advantages` and `rollout_logprobs`; `token_weights` adds `weights`.
 
     Unscored samples and empty completions are in neither the baseline nor the loss. A group with fewer than two samples
     left, or with equal rewards, has advantages of zero; one with none left gives no atom.
 
     Args:
         groups: samples with completions and scores.
-        algorithm: which advantage, and which weights.
-        max_tokens: the longest completion allowed.
+        algorithm: which advantage.
 
     Returns:
-        Atoms whose weights hold for all of them as one optimizer update (call `token_weights` again after splitting
-        them into minibatches), and metrics on rewards and lengths.
+        The atoms, and metrics on rewards and lengths.
     """
     atoms = [atom for group in groups if (atom := _group_atom(group, algorithm)) is not None]
-    return token_weights(atoms, algorithm, max_tokens), _group_metrics(groups)
+    return atoms, _group_metrics(groups)
 
 
 def token_weights(atoms: Sequence[Atom], algorithm: Algorithm, max_tokens: int) -> list[Atom]:

@@ -125,14 +125,14 @@ def _chunks(states: Tensor, weight: Tensor, targets: Tensor, temperature: float)
     for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
         columns = slice(start, min(start + width, vocab))
         shape = (n, columns.stop - start)
-        views = [buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide, room)]
-        torch.mm(states, weight[columns].t(), out=views[0])
+        product, logits, free = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide, room))
+        torch.mm(states, weight[columns].t(), out=product)
         if wide is not products:
-            views[1].copy_(views[0])
+            logits.copy_(product)
         if temperature != 1.0:
-            views[1].div_(temperature)
+            logits.div_(temperature)
         rows = order[first:last]
-        yield _Chunk(columns, *views, rows, targets[rows] - start)
+        yield _Chunk(columns, product, logits, free, rows, targets[rows] - start)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

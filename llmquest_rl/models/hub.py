@@ -100,11 +100,6 @@ def _packaged(name: str) -> Path:
     return target
 
 
-def is_packaged(name: str) -> bool:
-    """Whether `resolve_model(name)` works without a network on this machine."""
-    return (cache_dir() / "models" / name / "config.json").exists() or _gguf_files(PACKAGED[name]) != []
-
-
 def _find_gguf(package: str) -> Path:
     found = _gguf_files(package)
     if len(found) != 1:

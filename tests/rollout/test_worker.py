@@ -76,12 +76,12 @@ def test_an_unknown_engine_names_those_that_exist() -> None:
 
 
 def test_a_worker_loads_only_what_was_sent(vllm_worker: RolloutWorker, pretrained: dict[str, Tensor]) -> None:
-    before, version = vllm_worker.logprobs([[1, 2, 3, 4]]), vllm_worker.health()
+    before, version = vllm_worker.logprobs([[1, 2, 3, 4]]), vllm_worker.describe()["version"]
     tensors, checksums = publish(perturbed(pretrained).items())
     damaged = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}
     with pytest.raises(WeightsDamagedError, match=r"model\.norm\.weight"):
         vllm_worker.load_weights((damaged, checksums), next(VERSIONS))
-    assert vllm_worker.health() == version
+    assert vllm_worker.describe()["version"] == version
     assert vllm_worker.logprobs([[1, 2, 3, 4]]) == before
     newer = next(VERSIONS)
     report = vllm_worker.load_weights((tensors, checksums), newer)
@@ -118,7 +118,7 @@ def test_an_engine_in_another_dtype_takes_float32_weights(model_path: Path, pret
         before = torch.tensor(worker.logprobs(sequence)[0])
         version = worker.load_weights(publish(perturbed(pretrained).items()), 7).version
         (completion,) = worker.generate([Request(sequence[0], 1, 0)], Sampling(max_tokens=2))[0]
-        assert version == completion.weight_version == worker.health() == 7
+        assert version == completion.weight_version == worker.describe()["version"] == 7
         assert (torch.tensor(worker.logprobs(sequence)[0]) - before).abs().max() > 0.01
         json.dumps(worker.describe())
     finally:

@@ -47,7 +47,7 @@ def safetensors(path):
 FILL_THE_DISK = f"""
 import resource, signal, sys
 from pathlib import Path
-from trainer.checkpoint import DiskFullError, latest, save
+from trainer.checkpoint import DiskFullError, check_room, latest, save
 {WRITERS}
 folder, write, limit = Path(sys.argv[1]), globals()[sys.argv[2]], int(sys.argv[3])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -57,6 +57,8 @@ if limit:
 steps = [1]
 try:
     for step in range(2, 20):
+        if sys.argv[4] == "checked":
+            check_room(folder, step)
         save(folder, step, write, {{}}, keep_last=50)
         steps.append(step)
 except DiskFullError as error:
@@ -216,15 +218,18 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     assert leftovers > 0, f"no kill ever hit a save: {seen}"
 
 
-@pytest.mark.parametrize("writer", ["plain", "torch_save", "safetensors"])
-def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, writer: str) -> None:
+@pytest.mark.parametrize(
+    ("writer", "room"),
+    [("plain", "unchecked"), ("torch_save", "unchecked"), ("safetensors", "unchecked"), ("plain", "checked")],
+)
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, writer: str, room: str) -> None:
     """A real 2 MB file system in a mount namespace of its own, gone with the process."""
     mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     unshare = ["unshare", *as_root, "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here; the test with a limit on file size covers the same path")
-    program = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), writer, "0"]
+    program = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), writer, "0", room]
     run = subprocess.run([*unshare, f'{mount} && exec "$0" "$@"', *program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "the disk is full: the checkpoint of step" in run.stdout and "Older checkpoints are intact" in run.stdout
@@ -234,7 +239,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, writer: str) -
 @pytest.mark.parametrize("writer", ["plain", "safetensors"])
 def test_a_limit_on_file_size_counts_as_a_full_disk(tmp_path: Path, writer: str) -> None:
     """EFBIG comes from the same system calls as ENOSPC and needs no privileges."""
-    program = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), writer, "100000"]
+    program = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), writer, "100000", "unchecked"]
     run = subprocess.run(program, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "the disk is full: the checkpoint of step 2" in run.stdout and run.stdout.endswith("intact 1\n")

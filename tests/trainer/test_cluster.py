@@ -1,5 +1,8 @@
 """The cluster seam on real Ray: order, restarts, time limits that name who is missing, placement that does not fit."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from tests.trainer.members import Member
 from trainer.cluster import Cluster, ClusterError, Need, open_cluster
 from trainer.config import ClusterConfig
+from trainer.ray_handle import free_port
 
 NEEDS = [Need("workers", 2, cpus=1, gpus=0), Need("frail", 2, cpus=1, gpus=0)]
 
@@ -93,3 +97,34 @@ def test_inline_members_are_objects_next_door() -> None:
     assert handle.each("store", [1, 2], timeout_s=1) == handle.all("stored", timeout_s=1) == [1, 2]
     handle.close()
     cluster.close()
+
+
+def test_no_free_port_is_said_and_not_waited_for() -> None:
+    with pytest.raises(ClusterError, match=r"no free port on 192\.0\.2\.1 .*Cannot assign requested address"):
+        free_port("192.0.2.1")  # an address for documentation, which no machine has
+
+
+IN_OWN_NETWORK = ["unshare", "-rn", "sh", "-c"]
+
+
+def has_own_networks() -> bool:
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return False
+    return subprocess.call([*IN_OWN_NETWORK, "ip link set lo up"], stderr=subprocess.DEVNULL) == 0
+
+
+@pytest.mark.skipif(not has_own_networks(), reason="this machine lets no user make a network of their own")
+def test_a_machine_whose_ports_are_all_taken() -> None:
+    """In a network of its own with a single port, which is taken."""
+    port_range = "ip link set lo up && echo 40000 40000 > /proc/sys/net/ipv4/ip_local_port_range"
+    code = """
+import socket
+from trainer.ray_handle import free_port
+assert free_port("127.0.0.1") == 40000
+with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 40000))
+    free_port("127.0.0.1")
+"""
+    command = [*IN_OWN_NETWORK, f'{port_range} && exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1].startswith("trainer.cluster.ClusterError: no free port on 127.0.0.1"), done
