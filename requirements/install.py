@@ -4,6 +4,7 @@ Whatever pip is configured with (a folder of wheels, another index, a certificat
 installing because it is many times faster. A second run with nothing changed returns at once.
 """
 
+import ast
 import hashlib
 import os
 import shutil
@@ -19,13 +20,8 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
 SYSTEM_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 UV = "uv==0.13.9"
-PIP_TO_UV = {
-    "find-links": "UV_FIND_LINKS",
-    "index-url": "UV_DEFAULT_INDEX",
-    "extra-index-url": "UV_INDEX",
-    "no-index": "UV_NO_INDEX",
-    "cert": "SSL_CERT_FILE",
-}
+PIP_SECTIONS = ("global", "install", ":env:")
+"""Where pip's settings for an installation stand; the later ones win."""
 
 
 def say(text: str) -> None:
@@ -65,24 +61,33 @@ def pip_command() -> list[str] | None:
     return pip if (major, minor) >= (22, 3) else None
 
 
-def pip_setting(pip: list[str], name: str) -> str:
-    """What pip is configured with, by environment or file; empty where nothing is."""
-    from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
-    if from_environment is not None:
-        return from_environment
-    answers = (
-        subprocess.run([*pip, "config", "get", f"{s}.{name}"], capture_output=True, text=True)
-        for s in ("install", "global")
-    )
-    return next((answer.stdout.strip() for answer in answers if answer.stdout.strip()), "")
+def pip_settings(pip: list[str]) -> dict[str, str]:
+    """What pip is configured with for an installation, by environment or file: values by name."""
+    listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True).stdout.splitlines()
+    entries = [line.partition("=") for line in listed]
+    return {
+        key.removeprefix(f"{section}."): " ".join(ast.literal_eval(value).split())
+        for section in PIP_SECTIONS
+        for key, _, value in entries
+        if key.startswith(f"{section}.")
+    }
+
+
+def uv_variable(name: str) -> str | None:
+    """What uv calls one of pip's settings that say where packages are found; None for any other setting."""
+    if name == "cert":
+        return "SSL_CERT_FILE"
+    if name == "find-links" or "index" in name.split("-"):
+        return "UV_" + name.upper().replace("-", "_")
+    return None
 
 
 def uv_environment(pip: list[str]) -> dict[str, str]:
     """The environment in which uv finds packages where pip finds them; what the user set for uv comes first."""
     env = dict(os.environ)
-    for name, variable in PIP_TO_UV.items():
-        value = " ".join(pip_setting(pip, name).split())
-        if value and variable not in env:
+    for name, value in pip_settings(pip).items():
+        variable = uv_variable(name)
+        if value and variable is not None and variable not in env:
             env[variable] = value
             say(f"pip's {name} is handed on to uv")
     if SYSTEM_CERTIFICATES.exists():  # behind a proxy of a company its certificate is there, and not among uv's own
