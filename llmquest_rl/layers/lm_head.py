@@ -59,8 +59,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chosen = states.new_zeros(len(states), dtype=torch.float32)
         largest = torch.full_like(chosen, -torch.inf)
         total, weighted = torch.zeros_like(chosen), torch.zeros_like(chosen)
+        room = chosen.new_empty(0)
         for chunk in _chunks(states, weight, targets, temperature):
-            logits, exponentials = chunk.logits, chunk.room
+            logits, exponentials = chunk.logits, room.resize_(chunk.logits.shape)
             before, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (before - largest).exp_()
             torch.sub(logits, largest[:, None], out=exponentials).exp_()
@@ -104,8 +105,6 @@ class _Chunk(NamedTuple):
     """[n, columns] in the dtype of the weight; where that is float32, the logits themselves."""
     logits: Tensor
     """[n, columns] float32, divided by the temperature; free to be overwritten."""
-    room: Tensor
-    """[n, columns] float32 for results."""
     rows: Tensor
     """Rows whose target is among the columns."""
     targets: Tensor
@@ -117,22 +116,22 @@ def _chunks(states: Tensor, weight: Tensor, targets: Tensor, temperature: float)
     n, vocab = len(states), len(weight)
     elements = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
     width = min(vocab, max(MIN_CHUNK_COLUMNS, elements // max(n, 1)))
-    products, room = states.new_empty(n * width), states.new_empty(n * width, dtype=torch.float32)
-    wide = products if states.dtype == torch.float32 else torch.empty_like(room)
+    products = states.new_empty(n * width)
+    wide = products if states.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
     order = targets.argsort()
     starts = torch.arange(0, vocab, width, device=targets.device)
     ends = torch.searchsorted(targets[order], starts + width).tolist()
     for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
         columns = slice(start, min(start + width, vocab))
         shape = (n, columns.stop - start)
-        product, logits, free = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide, room))
+        product, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide))
         torch.mm(states, weight[columns].t(), out=product)
         if wide is not products:
             logits.copy_(product)
         if temperature != 1.0:
             logits.div_(temperature)
         rows = order[first:last]
-        yield _Chunk(columns, product, logits, free, rows, targets[rows] - start)
+        yield _Chunk(columns, product, logits, rows, targets[rows] - start)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
