@@ -5,6 +5,7 @@ Rollout workers, graders and learners are plain classes. `cluster.spawn` makes a
 (`trainer/ray_cluster.py`).
 """
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,23 @@ from trainer.config import ClusterConfig
 
 class ClusterError(RuntimeError):
     """A member died for good, did not answer in time, or could not be placed."""
+
+
+def free_port(address: str) -> int:
+    """A port that nobody listens on at the moment.
+
+    Raises:
+        ClusterError: there is none, or the address is not this machine's.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ClusterError(
+                f"no free port on {address} for the learners to meet at ({error.strerror}): end processes that hold "
+                "many connections, or widen net.ipv4.ip_local_port_range"
+            ) from error
+        return int(probe.getsockname()[1])
 
 
 class Handle(ABC):

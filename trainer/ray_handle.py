@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 from collections import Counter, deque
@@ -15,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from trainer.cluster import ClusterError, Handle
+from trainer.cluster import ClusterError, Handle, free_port
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +33,6 @@ Work = tuple[int, tuple[Any, ...]]
 
 class MemberDiedError(ClusterError):
     """The process of one member ended."""
-
-
-def free_port(address: str) -> int:
-    """A port that nobody listens on at the moment.
-
-    Raises:
-        ClusterError: there is none, or the address is not this machine's.
-    """
-    with socket.socket() as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError as error:
-            raise ClusterError(
-                f"no free port on {address} for the learners to meet at ({error.strerror}): end processes that hold "
-                "many connections, or widen net.ipv4.ip_local_port_range"
-            ) from error
-        return int(probe.getsockname()[1])
 
 
 class Host:

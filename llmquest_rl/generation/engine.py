@@ -71,8 +71,8 @@ class NativeGenerator:
         """Complete each request `n` times: [requests][n].
 
         Raises:
-            ValueError: a prompt is empty, holds an unknown token, fills the
-                context or does not fit into the cache; stop strings without a decoder.
+            ValueError: a prompt is empty, holds an unknown token, fills the context or does not fit into the cache;
+                stop strings without a decoder.
             GenerationError: the model's logits hold NaN or infinity.
         """
         if sampling.stop and self._texts is None:

@@ -4,7 +4,6 @@ python -m tests.trainer.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; resu
 """
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -112,12 +111,6 @@ def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]
         for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output
         return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(case.world_size)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

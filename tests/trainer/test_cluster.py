@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.members import Member
-from trainer.cluster import Cluster, ClusterError, Need, open_cluster
+from trainer.cluster import Cluster, ClusterError, Need, free_port, open_cluster
 from trainer.config import ClusterConfig
-from trainer.ray_handle import free_port
 
 NEEDS = [Need("workers", 2, cpus=1, gpus=0), Need("frail", 2, cpus=1, gpus=0)]
 
@@ -119,7 +118,7 @@ def test_a_machine_whose_ports_are_all_taken() -> None:
     port_range = "ip link set lo up && echo 40000 40000 > /proc/sys/net/ipv4/ip_local_port_range"
     code = """
 import socket
-from trainer.ray_handle import free_port
+from trainer.cluster import free_port
 assert free_port("127.0.0.1") == 40000
 with socket.socket() as taken:
     taken.bind(("127.0.0.1", 40000))

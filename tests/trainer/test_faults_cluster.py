@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.trainer.conftest import Runs, rows
-from tests.trainer.learner_cases import free_port
+from trainer.cluster import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ FREE_CPUS = "import json, ray; ray.init(logging_level='error'); print(json.dumps
 @pytest.fixture
 def three_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cluster of one node, ended afterwards with everything in it."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short: Ray makes sockets in it
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={folder}"]

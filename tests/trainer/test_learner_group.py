@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.trainer.learner_cases import Case, free_port, make_folder, make_setup, run_group, run_steps, whole_weights
+from tests.trainer.learner_cases import Case, make_folder, make_setup, run_group, run_steps, whole_weights
+from trainer.cluster import free_port
 from trainer.config import LearnerConfig
 from trainer.learner import Learner
 
@@ -54,7 +55,7 @@ def test_two_processes_are_one_in_every_zero_stage(tmp_path: Path) -> None:
     setup = make_setup(folder, tokens_per_microbatch=45)
     exact = [replace(setup, learner=two(stage)) for stage in (0, 1, 2, 3)]
     rounded = [replace(setup, learner=two(stage), dtype="bfloat16") for stage in (0, 2, 3)]
-    ranks = run_group(Case([*exact, *rounded], 2, free_port(), save_to=tmp_path / "saved"))
+    ranks = run_group(Case([*exact, *rounded], 2, free_port("127.0.0.1"), save_to=tmp_path / "saved"))
     expected = alone(folder)
     assert_same(alone(folder, 30), expected)
     for result, other in zip(ranks[0][:4], ranks[1][:4], strict=True):
@@ -69,7 +70,7 @@ def test_a_process_without_atoms_keeps_step(tmp_path: Path) -> None:
     """One group, two processes: the second computes empty microbatches and changes nothing."""
     folder = make_folder(tmp_path / "model", tied=True)
     setups = [make_setup(folder, learner=two(stage)) for stage in (2, 3)]
-    ranks = run_group(Case(setups, 2, free_port(), groups=1))
+    ranks = run_group(Case(setups, 2, free_port("127.0.0.1"), groups=1))
     expected = alone(folder, 10_000, groups=1)
     for result in ranks[0]:
         assert_same(result, expected)
