@@ -62,8 +62,14 @@ def checksum(tensor: Tensor) -> str:
 
 def publish(tensors: Iterable[tuple[str, Tensor]]) -> Published:
     """Tensors by name with their checksums: what a learner hands to `RolloutWorker.load_weights`."""
-    named = dict(tensors)
+    named = {name: _alone(tensor) for name, tensor in tensors}
     return named, {name: checksum(tensor) for name, tensor in named.items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor in memory of its own: with a view (one expert of a stack) the whole stack would be sent each time."""
+    shared = not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
 def verify(published: Published) -> str:

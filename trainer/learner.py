@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import disk_tensors, load_model, new_model, save_model
+from llmquest_rl.models.hf import load_model, new_model, save_model
+from llmquest_rl.models.names import disk_tensors, named_weights
 from llmquest_rl.objectives import Objective
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
@@ -154,6 +155,7 @@ class Learner:
             self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
             parts.append(loss.metrics)
         norm = self._step()
+        routing = self.model.after_update(norm is not None, dist.all_reduce)
         self.updates += 1
         if norm is None:
             self.bad_steps.bad(
@@ -163,6 +165,8 @@ class Learner:
         self.bad_steps.good()
         metrics.merge(parts)
         metrics.mean("learner/grad_norm", norm)
+        for name, value in routing.items():
+            metrics.mean(name, value)
 
     def _step(self) -> float | None:
         """Clip and step; the gradient's norm, or None when it was not finite and nothing was changed."""
@@ -220,9 +224,9 @@ class Learner:
         from deepspeed.runtime.zero import GatheredParameters
 
         cut_up = self.engine.zero_optimization_partition_weights()
-        for name, parameter in self.model.named_parameters():
-            with GatheredParameters([parameter]) if cut_up else nullcontext():
-                yield name, parameter.detach().clone() if cut_up else parameter.detach()
+        for name, weight in named_weights(self.model):
+            with GatheredParameters([weight]) if cut_up and isinstance(weight, nn.Parameter) else nullcontext():
+                yield name, weight.detach().clone() if cut_up else weight.detach()
 
     def published(self) -> Published:
         """The weights in host memory with their checksums, on the first process; nothing on the others."""

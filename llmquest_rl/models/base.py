@@ -1,7 +1,7 @@
-"""What every decoder-only language model here has in common, and the table that ties one to the Hub's file layout."""
+"""What every model here has in common, and what every decoder-only language model has."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -11,15 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention import AttentionContext, PackedAttention
 from llmquest_rl.layers.lm_head import LMHead
+from llmquest_rl.layers.moe import RouterLoad
 
 
 class Hidden(NamedTuple):
-    """Final hidden states, and losses that the model itself asks for."""
+    """Final hidden states, and what else a forward leaves behind."""
 
     states: Tensor
     """[tokens, size], after the last norm."""
     aux: dict[str, Tensor]
-    """Scalar losses by name, already scaled (a router's balance loss); empty for dense models."""
+    """Scalar losses by name, means over tokens, already scaled (a router's balance loss); empty for dense models."""
+    loads: RouterLoad | None = None
+    """What the routers did; None for models without."""
 
 
 class Output(NamedTuple):
@@ -30,13 +33,11 @@ class Output(NamedTuple):
     entropy: Tensor | None
     """Float32 [targets] in nats, without gradient; None unless asked for."""
     aux: dict[str, Tensor]
+    """As `Hidden.aux`."""
 
 
 class ModelConfig(Protocol):
     """An architecture's shape."""
-
-    @property
-    def vocab_size(self) -> int: ...
 
     @property
     def initializer_range(self) -> float: ...
@@ -56,13 +57,12 @@ class ModelConfig(Protocol):
         ...
 
 
-class CausalLM(nn.Module):
-    """A decoder. A subclass makes `embedding`, `blocks` and `head`, and implements `hidden`."""
+class Model(nn.Module):
+    """A network whose parameters and buffers are the weights of a checkpoint."""
 
-    shares_prompts: ClassVar[bool] = True
-    """Whether a prompt is computed once for all its completions. A model with a recurrent state says False."""
+    float32: ClassVar[tuple[str, ...]] = ()
+    """Shell patterns of weights that stay float32 whatever the model's dtype."""
 
-    head: LMHead
     blocks: nn.ModuleList
 
     def __init__(self, config: Any) -> None:
@@ -71,35 +71,9 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = False
         """Keep only each block's input and compute the rest again in backward: less memory, a third more time."""
 
-    @property
-    def num_layers(self) -> int:
-        """Layers that call `context.attend`: what a cache has to hold."""
-        return len(self.blocks)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads of each layer."""
-        return int(self.config.num_kv_heads)
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one key or value head."""
-        return int(self.config.head_dim)
-
-    def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
-        """Final hidden states of `tokens` [tokens] at `positions` [tokens], which see what `context` lets them see."""
-        raise NotImplementedError
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, vocab] of hidden `states` [n, size]."""
-        return self.head.logits(states)
-
-    def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
-        """Log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary."""
-        context = PackedAttention(batch.layout, batch.tokens.device)
-        states, aux = self.hidden(batch.tokens, batch.positions, context)
-        logprobs, entropies = self.head(states.index_select(0, batch.sources), batch.targets, temperature, entropy)
-        return Output(logprobs, entropies, aux)
+    def stays_float32(self, name: str) -> bool:
+        """Whether a weight ignores the model's dtype."""
+        return any(fnmatch(name, pattern) for pattern in self.float32)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """Call one block, through gradient checkpointing where that is on and there is a gradient to compute."""
@@ -116,17 +90,77 @@ class CausalLM(nn.Module):
                 parameter.copy_(values.normal_(0.0, self.config.initializer_range, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A cast of the whole model (DeepSpeed casts without asking) leaves what stays float32 alone."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if self.stays_float32(name)}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            module, _, ending = name.rpartition(".")
+            owner = self.get_submodule(module)
+            owner._buffers[ending] = buffer.to(owner.get_buffer(ending).device)
+        return self
 
 
-@dataclass(frozen=True)
-class HFMap:
-    """How an architecture lies on disk. Each architecture file ends with one, named `HF`."""
+class CausalLM(Model):
+    """A decoder. A subclass makes `embedding`, `blocks` and `head`, and implements `hidden`."""
 
-    architecture: str
-    """As in `architectures` of config.json."""
-    config: type[ModelConfig]
-    model: type[CausalLM]
-    names: Mapping[str, str]
-    """Our module path to the one on disk; `{i}` stands for a layer number. The ending (`.weight`, `.bias`) stays."""
-    ignored: tuple[str, ...] = ()
-    """Shell patterns of keys that old files carry and that hold no weights."""
+    head: LMHead
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._load: RouterLoad | None = None
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt can be computed once for all its completions."""
+        return True
+
+    def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
+        """Final hidden states of `tokens` [tokens] at `positions` [tokens], which see what `context` lets them see."""
+        raise NotImplementedError
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [n, vocab] of hidden `states` [n, size]."""
+        return self.head.logits(states)
+
+    def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
+        """Log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary."""
+        context = PackedAttention(batch.layout, batch.tokens.device)
+        states, aux, loads = self.hidden(batch.tokens, batch.positions, context)
+        self.count(loads, batch)
+        logprobs, entropies = self.head(states.index_select(0, batch.sources), batch.targets, temperature, entropy)
+        return Output(logprobs, entropies, aux)
+
+    def count(self, loads: RouterLoad | None, batch: TokenBatch) -> None:
+        """Remember what the routers did for a batch that is trained on: not in eval, not without a gradient, and not
+        for the batches without weight that only keep processes in step."""
+        if loads is None or not (self.training and torch.is_grad_enabled()):
+            return
+        weights = batch.streams.get("weights")
+        counted = 1.0 if weights is None else (weights != 0).any().float()
+        self._load = RouterLoad(*(part.detach() * counted for part in loads)).plus(self._load)
+
+    @torch.no_grad()
+    def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
+        """What follows an optimizer update: router metrics, and `balance` for models that correct their routers.
+
+        Args:
+            applied: False where the update was skipped: then nothing is corrected.
+            all_reduce: Sums a tensor over all processes, in place. A collective call for models with routers.
+
+        Returns:
+            Metrics of the whole update, the same on every process; empty for models without routers.
+        """
+        load, self._load = self._load, None
+        if load is None or not applied:
+            return {}
+        for part in load:
+            all_reduce(part)
+        self.balance(load.counts)
+        return load.metrics()
+
+    def balance(self, counts: Tensor) -> None:
+        """Correct the routers after an update in which experts were chosen `counts` [MoE layers, experts] times."""

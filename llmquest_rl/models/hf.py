@@ -1,19 +1,17 @@
 """Models from and to the Hub's folder layout: config.json, safetensors, tokenizer files.
 
-The architecture file is found by name: `architectures: ["Qwen3MoeForCausalLM"]` in config.json means
-`models/qwen3_moe.py`, whose `HF` says how parameters are called on disk. Reading is strict both ways: a key that maps
-nowhere, a missing one and a wrong shape are errors.
+`architectures: ["Qwen3MoeForCausalLM"]` in config.json means the file of this folder whose `HF` has that name and says
+how weights are called on disk. Reading is strict both ways: a key that maps nowhere, a missing one and a wrong shape
+are errors.
 """
 
 import importlib
-import importlib.util
 import json
 import pkgutil
-import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl import models
-from llmquest_rl.models.base import CausalLM, HFMap
-from llmquest_rl.models.weight_files import Entry, read_json, read_tensors, weight_entries, write_tensors
+from llmquest_rl.models.base import CausalLM, Model
+from llmquest_rl.models.names import HFMap, Piece, disk_pieces, disk_tensors, fused_pieces, named_weights
+from llmquest_rl.models.weight_files import (
+    Entry,
+    has_weights,
+    read_json,
+    read_tensors,
+    weight_entries,
+    write_tensors,
+)
 
 COMPANIONS = (
     "generation_config.json",
@@ -40,36 +46,41 @@ MAX_SHARD_BYTES = 2 * 2**30
 
 
 def load_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> CausalLM:
-    """The model in checkpoint folder `path`, its weights cast to `dtype`. Reads one tensor at a time.
+    """The language model in checkpoint folder `path`, its weights cast to `dtype`. Reads one tensor at a time.
 
     Raises:
-        ValueError: the architecture is unknown; a file is missing or damaged; keys or shapes do not fit.
+        ValueError: the architecture is unknown or no language model; a file is missing or damaged; keys or shapes do
+            not fit.
     """
+    return _language_model(load_any_model(path, dtype, device), path)
+
+
+def load_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
+    """As `load_model`, of any kind of model."""
     folder = Path(path)
-    model, hf = _skeleton(folder)
     entries = weight_entries(folder)
-    ours_of = match_keys(model, hf, entries, folder)
+    model, hf = _skeleton(folder, entries)
+    pieces = match_keys(model, hf, entries, folder)
     _allocate(model, dtype, device)
-    parameters = dict(model.named_parameters())
-    second_names = disk_names(model, tied=True)
+    weights = dict(named_weights(model))
     spare: dict[str, Tensor] = {}
     with torch.no_grad():
         for key, tensor in read_tensors(entries):
-            if key in ours_of:
-                parameters[ours_of[key]].copy_(tensor)
-            elif key in second_names:
+            if key in pieces:
+                pieces[key].view(weights[pieces[key].ours]).copy_(tensor)
+            else:
                 spare[key] = tensor
-    _check_tied(model, spare, folder)
+    _check_spare(model, spare, folder)
     return model
 
 
 def new_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> CausalLM:
-    """A model of the shape in `path`/config.json with random weights: the same for a seed on every device.
+    """A language model of the shape in `path`/config.json with random weights: the same for a seed on every device.
 
     Raises:
         ValueError: config.json is missing or damaged, or names an unknown architecture.
     """
-    model, _ = _skeleton(Path(path))
+    model = _language_model(_skeleton(Path(path))[0], path)
     _allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
@@ -81,8 +92,15 @@ def check_weights(path: Path | str) -> None:
     Raises:
         ValueError: as `load_model`.
     """
-    model, hf = _skeleton(Path(path))
-    match_keys(model, hf, weight_entries(Path(path)), Path(path))
+    entries = weight_entries(Path(path))
+    model, hf = _skeleton(Path(path), entries)
+    match_keys(model, hf, entries, Path(path))
+
+
+def _language_model(model: Model, path: Path | str) -> CausalLM:
+    if not isinstance(model, CausalLM):
+        raise ValueError(f"{path} holds a {type(model).__name__}, which is no language model")
+    return model
 
 
 def save_model(
@@ -128,41 +146,18 @@ def _write_config(source: Path, target: Path, dtypes: list[torch.dtype]) -> None
         shutil.copyfile(source / "config.json", target / "config.json")
 
 
-def disk_names(model: CausalLM, tied: bool = False) -> dict[str, str]:
-    """Name on disk to our parameter name, in model order. With `tied`, also the second names of shared parameters."""
-    rename = _renamer(hf_map(model))
-    return {rename(name): name for name, _ in model.named_parameters(remove_duplicate=not tied)}
-
-
-def disk_tensors(model: CausalLM, named: Iterable[tuple[str, Tensor]] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (name on disk, tensor), a shared parameter once: what `save_model` and a rollout engine take.
-
-    Args:
-        model: Whose layout it is.
-        named: Pairs (our parameter name, tensor) to take instead of the model's own: gathered shards, master weights.
-    """
-    disk_of = {ours: disk for disk, ours in disk_names(model).items()}
-    for name, tensor in model.named_parameters() if named is None else named:
-        if name in disk_of:
-            yield disk_of[name], tensor.detach()
-
-
 def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name on disk to shape of every weight of a model of `path`/config.json, a shared one once. No weight is read.
+    """Name on disk to shape of every weight of the model in `path`, a shared one once. No weight is read.
 
     Raises:
         ValueError: config.json is missing or damaged, or names an unknown architecture.
     """
-    model, _ = _skeleton(Path(path))
+    folder = Path(path)
+    model, _ = _skeleton(folder, weight_entries(folder) if has_weights(folder) else None)
     return {name: tuple(tensor.shape) for name, tensor in disk_tensors(model)}
 
 
-def hf_map(model: CausalLM) -> HFMap:
-    """The map at the end of the architecture file that `model` comes from."""
-    found: HFMap = sys.modules[type(model).__module__].HF
-    return found
-
-
+@cache
 def architectures() -> dict[str, HFMap]:
     """Every architecture file in this folder: name on the Hub to its map."""
     names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
@@ -177,20 +172,16 @@ def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
         ValueError: config.json names no architecture, or one that has no file here.
     """
     name = (config.get("architectures") or [None])[0]
-    if name is None:
-        raise ValueError(f'{source} names no architecture: add "architectures": one of {", ".join(architectures())}')
-    stem = re.sub(r"(ForCausalLM|LMHeadModel)$", "", name)
-    module_name = f"{models.__name__}.{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', stem).lower()}"
-    if importlib.util.find_spec(module_name) is not None:
-        hf = getattr(importlib.import_module(module_name), "HF", None)
-        if hf is not None and hf.architecture == name:
-            return hf  # type: ignore[no-any-return]
     supported = ", ".join(architectures())
-    raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
+    if name is None:
+        raise ValueError(f'{source} names no architecture: add "architectures": one of {supported}')
+    if name not in architectures():
+        raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
+    return architectures()[name]
 
 
-def _skeleton(folder: Path) -> tuple[CausalLM, HFMap]:
-    """The model without memory for its weights."""
+def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
+    """The model without memory for its weights; with `keys` on disk, as those keys ask for."""
     config = read_json(folder / "config.json")
     hf = find_architecture(config, folder / "config.json")
     try:
@@ -198,35 +189,47 @@ def _skeleton(folder: Path) -> tuple[CausalLM, HFMap]:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with torch.device("meta"):
-        return hf.model(shape), hf
+        return hf.model(shape if keys is None else hf.fit(shape, keys)), hf
 
 
-def _allocate(model: CausalLM, dtype: torch.dtype, device: torch.device | str) -> None:
+def _allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give a skeleton memory; what was one parameter in two places stays one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    made: dict[Tensor, nn.Parameter] = {}
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in made:
                 made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            kept = torch.float32 if model.stays_float32(f"{path}.{name}") else dtype
+            setattr(module, name, torch.empty(buffer.shape, dtype=kept, device=device))
 
 
-def match_keys(model: CausalLM, hf: HFMap, entries: dict[str, Entry], folder: Path) -> dict[str, str]:
-    """Key on disk to our parameter name, for a checkpoint that fits the model exactly.
+def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path) -> dict[str, Piece]:
+    """Key on disk to the part of our weights that it fills, for a checkpoint that fits the model exactly.
 
     Raises:
         ValueError: a key maps nowhere, one is missing, or a shape differs; names them.
     """
-    wanted = disk_names(model)
-    allowed = disk_names(model, tied=True)
-    known = (*allowed, *hf.ignored)
-    unmapped = [key for key in entries if not any(fnmatch(key, pattern) for pattern in known)]
+    plain = hf.prefix if not any(key.startswith(hf.prefix) for key in entries) else ""
+    pieces, second_names, fused = (
+        {key.removeprefix(plain): piece for key, piece in found.items()}
+        for found in (disk_pieces(model), disk_pieces(model, tied=True), fused_pieces(model))
+    )
+    whole = {key: piece for key, piece in fused.items() if key in entries}
+    stacked = {piece.ours for piece in whole.values()}
+    copies = hf.copies(model.config)
+    wanted = {key: piece for key, piece in pieces.items() if piece.ours not in stacked and key not in copies} | whole
+    allowed = second_names | whole
+    known = {*allowed, *hf.ignored}
+    unmapped = [key for key in entries if key not in known and not any(fnmatch(key, name) for name in hf.ignored)]
     missing = [key for key in wanted if key not in entries]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    shapes = {key: tuple(piece.view(weights[piece.ours]).shape) for key, piece in allowed.items() if key in entries}
     wrong = [
-        f"{key} is {list(entries[key].shape)}, config.json says {list(parameters[name].shape)}"
-        for key, name in allowed.items()
-        if key in entries and entries[key].shape != tuple(parameters[name].shape)
+        f"{key} is {list(entries[key].shape)}, config.json says {list(shape)}"
+        for key, shape in shapes.items()
+        if entries[key].shape != shape
     ]
     problems = [f"unknown {_some(unmapped)}"] * bool(unmapped) + [f"missing {_some(missing)}"] * bool(missing)
     problems += [f"wrong shape: {_some(wrong)}"] * bool(wrong)
@@ -242,27 +245,16 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def _check_tied(model: CausalLM, spare: dict[str, Tensor], folder: Path) -> None:
-    """A tied output layer may be on disk a second time, if it is the same."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = disk_names(model, tied=True)
+def _check_spare(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
+    """A weight may be on disk a second time (a tied output layer), if it is the same."""
+    pieces = disk_pieces(model, tied=True)
+    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for key, tensor in spare.items():
-        parameter = parameters[names[key]]
-        if not torch.equal(tensor.to(parameter.dtype), parameter.cpu()):
+        if key not in pieces:  # ignored
+            continue
+        ours = pieces[key].view(weights[pieces[key].ours])
+        if not torch.equal(tensor.to(ours.dtype), ours.cpu()):
             raise ValueError(
                 f"{folder}: config.json ties {key} to another weight, but the file holds a different one: "
                 'set "tie_word_embeddings": false, or remove the key'
             )
-
-
-def _renamer(hf: HFMap) -> Callable[[str], str]:
-    """Turns a parameter's path into its name on disk."""
-
-    def rename(name: str) -> str:
-        module, _, ending = name.rpartition(".")
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", f".{module}.")
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", f".{module}.")[1:-1]
-        assert pattern in hf.names, f"{name} is not in the names of {hf.architecture}"
-        return hf.names[pattern].replace("{i}", numbers[0] if numbers else "") + f".{ending}"
-
-    return rename

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.mlp import SwiGLU
+from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
-from llmquest_rl.layers.rope import RoPE, Rotary, rotate
-from llmquest_rl.models.base import CausalLM, HFMap, Hidden
+from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
+from llmquest_rl.models.base import CausalLM, Hidden
+from llmquest_rl.models.names import HFMap
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,6 @@ class LlamaConfig:
         )
 
 
-def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters of a config.json: transformers 5 keeps them in one dict, transformers 4 in two fields."""
-    merged = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    merged.setdefault("rope_theta", values.get("rope_theta", 10000.0))
-    merged.setdefault("rope_type", merged.pop("type", "default"))  # "type" is the older spelling
-    return merged
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
@@ -149,7 +142,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""

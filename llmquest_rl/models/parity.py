@@ -16,8 +16,8 @@ from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import load_model
 
 PROMPT_LENGTH = 24
-CONTINUATION_LENGTHS = (1, 8, 24, 40)
-"""Short on purpose: positions far apart differ no more than near ones, and a large model on a CPU is slow."""
+CONTINUATION_LENGTHS = (1, 8, 40, 120)
+"""Short on purpose, because a large model on a CPU is slow; the longest crosses windows of tests and chunks of 64."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ def parity(path: Path | str, seed: int = 0) -> ParityReport:
 
 def _random_tokens(model: CausalLM, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    lengths = (PROMPT_LENGTH, *CONTINUATION_LENGTHS)
+    room = model.config.max_positions - PROMPT_LENGTH
+    lengths = (PROMPT_LENGTH, *(min(length, room) for length in CONTINUATION_LENGTHS))
     return [torch.randint(model.config.vocab_size, (length,), generator=generator) for length in lengths]
 
 
 def _packed_logits(model: CausalLM, segments: list[Tensor], parents: list[int]) -> list[Tensor]:
     layout = Layout(tuple(len(segment) for segment in segments), tuple(parents))
-    states, _ = model.hidden(torch.cat(segments), layout.positions(), PackedAttention(layout, "cpu"))
+    states = model.hidden(torch.cat(segments), layout.positions(), PackedAttention(layout, "cpu")).states
     return list(model.logits(states).split(layout.lengths))
 
 

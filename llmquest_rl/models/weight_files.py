@@ -44,6 +44,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weight files, sound or not."""
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
 def weight_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint by its key, from the headers alone: no weight is read.
 

@@ -16,7 +16,8 @@ from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packing import can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import disk_names, find_architecture, load_model, new_model
+from llmquest_rl.models.hf import find_architecture, load_model, new_model
+from llmquest_rl.models.names import disk_pieces, named_weights
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder
@@ -103,8 +104,8 @@ class NativeEngine:
         self._check_awake()
         check_newer(version, self.version)
         given = list(tensors)
-        parameters = dict(self._model.named_parameters())
-        targets = {disk: parameters[ours] for disk, ours in disk_names(self._model).items()}
+        weights = dict(named_weights(self._model))
+        targets = {disk: piece.view(weights[piece.ours]) for disk, piece in disk_pieces(self._model).items()}
         check_fit(given, {name: tuple(target.shape) for name, target in targets.items()})
         with torch.no_grad():
             for name, tensor in given:

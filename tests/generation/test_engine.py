@@ -128,7 +128,7 @@ def test_a_batch_or_cache_too_small_for_all_at_once_gives_the_same(max_sequences
     expected = make_generator().generate(requests, sampling)
     generator = make_generator(max_sequences=max_sequences, cache_tokens=cache_tokens)
     assert tokens_of(generator.generate(requests, sampling)) == tokens_of(expected)
-    per_token = 2 * 2 * 4 * MODEL.num_kv_heads * MODEL.head_dim  # layers, keys and values, bytes
+    per_token = 2 * 2 * 4 * MODEL.config.num_kv_heads * MODEL.config.head_dim  # layers, keys and values, bytes
     assert 0 < generator.cache_bytes <= cache_tokens * per_token
 
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmquest_rl.models.hf import disk_names, disk_tensors, load_model, new_model, save_model
+from llmquest_rl.models.hf import load_model, new_model, save_model
 from llmquest_rl.models.hub import check_model_files
 from llmquest_rl.models.llama import HF, LlamaConfig
+from llmquest_rl.models.names import disk_pieces, disk_tensors
 from llmquest_rl.models.weight_files import weight_entries
 
 torch.set_num_threads(1)
@@ -82,7 +83,7 @@ def test_disk_tensors_of_other_values(tmp_path: Path) -> None:
     doubled = [(name, parameter * 2) for name, parameter in model.state_dict().items()]
     assert "head.weight" in dict(doubled)
     named = dict(disk_tensors(model, doubled))
-    assert list(named) == list(disk_names(model)) == [name for name, _ in disk_tensors(model)]
+    assert list(named) == list(disk_pieces(model)) == [name for name, _ in disk_tensors(model)]
     for name, tensor in disk_tensors(model):
         assert torch.equal(named[name], tensor * 2)
 
@@ -218,7 +219,7 @@ def test_bad_config(content: str | None, message: str, tmp_path: Path) -> None:
 def test_every_parameter_has_a_name_on_disk() -> None:
     """The table has no row too many either."""
     values = {**LlamaConfig.tiny().to_hf(), "tie_word_embeddings": False}
-    names = disk_names(HF.model(LlamaConfig.from_hf(values)))
+    names = disk_pieces(HF.model(LlamaConfig.from_hf(values)))
     used = {disk.rpartition(".")[0] for disk in names}
     expected = {disk.replace("{i}", str(i)) for disk in HF.names.values() for i in range(2)}
     assert used == expected

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Atom, collate
 from llmquest_rl.layers.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import architectures
 
 torch.set_num_threads(1)
 
-ARCHITECTURES = architectures()
+ARCHITECTURES = {name: hf for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
 
 ATOMS = [
     Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
@@ -66,7 +66,7 @@ def test_packed_equals_separate(model: CausalLM) -> None:
 
 def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
     batch = collate([part for atom in ATOMS for part in atom.expanded()])
-    states, _ = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu"))
+    states = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu")).states
     distribution = torch.log_softmax(model.logits(states).double() / 0.8, -1)[batch.sources]
     output = model(batch, 0.8, True)
     expected = distribution.gather(-1, batch.targets[:, None]).squeeze(-1)
@@ -132,18 +132,3 @@ def test_batch_without_targets(model: CausalLM) -> None:
     output = model(collate([Atom([1, 2, 3], [[]])]), entropy=True)
     assert output.logprobs.shape == (0,)
     assert not any(bool(gradient.any()) for gradient in gradients(model, output.logprobs).values())
-
-
-def test_what_caches_ask_for(model: CausalLM) -> None:
-    """Layers, key/value heads and head size are those that attention is called with."""
-    seen: list[tuple[int, int, int]] = []
-
-    class Recorder(PackedAttention):
-        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            assert k.shape == v.shape
-            seen.append((layer, k.shape[1], k.shape[2]))
-            return super().attend(layer, q, k, v, scale)
-
-    layout = Layout((3,), (-1,))
-    model.hidden(torch.tensor([1, 2, 3]), layout.positions(), Recorder(layout, "cpu"))
-    assert seen == [(layer, model.num_kv_heads, model.head_dim) for layer in range(model.num_layers)]

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmquest_rl.data.tokenizer import load_tokenizer
-from llmquest_rl.models.hf import disk_tensors, new_model, save_model
+from llmquest_rl.models.hf import new_model, save_model
 from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.models.names import disk_tensors
 from trainer.config import Config
 from trainer.config_load import load_config
 from trainer.loop import train

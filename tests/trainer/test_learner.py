@@ -15,7 +15,8 @@ from torch import Tensor
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.metrics import DERIVED, DESCRIPTIONS
-from llmquest_rl.models.hf import disk_tensors, load_model, new_model
+from llmquest_rl.models.hf import load_model, new_model
+from llmquest_rl.models.names import disk_tensors
 from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.optim.schedules import lr_factor

@@ -1,0 +1,63 @@
+"""What the tests of this folder are parametrised over: random checkpoints, a file of `variants/` each."""
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import architectures
+from tests.models import variants
+
+FAMILIES: dict[str, ModuleType] = {
+    info.name: importlib.import_module(f"{variants.__name__}.{info.name}")
+    for info in pkgutil.iter_modules(variants.__path__)
+}
+"""Architecture file's name to its variants: `CONFIG` and `MODEL` (classes of transformers), `BASE` (tiny arguments),
+`VARIANTS` (what differs), `TOLERANCE`."""
+
+LANGUAGE_MODELS = {
+    module.MODEL: name
+    for name, module in FAMILIES.items()
+    if module.MODEL in architectures() and issubclass(architectures()[module.MODEL].model, CausalLM)
+}
+"""Name on the Hub to the file's name."""
+
+
+CASES = [(family, variant) for family in LANGUAGE_MODELS.values() for variant in FAMILIES[family].VARIANTS]
+"""Every variant of every language model."""
+
+
+def case_name(case: tuple[str, str]) -> str:
+    """For a test's name."""
+    return f"{case[0]}: {case[1]}"
+
+
+def write_reference(
+    folder: Path, case: tuple[str, str], dtype: torch.dtype = torch.float32, shard: str = "1GB"
+) -> Path:
+    """A random checkpoint, written by transformers' own class."""
+    import transformers
+
+    family, variant = FAMILIES[case[0]], FAMILIES[case[0]].VARIANTS[case[1]]
+    config = getattr(transformers, family.CONFIG)(**{**family.BASE, **variant})
+    torch.manual_seed(0)
+    model = getattr(transformers, family.MODEL)(config)
+    with torch.no_grad():  # so that a norm, bias or buffer that is left out shows
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        persistent = set(model.state_dict())
+        buffers = [buffer for name, buffer in model.named_buffers() if name in persistent]
+        for tensor in vectors + buffers:
+            tensor.add_(torch.randn_like(tensor), alpha=0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def tiny_folder(folder: Path, architecture: str) -> Path:
+    """A folder with the config.json of an architecture's `tiny()`, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(architectures()[architecture].config.tiny().to_hf()))
+    return folder
