@@ -1,126 +1,110 @@
-"""Keys and values kept between forwards, and the attention contexts that write and read them.
+"""The attention contexts of generation, which write and read what is kept of earlier tokens.
 
-Storage comes in equal slots without holes: slots `0 .. n-1` are in use, so that a batched product over all sequences is
-one view of one tensor, with nothing gathered and nothing copied. A prompt has one slot, whatever the number of its
-completions; the tokens of each completion have another. Decoding scores every prompt once for all the completions that
-share it, every completion's own tokens once, and takes one softmax over both.
+A prompt has one slot, whatever the number of its completions; the tokens of each completion have another. Decoding
+scores every prompt once for all the completions that share it, every completion's own tokens once, and takes one
+softmax over both.
 
-Each layer's storage is made when the layer first writes, in that layer's own shape. What is kept is float32 whatever
-the model's dtype: batched products round their results to the dtype of their inputs, and scores in bfloat16 would cost
-the log-probs two digits.
+A layer with a window of W tokens keeps the last W - 1 tokens of a prompt and a ring of the last W of a completion. A
+prompt's tokens lie newest first: the part of it that a window still reaches shrinks as a completion grows, and is
+always at the start of the slot. A ring holds nothing but what the window sees, so that order is of no account there.
 
-Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads on one of them, C head size.
+Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads on one of them, C head size,
+Cv size of a value.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention import PackedAttention
-
-CALL_COST = 512
-"""Padding tokens that a bucket may hold before another call is cheaper: reading one token's keys takes about 0.1 us."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Neighbouring slots that are attended in one call, as if each held `length` tokens."""
-
-    start: int
-    stop: int
-    length: int
+from llmquest_rl.layers.scoring import Scoring
+from llmquest_rl.layers.slots import Bucket, SlotCache, buckets
 
 
-def buckets(lengths: Sequence[int]) -> list[Bucket]:
-    """Split slots into runs of similar length: as few as keep the padding of each below `CALL_COST` tokens."""
-    runs: list[Bucket] = []
-    start, longest, total = 0, 0, 0
-    for slot, length in enumerate(lengths):
-        widest = max(longest, length)
-        if widest * (slot + 1 - start) - total - length > CALL_COST:
-            runs.append(Bucket(start, slot, longest))
-            start, widest, total = slot, length, 0
-        longest, total = widest, total + length
-    if len(lengths) > start:
-        runs.append(Bucket(start, len(lengths), longest))
-    return runs
+class _Kept(NamedTuple):
+    """Which tokens of a pack are kept, and where: index tensors of equal length."""
 
-
-class SlotCache:
-    """Keys and values of every layer in slots of equal capacity: [slots, K, capacity, C] for each."""
-
-    def __init__(self, slots: int, capacity: int, device: torch.device | str = "cpu") -> None:
-        self.slots = slots
-        self.capacity = capacity
-        self.device = device
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory reserved. On a CPU the system hands out a page when it is first written."""
-        return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store `k` and `v` [tokens, K, C] at `positions` [tokens] of `slots` [tokens]."""
-        if layer not in self._layers:
-            # Zeros, because a weight of zero does not silence the NaN that fresh memory may hold.
-            self._layers[layer] = (self._zeros(k), self._zeros(v))
-        keys, values = self._layers[layer]
-        keys[slots, :, positions] = k.float()
-        values[slots, :, positions] = v.float()
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot over another."""
-        for pair in self._layers.values():
-            for tensor in pair:
-                tensor[target, :, :length] = tensor[source, :, :length]
-
-    def scores(self, layer: int, q: Tensor, runs: Sequence[Bucket], out: Tensor) -> None:
-        """Dot products of `q` [slots in use, K, rows, C] with the keys, into `out` [slots in use, K, rows, longest]."""
-        keys = self._layers[layer][0]
-        for run in runs:
-            rows = slice(run.start, run.stop)
-            shape = (run.stop - run.start, *q.shape[1:3], run.length)
-            products = torch.bmm(q[rows].flatten(0, 1), keys[rows, :, : run.length].flatten(0, 1).transpose(1, 2))
-            out[rows, ..., : run.length] = products.view(shape)
-
-    def mix(self, layer: int, weights: Tensor, runs: Sequence[Bucket]) -> Tensor:
-        """Values weighted by `weights` [slots in use, K, rows, longest]: [slots in use, K, rows, C]."""
-        values = self._layers[layer][1]
-        parts = []
-        for run in runs:
-            rows = slice(run.start, run.stop)
-            mine = weights[rows, ..., : run.length].flatten(0, 1)
-            parts.append(torch.bmm(mine, values[rows, :, : run.length].flatten(0, 1)))
-        return torch.cat(parts).view(*weights.shape[:3], -1)
-
-    def _zeros(self, sample: Tensor) -> Tensor:
-        heads, size = sample.shape[1:]
-        return torch.zeros(self.slots, heads, self.capacity, size, dtype=torch.float32, device=self.device)
+    rows: Tensor
+    slots: Tensor
+    places: Tensor
 
 
 class Prefill:
-    """Context of a forward over whole prompts, packed: plain causal attention that also keeps keys and values."""
+    """Context of a forward over whole prompts, packed: plain causal attention that also keeps what decoding reads."""
+
+    decodes = False
 
     def __init__(self, prompts: SlotCache, layout: Layout, slots: Sequence[int]) -> None:
         """Prepare for the prompts of `layout`, one segment each, to be kept in `slots`."""
         lengths = torch.tensor(layout.lengths)
+        self.layout = layout
         self._prompts = prompts
         self._attention = PackedAttention(layout, prompts.device)
-        self._positions = layout.positions().to(prompts.device)
-        self._slots = torch.tensor(slots).repeat_interleave(lengths).to(prompts.device)
+        self._segment_slots = torch.tensor(slots)
+        self._slots = self._segment_slots.repeat_interleave(lengths)
+        self._places = lengths.repeat_interleave(lengths) - 1 - layout.positions()  # newest first
+        self._kept: dict[int, _Kept] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """See `AttentionContext.attend`."""
-        self._prompts.write(layer, self._slots, self._positions, k, v)
-        return self._attention.attend(layer, q, k, v, scale)
+        capacity = self._prompts.capacity
+        room = capacity if window is None else min(window - 1, capacity)
+        rows, slots, places = self._kept_in(room)
+        keep = (kept,) if kept is not None else (k,) if v is None else (k, v)
+        self._prompts.write(layer, slots, places, [x.index_select(0, rows) for x in keep], room)
+        return self._attention.attend(layer, q, k, v, scale, window=window, softcap=softcap, sinks=sinks)
+
+    def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
+        """Nothing is kept yet: every prompt starts here."""
+        return None
+
+    def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
+        """See `AttentionContext.store_state`."""
+        self._prompts.write_states(layer, self._segment_slots.to(self._prompts.device), state)
+
+    def _kept_in(self, room: int) -> _Kept:
+        if room not in self._kept:
+            rows = (self._places < room).nonzero().squeeze(-1)
+            index = (rows, self._slots[rows], self._places[rows])
+            self._kept[room] = _Kept(*(x.to(self._prompts.device) for x in index))
+        return self._kept[room]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the sequences see through one window: shared by all layers that have it."""
+
+    prompt_runs: list[Bucket]
+    tail_runs: list[Bucket]
+    longest_prompt: int
+    """Most tokens read of a prompt."""
+    tail_room: int
+    new: Tensor
+    """[n]: where each sequence's new token goes."""
+    hidden: Tensor
+    """Bool [n, 1, 1, longest prompt + longest tail]."""
 
 
 class Decode:
     """Context of a forward over one new token for each of n sequences, which see their prompt and their own tokens."""
+
+    decodes = True
 
     def __init__(
         self,
@@ -130,7 +114,7 @@ class Decode:
         tail_lengths: Sequence[int],
         parents: Sequence[int],
     ) -> None:
-        """Prepare the index tensors and masks that all layers share.
+        """Prepare what all layers share.
 
         Args:
             prompts: Where the prompts are kept.
@@ -139,42 +123,105 @@ class Decode:
             tail_lengths: Tokens of each completion [n] already in there, without the new one.
             parents: Prompt slot of each sequence [n].
         """
-        device = tails.device
+        self.layout = Layout((1,) * len(parents), (-1,) * len(parents))
         self._prompts, self._tails = prompts, tails
-        self._prompt_runs = buckets(prompt_lengths)
-        self._tail_runs = buckets([length + 1 for length in tail_lengths])
-        self._num_prompts, self._longest_prompt = len(prompt_lengths), max(prompt_lengths)
-        tail_length = torch.tensor(tail_lengths)
-        parent = torch.tensor(parents)
-        self._rows = torch.arange(len(parents), device=device)
-        self._new = tail_length.to(device)
-        self._place, self._width = _places(parents)
-        self._place = self._place.to(device)
-        in_prompt = torch.arange(self._longest_prompt) < torch.tensor(prompt_lengths)[parent][:, None]
-        in_tail = torch.arange(int(tail_length.max()) + 1) <= tail_length[:, None]
-        self._hidden = ~torch.cat((in_prompt, in_tail), 1)[:, None, None].to(device)  # [n, 1, 1, prompt + tail]
+        self._prompt_lengths, self._tail_lengths, self._parents = prompt_lengths, tail_lengths, parents
+        self._rows = torch.arange(len(parents), device=tails.device)
+        first = torch.tensor([row for row, length in enumerate(tail_lengths) if length == 0], dtype=torch.long)
+        self._first = first.to(tails.device)
+        self._first_parents = torch.tensor(parents)[first].to(prompts.device)
+        place, self._width = _places(parents)
+        self._place = place.to(tails.device)
+        self._views: dict[int, _View] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """See `AttentionContext.attend`."""
-        self._tails.write(layer, self._rows, self._new, k, v)
+        assert kept is None or (kept is k and v is None), "while decoding, what is kept is what is attended"
+        view, scoring = self._view(window), Scoring(scale, softcap, sinks)
+        self._tails.write(layer, self._rows, view.new, (k,) if v is None else (k, v), view.tail_room)
         own = q.float().mul(scale).view(len(q), k.shape[1], -1, q.shape[-1])  # [n, K, R, C]
-        split = self._longest_prompt
-        scores = own.new_empty(*own.shape[:3], self._hidden.shape[-1])
-        self._tails.scores(layer, own, self._tail_runs, scores[..., split:])
-        shared = own.new_empty(self._num_prompts, own.shape[1], self._width * own.shape[2], split)
-        self._prompts.scores(layer, self._by_prompt(own), self._prompt_runs, shared)
+        scores = scoring.capped(self._scores(layer, own, view)).masked_fill_(view.hidden, float("-inf"))
+        mixed = self._mix(layer, scores.softmax(-1), view).flatten(1, 2)  # [n, H, Cv]
+        if sinks is not None:
+            mixed = scoring.without_sink(mixed, scores.logsumexp(-1).flatten(1))
+        return mixed.to(q.dtype)
+
+    def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
+        """See `AttentionContext.load_state`: a sequence's first step continues a copy of its prompt's state."""
+        if len(self._first):
+            start = [state[self._first_parents] for state in self._prompts.states(layer)]
+            self._tails.write_states(layer, self._first, start)
+        return tuple(state[: len(self._rows)] for state in self._tails.states(layer))
+
+    def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
+        """See `AttentionContext.store_state`."""
+        self._tails.write_states(layer, slice(len(self._rows)), state)
+
+    def _view(self, window: int | None) -> _View:
+        everything = self._prompts.capacity + self._tails.capacity
+        window = min(window or everything, everything)
+        if window not in self._views:
+            self._views[window] = self._make_view(window)
+        return self._views[window]
+
+    def _make_view(self, window: int) -> _View:
+        """With its new token a completion of t tokens sees min(t, window) of them and window - t of its prompt."""
+        device, tail_room = self._tails.device, min(window, self._tails.capacity)
+        sizes = [length + 1 for length in self._tail_lengths]
+        smallest: dict[int, int] = {}
+        for slot, length in zip(self._parents, sizes, strict=True):
+            smallest[slot] = min(length, smallest.get(slot, length))
+        reach = [min(p, max(window - smallest.get(i, 1), 0)) for i, p in enumerate(self._prompt_lengths)]
+        parent, size = torch.tensor(self._parents), torch.tensor(sizes)
+        in_prompt = torch.minimum(torch.tensor(self._prompt_lengths)[parent], window - size)  # below 0 counts as 0
+        in_tail = size.clamp(max=tail_room)
+        prompt_shown = torch.arange(max(reach)) < in_prompt[:, None]
+        tail_shown = torch.arange(int(in_tail.max())) < in_tail[:, None]
+        return _View(
+            prompt_runs=buckets(reach),
+            tail_runs=buckets(in_tail.tolist()),
+            longest_prompt=max(reach),
+            tail_room=tail_room,
+            new=((size - 1) % tail_room).to(device),
+            hidden=~torch.cat((prompt_shown, tail_shown), 1)[:, None, None].to(device),
+        )
+
+    def _scores(self, layer: int, own: Tensor, view: _View) -> Tensor:
+        """[n, K, R, longest prompt + longest tail]; what is hidden holds anything."""
+        split = view.longest_prompt
+        scores = own.new_empty(*own.shape[:3], view.hidden.shape[-1])
+        self._tails.scores(layer, own, view.tail_runs, scores[..., split:])
+        shared = own.new_empty(len(self._prompt_lengths), own.shape[1], self._width * own.shape[2], split)
+        self._prompts.scores(layer, self._by_prompt(own), view.prompt_runs, shared)
         scores[..., :split] = self._by_sequence(shared, own.shape[2])
-        weights = scores.masked_fill_(self._hidden, float("-inf")).softmax(-1)
-        mixed = self._tails.mix(layer, weights[..., split:], self._tail_runs)
-        shared = self._prompts.mix(layer, self._by_prompt(weights[..., :split]), self._prompt_runs)
-        mixed += self._by_sequence(shared, own.shape[2])
-        return mixed.flatten(1, 2).to(q.dtype)
+        return scores
+
+    def _mix(self, layer: int, weights: Tensor, view: _View) -> Tensor:
+        """[n, K, R, Cv]."""
+        split = view.longest_prompt
+        mixed = self._tails.mix(layer, weights[..., split:], view.tail_runs)
+        shared = self._prompts.mix(layer, self._by_prompt(weights[..., :split]), view.prompt_runs)
+        mixed += self._by_sequence(shared, weights.shape[2])
+        return mixed
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[n, K, R, c] to [G, K, width * R, c]: a prompt's sequences side by side, with zeros up to width."""
-        places = x.new_zeros(self._num_prompts * self._width, *x.shape[1:])
+        places = x.new_zeros(len(self._prompt_lengths) * self._width, *x.shape[1:])
         places[self._place] = x
-        return places.view(self._num_prompts, self._width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+        table = places.view(len(self._prompt_lengths), self._width, *x.shape[1:])
+        return table.transpose(1, 2).flatten(2, 3)
 
     def _by_sequence(self, x: Tensor, repeats: int) -> Tensor:
         """The inverse: [G, K, width * R, c] to [n, K, R, c]."""

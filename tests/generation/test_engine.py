@@ -9,8 +9,10 @@ import torch
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
+from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from llmquest_rl.types import Completion, Request, Sampling
+from tests.generation.hand_made import MODELS
 
 EOS = frozenset({7, 200})
 Groups = list[list[Completion]]
@@ -35,7 +37,7 @@ def letters(sequences: list[list[int]], stop: Sequence[str] = ()) -> list[str]:
     return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
-def make_generator(model: Llama = MODEL, **options: int) -> NativeGenerator:
+def make_generator(model: CausalLM = MODEL, **options: int) -> NativeGenerator:
     return NativeGenerator(model, EOS, **{"context_tokens": 96, **options}, texts=letters)
 
 
@@ -66,6 +68,20 @@ def test_logprobs_are_the_models_own(temperature: float) -> None:
     groups = generator.generate(requests, Sampling(temperature=temperature, max_tokens=25))
     assert [len(group) for group in groups] == [request.n for request in requests]
     assert largest_gap(generator, requests, groups, temperature or 1.0) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["windows within tails", "softcap and sinks", "windowed latent", "recurrent", "mixed"])
+def test_any_kind_of_layer_while_completions_come_and_go(name: str) -> None:
+    """Rows leave, rows and prompts move, slots are used again: the log-probs stay the model's own."""
+    model, eos_ids = MODELS[name]().requires_grad_(False), frozenset(range(0, 256, 16))
+    generator, sampling = NativeGenerator(model, eos_ids, 96, max_sequences=5), Sampling(max_tokens=24)
+    requests = make_requests(9)
+    groups = generator.generate(requests, sampling)
+    assert len({len(completion.token_ids) for group in groups for completion in group}) > 5
+    assert largest_gap(generator, requests, groups) < 1e-5
+    generator.generate(make_requests(6, seed=5, longest=45), sampling)
+    assert generator.generate(requests, sampling) == groups
+    assert tokens_of(NativeGenerator(model, eos_ids, 96).generate(requests, sampling)) == tokens_of(groups)
 
 
 def test_logprobs_of_given_tokens_are_the_models_own() -> None:

@@ -1,5 +1,6 @@
 """Packed attention: who sees whom, and that padding inside a bucket never shows."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import PackedAttention, sees, segment_ids
+from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.layers.bucketed import CHUNKS_PER_WINDOW, MIN_CHUNK, Plan
+from llmquest_rl.layers.flex import attend, visible
+from llmquest_rl.layers.scoring import Scoring
 
 torch.set_num_threads(1)
 
@@ -21,55 +25,126 @@ LAYOUTS = {
     "groups": Layout((6, 3, 12, 4, 2, 2, 11), (-1, 0, 0, -1, 3, 3, 3)),
     "mixed": Layout((4, 3, 8, 1, 5, 2), (-1, 0, -1, 2, -1, 2)),
     "empty segment": Layout((4, 0, 3, 2), (-1, 0, 0, -1)),
+    "empty parent": Layout((0, 3, 2), (-1, 0, 0)),
+    "long": Layout((90, 70, 3, 100, 40, 33, 1), (-1, 0, 0, -1, -1, 4, 4)),
 }
 
 
-def inputs(tokens: int, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+@dataclass(frozen=True)
+class Case:
+    """One call of attention: sizes, and what it asks for beyond causal attention."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    size: int = 8
+    value_size: int | None = 8
+    """None: the keys are the values."""
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    def options(self, sinks: Tensor) -> dict[str, Any]:
+        return {"window": self.window, "softcap": self.softcap, "sinks": sinks if self.sinks else None}
+
+
+CASES = {
+    "plain": Case(),
+    "window 1": Case(window=1),
+    "window 4": Case(window=4),
+    "window of a chunk": Case(window=MIN_CHUNK),
+    "window over some": Case(window=60),
+    "window over all": Case(window=1000),
+    "softcap": Case(softcap=1.5),
+    "sinks": Case(sinks=True),
+    "narrow values": Case(value_size=3),
+    "wide values": Case(value_size=11, heads=3, kv_heads=3),
+    "keys are values": Case(value_size=None, kv_heads=1),
+    "everything": Case(window=5, softcap=1.5, sinks=True, value_size=5),
+    "all of a latent": Case(window=40, softcap=1.5, sinks=True, value_size=None, kv_heads=1),
+}
+
+
+def inputs(tokens: int, case: Case = CASES["plain"], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Queries, keys, values (or the keys again) and sinks."""
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, heads, 8), (tokens, kv_heads, 8), (tokens, kv_heads, 8)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    sizes = [(tokens, case.heads, case.size), (tokens, case.kv_heads, case.size), (case.heads,)]
+    if case.value_size is not None:
+        sizes.insert(2, (tokens, case.kv_heads, case.value_size))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in sizes]
 
 
-def visible(layout: Layout) -> Tensor:
-    """The definition, token by token: [tokens, tokens]."""
+def definition(layout: Layout, window: int | None = None) -> Tensor:
+    """Which token sees which, token by token: [tokens, tokens]."""
     place = [(segment, i) for segment, length in enumerate(layout.lengths) for i in range(length)]
     table = [[(s == t and j <= i) or layout.parents[s] == t for t, j in place] for s, i in place]
-    return torch.tensor(table, dtype=torch.bool)
+    positions = layout.positions()
+    near = positions[:, None] - positions[None, :] < (window or layout.num_tokens)
+    return torch.tensor(table, dtype=torch.bool).view(len(place), len(place)) & near
 
 
-def dense(layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def dense(
+    seen: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention by its definition, where `seen` [tokens, tokens] says which token sees which."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = scores.masked_fill(~visible(layout), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
 
 
-def assert_equal_to_dense(layout: Layout, heads: int = 4, kv_heads: int = 2) -> None:
-    tensors = inputs(layout.num_tokens, heads, kv_heads)
-    expected = dense(layout, *tensors, 0.3)
-    actual = PackedAttention(layout, "cpu").attend(0, *tensors, 0.3)
+def expected_for(layout: Layout, case: Case, tensors: list[Tensor]) -> Tensor:
+    q, k, *v, sinks = tensors
+    return dense(
+        definition(layout, case.window).to(q.device),
+        q,
+        k,
+        v[0] if v else k,
+        0.3,
+        case.softcap,
+        sinks if case.sinks else None,
+    )
+
+
+def assert_equal_to_dense(layout: Layout, case: Case = CASES["plain"]) -> None:
+    tensors = inputs(layout.num_tokens, case)
+    q, k, *v, sinks = tensors
+    expected = expected_for(layout, case, tensors)
+    actual = PackedAttention(layout, "cpu").attend(0, q, k, v[0] if v else None, 0.3, **case.options(sinks))
     upstream = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=2e-6)
+    used = tensors if case.sinks else tensors[:-1]
     for a, b in zip(
-        torch.autograd.grad(actual, tensors, upstream), torch.autograd.grad(expected, tensors, upstream), strict=True
+        torch.autograd.grad(actual, used, upstream), torch.autograd.grad(expected, used, upstream), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_values_and_gradients_equal_dense_attention(name: str) -> None:
-    assert_equal_to_dense(LAYOUTS[name])
+def test_values_and_gradients_equal_dense_attention(name: str, case: str) -> None:
+    assert_equal_to_dense(LAYOUTS[name], CASES[case])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (5, 1)])
-def test_head_ratios(heads: int, kv_heads: int) -> None:
-    assert_equal_to_dense(LAYOUTS["groups"], heads, kv_heads)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_head_ratios(heads: int, kv_heads: int, sinks: bool) -> None:
+    assert_equal_to_dense(LAYOUTS["groups"], Case(heads=heads, kv_heads=kv_heads, sinks=sinks))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=4)), min_size=1, max_size=5))
-def test_any_layout_equals_dense_attention(groups: list[tuple[int, list[int]]]) -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=4)), min_size=1, max_size=5),
+    st.sampled_from([None, 1, 2, 3, 5, 8, 13, 40]),
+    st.sampled_from([1, 2, 3, MIN_CHUNK]),
+)
+def test_any_layout_equals_dense_attention(
+    groups: list[tuple[int, list[int]]], window: int | None, min_chunk: int
+) -> None:
     lengths: list[int] = []
     parents: list[int] = []
     for prompt, completions in groups:
@@ -77,43 +152,105 @@ def test_any_layout_equals_dense_attention(groups: list[tuple[int, list[int]]]) 
         lengths += [prompt, *completions]
         parents += [-1, *[parent] * len(completions)]
     if sum(lengths):
-        assert_equal_to_dense(Layout(tuple(lengths), tuple(parents)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llmquest_rl.layers.bucketed.MIN_CHUNK", min_chunk)
+            assert_equal_to_dense(Layout(tuple(lengths), tuple(parents)), Case(window=window))
+
+
+def test_layers_with_and_without_a_window_share_one_context() -> None:
+    layout = LAYOUTS["long"]
+    context = PackedAttention(layout, "cpu")
+    q, k, v, _ = tensors = inputs(layout.num_tokens)
+    for window in (None, 7, 50, 7, None):
+        expected = expected_for(layout, Case(window=window), tensors)
+        torch.testing.assert_close(context.attend(0, q, k, v, 0.3, window=window), expected, atol=2e-6, rtol=2e-6)
+
+
+def num_scores(layout: Layout, window: int | None) -> int:
+    """Scores of one head, padding and hidden ones included."""
+    plan = Plan(layout, window, torch.device("cpu"))
+    return sum(bucket.num_queries * bucket.num_keys // bucket.batch for bucket in plan.buckets)
+
+
+@pytest.mark.parametrize("window", [1, 16, 100, 128])
+def test_the_work_grows_with_the_window_and_not_with_the_square_of_a_segment(window: int) -> None:
+    for tokens in (1000, 2000, 4000):
+        for layout in (Layout((tokens,), (-1,)), Layout((tokens // 2, tokens // 4, tokens // 4), (-1, 0, 0))):
+            assert num_scores(layout, window) <= 1.1 * layout.num_tokens * (
+                window + max(window // CHUNKS_PER_WINDOW, MIN_CHUNK)
+            )
+    assert num_scores(Layout((4000,), (-1,)), None) == 4000**2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gpu_mask_is_the_same_definition(name: str) -> None:
+@pytest.mark.parametrize("window", [None, 1, 4, 60])
+def test_gpu_mask_is_the_same_definition(name: str, window: int | None) -> None:
     layout = LAYOUTS[name]
-    segments, parents = segment_ids(layout)
     index = torch.arange(layout.num_tokens)
-    assert torch.equal(sees(segments, parents, index[:, None], index[None, :]), visible(layout))
+    nothing = torch.tensor(0)
+    pairs = visible(layout, window, "cpu")(nothing, nothing, index[:, None], index[None, :])
+    assert torch.equal(pairs, definition(layout, window))
 
 
-def test_gpu_block_mask_and_flex_attention_equal_dense_attention() -> None:
-    """FlexAttention has an uncompiled form that runs on a CPU: the mask and the call are those of the GPU."""
+FLEX_CASES = ("plain", "window 4", "softcap", "sinks", "keys are values", "narrow values", "everything")
+
+
+@pytest.mark.parametrize("name", FLEX_CASES)
+def test_gpu_block_mask_and_flex_attention_equal_dense_attention(name: str) -> None:
+    """FlexAttention has an uncompiled form that runs on a CPU: the masks and the call are those of the GPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    layout = Layout((60, 90, 70, 150), (-1, 0, 0, -1))
-    segments, parents = segment_ids(layout)
+    layout, case = Layout((60, 90, 70, 150), (-1, 0, 0, -1)), CASES[name]
     size = layout.num_tokens
-    mask = create_block_mask(lambda b, h, q, k: sees(segments, parents, q, k), None, None, size, size, device="cpu")
-    q, k, v = inputs(size, dtype=torch.float32)
-    heads_first = [x.detach().transpose(0, 1)[None] for x in (q, k, v)]
-    out = flex_attention(*heads_first, block_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
-    torch.testing.assert_close(out, dense(layout, q, k, v, 0.3), atol=1e-5, rtol=1e-5)
+    mask = create_block_mask(visible(layout, case.window, "cpu"), None, None, size, size, device="cpu")
+    tensors = [x.detach() for x in inputs(size, case, torch.float32)]
+    q, k, *v, sinks = tensors
+    scoring = Scoring(0.3, case.softcap, sinks if case.sinks else None)
+    out = attend(flex_attention, mask, q, k, v[0] if v else k, scoring)
+    torch.testing.assert_close(out, expected_for(layout, case, tensors), atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_is_attended_in_float32() -> None:
-    layout = LAYOUTS["groups"]
-    q, k, v = inputs(layout.num_tokens, dtype=torch.bfloat16)
-    out = PackedAttention(layout, "cpu").attend(0, q, k, v, 0.3)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLEX_CASES)
+def test_values_and_gradients_on_a_gpu(name: str) -> None:
+    layout, case = Layout((60, 90, 70, 150), (-1, 0, 0, -1)), CASES[name]
+    case = replace(case, size=32, value_size=case.value_size and 16)  # the kernel wants 16 at least
+    tensors = [x.detach().cuda().requires_grad_() for x in inputs(layout.num_tokens, case, torch.float32)]
+    q, k, *v, sinks = tensors
+    expected = expected_for(layout, case, tensors)
+    actual = PackedAttention(layout, "cuda").attend(0, q, k, v[0] if v else None, 0.3, **case.options(sinks))
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)  # products in TF32
+    used = tensors if case.sinks else tensors[:-1]
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(actual, used, upstream), torch.autograd.grad(expected, used, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["plain", "window 4", "everything"])
+def test_bfloat16_is_attended_in_float32(name: str) -> None:
+    layout, case = LAYOUTS["groups"], CASES[name]
+    tensors = inputs(layout.num_tokens, case, torch.bfloat16)
+    q, k, v, sinks = tensors
+    out = PackedAttention(layout, "cpu").attend(0, q, k, v, 0.3, **case.options(sinks))
     assert out.dtype == torch.bfloat16
-    expected = dense(layout, q.float(), k.float(), v.float(), 0.3)
+    expected = expected_for(layout, case, [x.float() for x in tensors])
     torch.testing.assert_close(out.float(), expected, atol=0.0, rtol=2**-8)  # one rounding of the result, no more
 
 
-def test_no_tokens() -> None:
-    q, k, v = inputs(0)
-    assert PackedAttention(Layout((), ()), "cpu").attend(0, q, k, v, 1.0).shape == q.shape
+@pytest.mark.parametrize("case", CASES)
+def test_no_tokens(case: str) -> None:
+    q, k, *v, sinks = inputs(0, CASES[case])
+    out = PackedAttention(Layout((), ()), "cpu").attend(0, q, k, v[0] if v else None, 1.0, **CASES[case].options(sinks))
+    assert out.shape == (0, q.shape[1], (v[0] if v else k).shape[-1])
+
+
+def test_nothing_is_kept_while_training() -> None:
+    context = PackedAttention(LAYOUTS["group"], "cpu")
+    context.store_state(0, (torch.ones(4, 2),))
+    assert context.load_state(0) is None
+    assert not context.decodes and context.layout == LAYOUTS["group"]
 
 
 def test_few_calls_for_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +269,6 @@ def test_few_calls_for_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    PackedAttention(layout, "cpu").attend(0, *inputs(layout.num_tokens, dtype=torch.float32), scale=0.3)
+    PackedAttention(layout, "cpu").attend(0, *inputs(layout.num_tokens, dtype=torch.float32)[:3], scale=0.3)
     assert len(calls) <= 8
     assert sum(shape[0] * shape[2] for shape in calls) <= 1.25 * layout.num_tokens
