@@ -17,9 +17,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,43 +29,18 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import load_model, new_model, save_model
 from llmquest_rl.models.names import disk_tensors, named_weights
-from llmquest_rl.objectives import Objective
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import Published, publish
-from trainer.config import LearnerConfig, OptimizerConfig
 from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microbatches
 from trainer.learner_group import join_group, over_processes, zero_config
+from trainer.learner_setup import LearnerSetup
 from trainer.learner_state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
 
 TAG = "learner"
 """Name of DeepSpeed's folder inside a checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerSetup:
-    """What every process of the group is told alike."""
-
-    model_path: Path
-    """A checkpoint folder in the Hub's layout."""
-    objective: Objective
-    optimizer: OptimizerConfig
-    learner: LearnerConfig
-    total_updates: int
-    """Optimizer updates in the whole run: the schedule's length."""
-    tokens_per_microbatch: int
-    folder: Path
-    """Where a batch that made the gradient NaN is saved."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic; master weights and AdamW state are float32 always."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    threads: int = 0
-    """CPU threads for this process; 0 = torch's own choice."""
 
 
 class Learner:

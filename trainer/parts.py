@@ -14,7 +14,7 @@ from llmquest_rl.models.hub import check_model_files, resolve_model
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from trainer.config import Config
-from trainer.learner import LearnerSetup
+from trainer.learner_setup import LearnerSetup
 
 log = logging.getLogger(__name__)
 

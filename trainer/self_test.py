@@ -14,7 +14,8 @@ from rewards.grader import Grader
 from rewards.types import GradeItem
 from rollout.engine import EngineSetup, RolloutEngine, engine_config, open_engine
 from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner import Learner, LearnerSetup
+from trainer.learner import Learner
+from trainer.learner_setup import LearnerSetup
 
 PROMPT = [5, 6, 7, 8]
 SAMPLES = 8

@@ -43,7 +43,7 @@ class PackedHead(LMHead):
     """An output layer that shares `head`'s weight; packed for `logits` alone."""
 
     def __init__(self, head: LMHead) -> None:
-        super().__init__(0, 0, tied_to=head.weight)
+        super().__init__(0, 0, tied_to=head.weight, softcap=head.softcap)
         self._packed: Tensor | None = None
 
     def pack(self) -> None:
@@ -56,7 +56,7 @@ class PackedHead(LMHead):
 
     def logits(self, states: Tensor) -> Tensor:
         """See `LMHead.logits`."""
-        return _product(states, self._packed, None)
+        return self.capped(_product(states, self._packed, None))
 
 
 def can_pack(model: CausalLM) -> bool:

@@ -19,15 +19,26 @@ MIN_CHUNK_COLUMNS = 256
 
 
 class LMHead(nn.Module):
-    """A [vocab, size] matrix, its own or the embedding's. No bias."""
+    """A [vocab, size] matrix, its own or the embedding's. No bias.
 
-    def __init__(self, size: int, vocab_size: int, tied_to: Tensor | None = None) -> None:
+    With a soft cap s the logits are `s * tanh(products / s)` (Gemma 2, arXiv:2408.00118, section 2).
+    """
+
+    def __init__(self, size: int, vocab_size: int, tied_to: Tensor | None = None, softcap: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size)) if tied_to is None else tied_to
+        self.softcap = softcap
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, vocab] of `states` [n, size], in the model's dtype: what `forward` avoids, so for few rows."""
-        return states @ self.weight.t()
+        """Logits [n, vocab] of `states` [n, size]: what `forward` avoids, so for few rows.
+
+        In the model's dtype; with a soft cap float32, as `forward` computes them.
+        """
+        return self.capped(states @ self.weight.t())
+
+    def capped(self, products: Tensor) -> Tensor:
+        """Logits from `products` [n, vocab] of states and weight."""
+        return products if self.softcap is None else (products.float() / self.softcap).tanh() * self.softcap
 
     def forward(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -45,7 +56,7 @@ class LMHead(nn.Module):
         Returns:
             Log-probs [n] and entropy [n] (None unless asked for), float32.
         """
-        inputs = (states, self.weight, targets, temperature, entropy)
+        inputs = (states, self.weight, targets, temperature, self.softcap, entropy)
         logprobs, entropies = _ChunkedLogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
         return logprobs, entropies if entropy else None
 
@@ -53,14 +64,20 @@ class LMHead(nn.Module):
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """The sum of exponentials is kept relative to the largest logit so far (Milakov and Gimelshein 2018)."""
         chosen = states.new_zeros(len(states), dtype=torch.float32)
         largest = torch.full_like(chosen, -torch.inf)
         total, weighted = torch.zeros_like(chosen), torch.zeros_like(chosen)
         room = chosen.new_empty(0)
-        for chunk in _chunks(states, weight, targets, temperature):
+        for chunk in _chunks(states, weight, targets, temperature, softcap):
             logits, exponentials = chunk.logits, room.resize_(chunk.logits.shape)
             before, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (before - largest).exp_()
@@ -71,22 +88,28 @@ class _ChunkedLogProbs(torch.autograd.Function):
             chosen[chunk.rows] = logits[chunk.rows, chunk.targets]
         normalizer = largest + total.log()
         ctx.save_for_backward(states, weight, targets, normalizer)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.softcap = temperature, softcap
         entropies = normalizer - weighted / total
         ctx.mark_non_differentiable(entropies)
         return chosen - normalizer, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand.
+
+        With a soft cap s another factor follows, d logits / d products = 1 - (logits / s)^2.
+        """
         states, weight, targets, normalizer = ctx.saved_tensors
         scale = (-grads[0] / ctx.temperature)[:, None]
         scaled = states * scale.to(states.dtype)
         grad_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(states, weight, targets, ctx.temperature):
+        room = normalizer.new_empty(0)
+        for chunk in _chunks(states, weight, targets, ctx.temperature, ctx.softcap):
+            slopes = _slopes(chunk.logits, ctx.temperature, ctx.softcap, room)
             errors = chunk.logits.sub_(normalizer[:, None]).exp_()
             errors[chunk.rows, chunk.targets] -= 1.0
+            errors = errors if slopes is None else errors.mul_(slopes)
             errors = errors if errors.dtype == weight.dtype else chunk.products.copy_(errors)
             if grad_states is not None:
                 _add_product(grad_states, errors, weight[chunk.columns])
@@ -94,7 +117,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 torch.mm(errors.t(), scaled, out=grad_weight[chunk.columns])
         if grad_states is not None:
             grad_states = grad_states.mul_(scale).to(states.dtype)
-        return grad_states, grad_weight, None, None, None
+        return grad_states, grad_weight, None, None, None, None
 
 
 class _Chunk(NamedTuple):
@@ -104,14 +127,16 @@ class _Chunk(NamedTuple):
     products: Tensor
     """[n, columns] in the dtype of the weight; where that is float32, the logits themselves."""
     logits: Tensor
-    """[n, columns] float32, divided by the temperature; free to be overwritten."""
+    """[n, columns] float32, capped and divided by the temperature; free to be overwritten."""
     rows: Tensor
     """Rows whose target is among the columns."""
     targets: Tensor
     """Their targets, counted from the first column."""
 
 
-def _chunks(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Iterator[_Chunk]:
+def _chunks(
+    states: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None
+) -> Iterator[_Chunk]:
     """All logits, a chunk at a time. Fresh tensors for each would cost more time than the softmax does."""
     n, vocab = len(states), len(weight)
     elements = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
@@ -128,10 +153,19 @@ def _chunks(states: Tensor, weight: Tensor, targets: Tensor, temperature: float)
         torch.mm(states, weight[columns].t(), out=product)
         if wide is not products:
             logits.copy_(product)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         if temperature != 1.0:
             logits.div_(temperature)
         rows = order[first:last]
         yield _Chunk(columns, product, logits, rows, targets[rows] - start)
+
+
+def _slopes(logits: Tensor, temperature: float, softcap: float | None, room: Tensor) -> Tensor | None:
+    """d logits / d products of a chunk before the temperature, in `room`; None = 1 everywhere."""
+    if softcap is None:
+        return None
+    return torch.mul(logits, temperature / softcap, out=room.resize_(logits.shape)).square_().neg_().add_(1.0)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

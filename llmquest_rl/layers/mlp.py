@@ -1,19 +1,60 @@
 """Feed-forward layers."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
 
-class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+"""By the names of config.json. GELU is exact or its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, 2)."""
 
-    def __init__(self, size: int, inner: int, bias: bool = False) -> None:
+
+def check_activation(name: str, field: str) -> None:
+    """Whether an activation is in the table.
+
+    Raises:
+        ValueError: it is not; names the `field` of config.json.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{field} {name!r} is not implemented: expected one of {', '.join(ACTIVATIONS)}")
+
+
+class GatedMLP(nn.Module):
+    """`down(f(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, section 2): SwiGLU for silu, GeGLU for a GELU."""
+
+    def __init__(self, size: int, inner: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate = nn.Linear(size, inner, bias=bias)
         self.up = nn.Linear(size, inner, bias=bias)
         self.down = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [tokens, size] to the same shape."""
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        return out
+
+
+class MLP(nn.Module):
+    """`down(f(up(x)))` with biases (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, there with f = ReLU)."""
+
+    def __init__(self, size: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.up = nn.Linear(size, inner)
+        self.down = nn.Linear(inner, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [tokens, size] to the same shape."""
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out

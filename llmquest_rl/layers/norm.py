@@ -1,4 +1,4 @@
-"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), rounded as in the Llama family."""
+"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), in the two roundings in use."""
 
 import torch
 from torch import Tensor, nn
@@ -21,3 +21,21 @@ class RMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
+
+
+class OffsetRMSNorm(nn.Module):
+    """`(1 + weight) * x / sqrt(mean(x^2) + eps)` over the last dimension: a weight of 0 changes nothing.
+
+    Everything is computed in float32 and rounded to the input's dtype *last*, as Gemma and Qwen3-Next were trained.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., size]."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * (1.0 + self.weight.float())).to(x.dtype)

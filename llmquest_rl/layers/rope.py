@@ -1,7 +1,11 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), half-split as in the Hub's checkpoints.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2) and its context extensions.
 
-A head vector is split into halves `[x1 | x2]`, and pair i is turned by `position * inv_freq[i]`:
-`[x1 cos - x2 sin | x2 cos + x1 sin]`.
+Pair i of a head's rotated dimensions is turned by the angle `position * inv_freq[i]`. A checkpoint's layout says which
+two dimensions are a pair: i and i + half of them (`rotate`, nearly every model on the Hub), or 2i and 2i + 1
+(`rotate_interleaved`, DeepSeek). Dimensions after the rotated ones pass through.
+
+Extensions whose frequencies depend on the longest sequence of a batch (`dynamic`, `longrope`) are refused: a token's
+key would change with its neighbours in a pack, and with every token that is generated after it.
 """
 
 import math
@@ -19,6 +23,15 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+class Frequencies(NamedTuple):
+    """What a `rope_type` computes."""
+
+    inv_freq: Tensor
+    """Radians for each position [rotated dimensions / 2], float32."""
+    attention_factor: float = 1.0
+    """Multiplies cosine and sine, so the scores by its square."""
+
+
 class RoPE:
     """Angles for positions. Not a module: its frequencies follow from the config, and stay float32 in any model."""
 
@@ -26,18 +39,24 @@ class RoPE:
         """Prepare the frequencies.
 
         Args:
-            dim: Rotated dimensions of a head; even.
-            parameters: `rope_theta`, `rope_type` and what that type needs, as `rope_parameters` of a config.json.
+            dim: Size of a head, of which the first `partial_rotary_factor` (default all of it) is rotated.
+            parameters: `rope_theta`, `rope_type` and what that type needs, as from `rope_parameters`.
 
         Raises:
-            ValueError: `rope_type` is unknown, or one of its parameters is missing.
+            ValueError: `rope_type` is not supported, one of its parameters is missing, or the rotated dimensions are
+                no even number.
         """
         kind = parameters.get("rope_type", "default")
         if kind not in SCALINGS:
             raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(SCALINGS)}")
-        powers = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+        part = parameters.get("partial_rotary_factor", 1.0)
+        rotated = int(dim * part)
+        if rotated < 2 or rotated % 2 or rotated > dim:
+            whole = f"head_dim {dim} with partial_rotary_factor {part}"
+            raise ValueError(f"{whole} gives {rotated} rotated dimensions: expected an even number from 2 to {dim}")
+        powers = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
         try:
-            self.inv_freq: Tensor = SCALINGS[kind](1.0 / (parameters["rope_theta"] ** powers), parameters)
+            self.inv_freq, self.attention_factor = SCALINGS[kind](parameters["rope_theta"] ** powers, parameters)
         except KeyError as missing:
             raise ValueError(f"rope_type {kind!r} needs {missing} in the rope parameters of config.json") from missing
 
@@ -45,31 +64,131 @@ class RoPE:
         """Cosine and sine of `positions` [tokens], computed in float32 and then rounded to `dtype`."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
-        return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return Rotary(cos.to(dtype), sin.to(dtype))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the heads `x` [tokens, heads, head_dim] by their positions."""
-    x1, x2 = x.chunk(2, dim=-1)
+    """Turn the heads `x` [tokens, heads, head_dim], pairs half the rotated dimensions apart: `[x1 | x2 | rest]` becomes
+    `[x1 cos - x2 sin | x2 cos + x1 sin | rest]`."""
     cos, sin = rotary
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+def rotate_interleaved(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn the heads `x` [tokens, heads, rotated dimensions], pairs side by side. They come out half the dimensions
+    apart, in queries and keys alike, so that the scores are the same."""
+    cos, sin = rotary
+    x1, x2 = x[..., 0::2], x[..., 1::2]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def _unscaled(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
-    return inv_freq
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much more a context that is `factor` times longer has to sharpen attention (YaRN, arXiv:2309.00071, section 3.4):
+    `0.1 mscale ln(factor) + 1`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _llama3(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+def rope_parameters(
+    values: Mapping[str, Any], layer_type: str | None = None, default_theta: float = 10000.0
+) -> dict[str, Any]:
+    """The rotary parameters of a config.json's `values`, complete, as `RoPE` takes them.
+
+    transformers 5 keeps them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`.
+
+    Args:
+        values: The content of a config.json.
+        layer_type: Whose parameters, where `rope_parameters` holds one dict for each type of layer (Gemma 3).
+        default_theta: The base where the file names none.
+
+    Raises:
+        ValueError: the parameters are no dict, or one for each type of layer in a model that has one rotation.
+    """
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if isinstance(found, Mapping) and any(isinstance(entry, Mapping) for entry in found.values()):
+        if layer_type is None:
+            raise ValueError(f"rope_parameters {found} differ between layers, which this architecture does not have")
+        found = found.get(layer_type) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"rope_parameters (rope_scaling) is {found!r}: expected a dict")
+    merged = {name: value for name, value in found.items() if value is not None}
+    merged.setdefault("rope_type", merged.pop("type", "default"))  # "type" is the older spelling
+    merged.setdefault("rope_theta", values.get("rope_theta") or default_theta)
+    if values.get("partial_rotary_factor") is not None:
+        merged.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
+    if merged["rope_type"] in ("llama3", "yarn"):
+        _fill_lengths(merged, values)
+    return merged
+
+
+def _fill_lengths(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Context lengths may stand outside of the parameters, and give the factor where that is left out."""
+    original, longest = "original_max_position_embeddings", values.get("max_position_embeddings")
+    if values.get(original) is not None:
+        merged[original] = values[original]
+    if longest is not None:
+        merged.setdefault(original, longest)
+        merged.setdefault("factor", longest / merged[original])
+
+
+def _unscaled(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
+    return Frequencies(1.0 / period)
+
+
+def _linear(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595, eq. 3): all waves are slowed by `factor`."""
+    return Frequencies(1.0 / period / parameters["factor"])
+
+
+def _llama3(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
     """Llama 3.1's context extension: long waves are slowed by `factor`, short ones kept, those between interpolated.
 
     Source: the reference code of Llama 3.1. The bounds are wavelengths: `L / low_freq_factor`, `L / high_freq_factor`.
     """
-    factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    scaled: Tensor = (1 - keep) * inv_freq / factor + keep * inv_freq
-    return scaled
+    factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    length = parameters["original_max_position_embeddings"]
+    inv_freq = 1.0 / period
+    wavelength = 2 * math.pi / inv_freq
+    keep = (length / wavelength - low) / (high - low)
+    between = (1 - keep) * inv_freq / factor + keep * inv_freq
+    slowed = torch.where(wavelength > length / low, inv_freq / factor, between)
+    return Frequencies(torch.where(wavelength < length / high, inv_freq, slowed))
 
 
-SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {"default": _unscaled, "llama3": _llama3}
-"""What each `rope_type` does to the frequencies [dim / 2]."""
+def _yarn(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): as `_llama3`, but interpolated along the dimensions,
+    between those that turn `beta_fast` and `beta_slow` times within the original context length."""
+    factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
+    dim, theta = 2 * len(period), parameters["rope_theta"]
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(parameters.get("beta_fast") or 32), dimension(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0.0  # a ramp needs some width
+    keep = 1 - ((torch.arange(len(period), dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    inv_freq = 1.0 / (factor * period) * (1 - keep) + 1.0 / period * keep
+    return Frequencies(inv_freq, _yarn_attention_factor(parameters))
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
+    """DeepSeek's configs divide by the part that its attention applies to its softmax scale instead."""
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    factor, mscale, all_dim = parameters["factor"], parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
+
+
+SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
+    "default": _unscaled,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""The frequencies of each `rope_type`, from the unscaled positions for a radian [rotated dimensions / 2]."""

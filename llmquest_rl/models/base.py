@@ -96,7 +96,7 @@ class Model(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A cast of the whole model (DeepSpeed casts without asking) leaves what stays float32 alone."""
         kept = {name: buffer for name, buffer in self.named_buffers() if self.stays_float32(name)}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             module, _, ending = name.rpartition(".")
             owner = self.get_submodule(module)
@@ -122,14 +122,24 @@ class CausalLM(Model):
         """Final hidden states of `tokens` [tokens] at `positions` [tokens], which see what `context` lets them see."""
         raise NotImplementedError
 
+    def with_targets(self, hidden: Hidden, batch: TokenBatch) -> Hidden:
+        """What else a model computes where the next tokens are known; the states stay as they are."""
+        return hidden
+
     def logits(self, states: Tensor) -> Tensor:
         """Logits [n, vocab] of hidden `states` [n, size]."""
         return self.head.logits(states)
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
-        """Log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary."""
+        """Log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary.
+
+        Raises:
+            ValueError: the batch has images, which a text model would leave out.
+        """
+        if batch.images is not None:
+            raise ValueError(f"the batch has images, but {type(self).__name__} reads text only")
         context = PackedAttention(batch.layout, batch.tokens.device)
-        states, aux, loads = self.hidden(batch.tokens, batch.positions, context)
+        states, aux, loads = self.with_targets(self.hidden(batch.tokens, batch.positions, context), batch)
         self.count(loads, batch)
         logprobs, entropies = self.head(states.index_select(0, batch.sources), batch.targets, temperature, entropy)
         return Output(logprobs, entropies, aux)

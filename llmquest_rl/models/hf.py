@@ -80,7 +80,12 @@ def new_model(path: Path | str, dtype: torch.dtype, device: torch.device | str =
     Raises:
         ValueError: config.json is missing or damaged, or names an unknown architecture.
     """
-    model = _language_model(_skeleton(Path(path))[0], path)
+    return _language_model(new_any_model(path, dtype, device, seed), path)
+
+
+def new_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Model:
+    """As `new_model`, of any kind of model."""
+    model = _skeleton(Path(path))[0]
     _allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
@@ -175,6 +180,9 @@ def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
     supported = ", ".join(architectures())
     if name is None:
         raise ValueError(f'{source} names no architecture: add "architectures": one of {supported}')
+    advice = [hf.refused[name] for hf in architectures().values() if name in hf.refused]
+    if advice:
+        raise ValueError(f"{source} names architecture {name!r}: {advice[0]}")
     if name not in architectures():
         raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
     return architectures()[name]
@@ -193,12 +201,14 @@ def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model,
 
 
 def _allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a skeleton memory; what was one parameter in two places stays one."""
+    """Give a skeleton memory; what was one parameter in two places stays one, and what was frozen stays frozen."""
     made: dict[Tensor, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                made[parameter] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=dtype, device=device), parameter.requires_grad
+                )
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             kept = torch.float32 if model.stays_float32(f"{path}.{name}") else dtype

@@ -17,6 +17,7 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
+from llmquest_rl.models.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
 from llmquest_rl.models.names import HFMap
 
 
@@ -42,6 +43,18 @@ class LlamaConfig:
     """Longest sequence the model was trained for, in tokens."""
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be, by the names in config.json."""
+        check_sizes(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            max_position_embeddings=self.max_positions,
+        )
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        check_whole_rotation(self.rope)
+
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
         """Read a config.json of transformers 4 or 5.
@@ -54,14 +67,15 @@ class LlamaConfig:
             raise ValueError(f"config.json asks for hidden_act {activation!r}; Llama here has silu only")
         try:
             heads = values["num_attention_heads"]
+            kv_heads = values.get("num_key_value_heads")
             return cls(
                 vocab_size=values["vocab_size"],
                 hidden_size=values["hidden_size"],
                 intermediate_size=values["intermediate_size"],
                 num_layers=values["num_hidden_layers"],
                 num_heads=heads,
-                num_kv_heads=values.get("num_key_value_heads") or heads,
-                head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+                num_kv_heads=heads if kv_heads is None else kv_heads,
+                head_dim=head_dim_of(values),
                 rms_norm_eps=values.get("rms_norm_eps", 1e-6),
                 tied=values.get("tie_word_embeddings", False),
                 attention_bias=values.get("attention_bias", False),

@@ -7,7 +7,7 @@ table reads and writes: a view of an empty parameter is filled, a view of a trai
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class HFMap:
     written again."""
     fit: Callable[[Any, Collection[str]], Any] = lambda config, keys: config
     """The config for the keys that a file really holds: some tools leave out weights that config.json announces."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Architectures on the Hub that hold this one among other things, to what to do with their files."""
 
 
 def hf_map(model: Model) -> HFMap:
@@ -133,12 +135,17 @@ def disk_tensors(model: Model, named: Iterable[tuple[str, Tensor]] | None = None
         model: Whose layout it is.
         named: Pairs (our name, tensor) to take instead of the model's own: gathered shards, master weights, gradients.
     """
-    pieces: dict[str, list[tuple[str, View]]] = {}
-    for disk, piece in disk_pieces(model).items():
-        pieces.setdefault(piece.ours, []).append((disk, piece.view))
+    table, wanted = _Table(model), {name for name, _ in named_weights(model)}
+    copies: dict[str, list[str]] = {}
+    for copy, key in hf_map(model).copies(model.config).items():
+        copies.setdefault(key, []).append(copy)
     for name, tensor in named_weights(model) if named is None else named:
-        for disk, view in pieces.get(name, ()):
-            yield disk, view(tensor.detach())
+        if name not in wanted:  # a second name of a shared parameter
+            continue
+        # Shapes are those of the tensors given: a parameter of ZeRO-3 has none of its own between forwards.
+        for disk, view in table.pieces(name, tuple(tensor.shape)).items():
+            for key in (disk, *copies.get(disk, ())):
+                yield key, view(tensor.detach())
 
 
 class _Table:

@@ -6,6 +6,7 @@ all sequences in one pack and, a second time, with a prompt shared between conti
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from torch import Tensor
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.hf import load_any_model
+from llmquest_rl.models.names import hf_map
 
 PROMPT_LENGTH = 24
 CONTINUATION_LENGTHS = (1, 8, 40, 120)
 """Short on purpose, because a large model on a CPU is slow; the longest crosses windows of tests and chunks of 64."""
+IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ParityReport:
     max_abs_logit: float
     """Largest logit, to judge the differences by."""
     positions: int
-    """Positions compared, each over the whole vocabulary."""
+    """Positions (or images) compared, each over the whole vocabulary (or all labels)."""
     architecture: str
 
     @property
@@ -41,29 +44,48 @@ class ParityReport:
 
 
 def parity(path: Path | str, seed: int = 0) -> ParityReport:
-    """Compare our float32 logits with transformers' on random tokens.
+    """Compare our float32 logits with transformers' on random tokens, or of an image model on random images.
 
     Args:
         path: A checkpoint folder.
         seed: Draws the tokens.
 
     Raises:
-        ValueError: the folder does not load here.
+        ValueError: the folder does not load here, or transformers has no such class.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = load_model(path, torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_any_model(path, torch.float32)
+    name = hf_map(model).architecture
+    if not hasattr(transformers, name):
+        raise ValueError(f"transformers has no class {name} to compare with")
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = getattr(transformers, name).from_pretrained(path, **options).eval()
+    compare = _compare_text if isinstance(model, CausalLM) else _compare_images
+    with torch.no_grad():
+        return compare(model.eval(), theirs, seed)
+
+
+def _compare_text(model: Any, theirs: Any, seed: int) -> ParityReport:
     prompt, *continuations = _random_tokens(model, seed)
     sequences = [torch.cat((prompt, continuation)) for continuation in continuations]
-    with torch.no_grad():
-        expected = [theirs(sequence[None]).logits[0].float() for sequence in sequences]
-        packed = _packed_logits(model, sequences, [-1] * len(sequences))
-        shared = _packed_logits(model, [prompt, *continuations], [-1] + [0] * len(continuations))
-    tails = [logits[PROMPT_LENGTH:] for logits in expected]
+    expected = [theirs(sequence[None]).logits[0].float() for sequence in sequences]
+    packed = _packed_logits(model, sequences, [-1] * len(sequences))
+    shared = _packed_logits(model, [prompt, *continuations], [-1] + [0] * len(continuations))
+    tails = [logits[len(prompt) :] for logits in expected]
+    return _report(theirs, expected, packed, _largest_difference(shared[1:], tails) if model.shares_prompts else 0.0)
+
+
+def _compare_images(model: Any, theirs: Any, seed: int) -> ParityReport:
+    shape = (IMAGES, model.config.num_channels, *model.config.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return _report(theirs, [theirs(images).logits], [model(images)], 0.0)
+
+
+def _report(theirs: Any, expected: list[Tensor], ours: list[Tensor], shared: float) -> ParityReport:
     return ParityReport(
-        max_abs_diff=_largest_difference(packed, expected),
-        max_abs_diff_shared=_largest_difference(shared[1:], tails) if model.shares_prompts else 0.0,
+        max_abs_diff=_largest_difference(ours, expected),
+        max_abs_diff_shared=shared,
         max_abs_logit=max(float(logits.abs().max()) for logits in expected),
         positions=sum(len(logits) for logits in expected),
         architecture=type(theirs).__name__,

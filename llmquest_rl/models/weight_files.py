@@ -127,13 +127,17 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard
     """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
+    memory: set[int] = set()
     total = size = 0
     for key, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
         if shard and size + bytes_ > max_shard_bytes:
             shards.append(_write_part(shard, folder, len(shards)))
-            shard, size = {}, 0
-        shard[key] = tensor.detach().cpu().contiguous()
+            shard, memory, size = {}, set(), 0
+        written = tensor.detach().cpu().contiguous()
+        # The format has no two names for one memory: a weight that is written a second time is copied.
+        shard[key] = written.clone() if written.data_ptr() in memory else written
+        memory.add(written.data_ptr())
         size += bytes_
         total += bytes_
     shards.append(_write_part(shard, folder, len(shards)))

@@ -46,8 +46,8 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
     if not path.exists():
         raise ValueError(f"{model_path} has no config.json: give a folder of the Hugging Face layout")
     values = json.loads(path.read_text(encoding="utf-8"))
-    find_architecture(values, path).config.from_hf(values)
-    check_context(model_path, values.get("max_position_embeddings"), setup)
+    shape = find_architecture(values, path).config.from_hf(values)
+    check_context(model_path, getattr(shape, "max_positions", None), setup)
 
 
 def build(model_path: Path, config: Config, setup: EngineSetup) -> "NativeEngine":

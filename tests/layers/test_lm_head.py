@@ -5,15 +5,22 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from llmquest_rl.generation.packing import PackedHead
 from llmquest_rl.layers import lm_head
 from llmquest_rl.layers.lm_head import LMHead
 
 torch.set_num_threads(1)
 
 
-def make(n: int, vocab: int = 97, size: int = 16, dtype: torch.dtype = torch.float32) -> tuple[LMHead, Tensor, Tensor]:
+def make(
+    n: int,
+    vocab: int = 97,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+) -> tuple[LMHead, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(n)
-    head = LMHead(size, vocab)
+    head = LMHead(size, vocab, softcap=softcap)
     torch.nn.init.normal_(head.weight, generator=generator)
     states = torch.randn(n, size, generator=generator).to(dtype).requires_grad_()
     return head.to(dtype), states, torch.randint(vocab, (n,), generator=generator)
@@ -25,7 +32,10 @@ def reference(
     """Log-probs, entropy and a copy of the leaves, in float64."""
     wide_states = states.detach().double().requires_grad_()
     wide_weight = head.weight.detach().double().requires_grad_()
-    logprobs = torch.log_softmax(wide_states @ wide_weight.t() / temperature, -1)
+    logits = wide_states @ wide_weight.t()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logprobs = torch.log_softmax(logits / temperature, -1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, wide_states, wide_weight
 
@@ -39,9 +49,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("n", [1, 8, 21])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
-def test_values_and_gradients_equal_float64(n: int, temperature: float, dtype: torch.dtype, tolerance: float) -> None:
-    head, states, targets = make(n, dtype=dtype)
+def test_values_and_gradients_equal_float64(
+    n: int, temperature: float, softcap: float | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    head, states, targets = make(n, dtype=dtype, softcap=softcap)
     upstream = torch.linspace(-1.0, 2.0, n)
     logprobs, entropy = head(states, targets, temperature, entropy=True)
     expected, expected_entropy, wide_states, wide_weight = reference(head, states, targets, temperature)
@@ -66,9 +79,33 @@ def test_entropy_is_a_metric_without_gradient() -> None:
     assert head(states, targets)[1] is None
 
 
-def test_no_targets() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capped_logits_are_those_of_the_log_probs(dtype: torch.dtype) -> None:
+    """Also from the packed head that generates: the cap is applied in float32 everywhere."""
+    head, states, targets = make(5, dtype=dtype, softcap=5.0)
+    with torch.no_grad():
+        logits = head.logits(states)
+        assert logits.dtype == torch.float32
+        assert 4.0 < float(logits.abs().max()) < 5.0
+        chosen = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        torch.testing.assert_close(head(states, targets)[0], chosen, atol=1e-5, rtol=0.0)
+        packed = PackedHead(head)
+        packed.pack()
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2  # products are rounded to the dtype of the weight
+        torch.testing.assert_close(packed.logits(states), logits, atol=tolerance, rtol=0.0)
+
+
+def test_saturated_logits_have_no_gradient() -> None:
+    head, states, targets = make(3, softcap=0.5)
+    head(states * 1e4, targets)[0].sum().backward()
+    assert states.grad is not None
+    assert torch.equal(states.grad, torch.zeros_like(states))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_no_targets(softcap: float | None) -> None:
     """A microbatch without targets still takes part: backward gives zeros, not missing gradients."""
-    head, states, targets = make(0)
+    head, states, targets = make(0, softcap=softcap)
     logprobs, entropy = head(states, targets, 1.0, True)
     assert logprobs.shape == (0,)
     assert entropy is not None
@@ -88,9 +125,9 @@ def test_frozen_weight_and_tied_weight() -> None:
     assert LMHead(16, 97, embedding.weight).weight is embedding.weight
 
 
-def peak_bytes(n: int, vocab: int) -> int:
+def peak_bytes(n: int, vocab: int, softcap: float | None) -> int:
     """Largest memory held by tensors beyond those that existed before, over forward and backward."""
-    head, states, targets = make(n, vocab)
+    head, states, targets = make(n, vocab, softcap=softcap)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         logprobs, _ = head(states, targets, 0.9, entropy=True)
         logprobs.sum().backward()
@@ -103,11 +140,14 @@ def peak_bytes(n: int, vocab: int) -> int:
     return peak
 
 
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vocab = 8192
     monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 64 * vocab})
     monkeypatch.setattr(lm_head, "MIN_CHUNK_COLUMNS", 16)
-    small, large = peak_bytes(256, vocab), peak_bytes(4096, vocab)
+    small, large = (peak_bytes(n, vocab, softcap) for n in (256, 4096))
     logits = 4096 * vocab * 4
     assert large < logits / 10
     assert (

@@ -52,7 +52,9 @@ def write_reference(
         buffers = [buffer for name, buffer in model.named_buffers() if name in persistent]
         for tensor in vectors + buffers:
             tensor.add_(torch.randn_like(tensor), alpha=0.2)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    for parameter in model.parameters():  # buffers are float32 in published files of any dtype
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

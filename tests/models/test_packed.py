@@ -8,10 +8,11 @@ from llmquest_rl.batch import Atom, collate
 from llmquest_rl.layers.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import architectures
+from tests.models.families import LANGUAGE_MODELS
 
 torch.set_num_threads(1)
 
-ARCHITECTURES = {name: hf for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
+ARCHITECTURES = {name: architectures()[name] for name in LANGUAGE_MODELS}
 
 ATOMS = [
     Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),

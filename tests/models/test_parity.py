@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures, load_model, new_model, save_model
+from llmquest_rl.models.base import CausalLM, Model
+from llmquest_rl.models.hf import architectures, load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.hub import check_model_files, resolve_model
 from llmquest_rl.models.names import disk_tensors
 from llmquest_rl.models.parity import parity
@@ -174,8 +174,8 @@ def test_smollm2() -> None:
 def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure itself: with two matrices of one layer exchanged in our copy, parity is lost."""
 
-    def exchanged(path: Path, dtype: torch.dtype) -> CausalLM:
-        model = load_model(path, dtype)
+    def exchanged(path: Path, dtype: torch.dtype) -> Model:
+        model = load_any_model(path, dtype)
         mlp = model.blocks[1].get_submodule("mlp")
         gate, up = mlp.get_parameter("gate.weight"), mlp.get_parameter("up.weight")
         with torch.no_grad():
@@ -185,5 +185,5 @@ def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return model
 
     folder = write_reference(tmp_path, first_case("LlamaForCausalLM"))
-    monkeypatch.setattr("llmquest_rl.models.parity.load_model", exchanged)
+    monkeypatch.setattr("llmquest_rl.models.parity.load_any_model", exchanged)
     assert parity(folder).worst > 1e-3

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.gpt2 import GPT2Config
 from llmquest_rl.models.hf import load_model, new_model, save_model
 from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.models.llama import LlamaConfig
@@ -139,6 +140,9 @@ def test_what_cannot_be_served_is_refused_before_loading(folder: Path, tmp_path:
         check_engine("native", Config(), folder, EngineSetup(context_tokens=4096))
     with pytest.raises(ValueError, match="config.json"):
         check_engine("native", Config(), tmp_path, SETUP)
+    (tmp_path / "config.json").write_text(json.dumps(GPT2Config.tiny().to_hf()))
+    with pytest.raises(ValueError, match="1024 positions"):
+        check_engine("native", Config(), tmp_path, EngineSetup(context_tokens=1025))
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(ValueError, match="NoSuchForCausalLM"):
         check_engine("native", Config(), tmp_path, SETUP)

@@ -20,7 +20,8 @@ from llmquest_rl.data.packing import split_ranks
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.objectives.policy import Policy
 from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner import Learner, LearnerSetup
+from trainer.learner import Learner
+from trainer.learner_setup import LearnerSetup
 
 POLICY = Policy(resolve("grpo", {"beta": 0.1}), temperature=0.9, max_tokens=12)
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule="cosine", warmup_steps=2)

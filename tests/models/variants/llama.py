@@ -39,4 +39,26 @@ VARIANTS = {
         "rms_norm_eps": 0.01,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
+    "yarn rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "yarn rope, two mscales, not truncated": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.3,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }

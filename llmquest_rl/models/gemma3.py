@@ -1,0 +1,299 @@
+"""Gemma 3, text (Gemma Team 2025, arXiv:2503.19786, section 2; parts from Gemma 2, arXiv:2408.00118, section 2).
+
+Most layers look back a short window, every sixth one over the whole text: what is kept for each sequence then hardly
+grows with its length. Both kinds have rotary positions of their own. Each half of a layer is normalised before *and*
+after, queries and keys too, and feed-forward is GeGLU. The image tower of the larger checkpoints is not here.
+Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size, W window.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.lm_head import LMHead
+from llmquest_rl.layers.mlp import GatedMLP, check_activation
+from llmquest_rl.layers.norm import OffsetRMSNorm
+from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
+from llmquest_rl.models.base import CausalLM, Hidden
+from llmquest_rl.models.checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.names import HFMap
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""The kinds of layers, as config.json calls them."""
+
+
+@dataclass(frozen=True)
+class Gemma3Config:
+    """The shape of a Gemma 3."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_scalar: float
+    """Scores are divided by its root: the head size in most checkpoints, but not in the largest."""
+    layer_types: tuple[str, ...]
+    """`SLIDING` or `FULL` for each layer."""
+    window: int | None
+    """Tokens that a sliding layer sees, the newest included."""
+    rope: Mapping[str, Mapping[str, Any]]
+    """Rotary parameters of each kind of layer."""
+    rms_norm_eps: float = 1e-6
+    tied: bool = True
+    """The output layer is the embedding."""
+    activation: str = "gelu_pytorch_tanh"
+    attention_bias: bool = False
+    attention_softcap: float | None = None
+    """Bends attention scores, which then stay below it; None in all published checkpoints."""
+    final_softcap: float | None = None
+    """The same for the output logits."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+    max_positions: int = 131072
+    """Longest sequence the model was trained for, in tokens."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be, by the names in config.json."""
+        check_sizes(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            max_position_embeddings=self.max_positions,
+        )
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        check_activation(self.activation, "hidden_activation")
+        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
+        if unknown:
+            raise ValueError(f"layer_types holds {unknown}: expected {SLIDING!r} or {FULL!r}")
+        if SLIDING in self.layer_types:
+            check_sizes(sliding_window=self.window)
+        for rope in self.rope.values():
+            check_whole_rotation(rope)
+        caps = {"attn_logit_softcapping": self.attention_softcap, "final_logit_softcapping": self.final_softcap}
+        for name, value in {**caps, "query_pre_attn_scalar": self.query_scalar}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} is not positive")
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read a config.json of transformers 4 or 5.
+
+        Raises:
+            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+        """
+        if values.get("use_bidirectional_attention"):
+            raise ValueError("use_bidirectional_attention is true: only causal attention is implemented")
+        try:
+            return cls(
+                vocab_size=values["vocab_size"],
+                hidden_size=values["hidden_size"],
+                intermediate_size=values["intermediate_size"],
+                num_heads=values["num_attention_heads"],
+                num_kv_heads=values["num_key_value_heads"],
+                head_dim=values["head_dim"],
+                query_scalar=values["query_pre_attn_scalar"],
+                layer_types=layer_types(values),
+                window=values.get("sliding_window"),
+                rope=rope_by_kind(values),
+                rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+                tied=values.get("tie_word_embeddings", True),
+                activation=values.get("hidden_activation", "gelu_pytorch_tanh"),
+                attention_bias=values.get("attention_bias", False),
+                attention_softcap=values.get("attn_logit_softcapping"),
+                final_softcap=values.get("final_logit_softcapping"),
+                initializer_range=values.get("initializer_range", 0.02),
+                max_positions=values.get("max_position_embeddings", 131072),
+            )
+        except KeyError as missing:
+            raise ValueError(f"config.json of a Gemma 3 lacks {missing}") from missing
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 5 and vLLM read."""
+        return {
+            "architectures": [HF.architecture],
+            "model_type": "gemma3_text",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "query_pre_attn_scalar": self.query_scalar,
+            "layer_types": list(self.layer_types),
+            "sliding_window": self.window,
+            "rope_parameters": {kind: dict(parameters) for kind, parameters in self.rope.items()},
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tied,
+            "hidden_activation": self.activation,
+            "attention_bias": self.attention_bias,
+            "attn_logit_softcapping": self.attention_softcap,
+            "final_logit_softcapping": self.final_softcap,
+            "initializer_range": self.initializer_range,
+            "max_position_embeddings": self.max_positions,
+        }
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """For tests: a sliding layer and a full one, a window shorter than the texts of most tests."""
+        return cls(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+            query_scalar=32,
+            layer_types=(SLIDING, FULL),
+            window=8,
+            rope=rope_by_kind({}),
+            max_positions=2048,
+        )
+
+
+def layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of each layer: a list in config.json, or in older ones a period at whose end a full layer stands.
+
+    Raises:
+        ValueError: the list has another length than there are layers, or the period is not positive.
+    """
+    num_layers: int = values["num_hidden_layers"]
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        if len(kinds) != num_layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
+        return tuple(kinds)
+    period = values.get("sliding_window_pattern", 6)
+    check_sizes(sliding_window_pattern=period)
+    return tuple(FULL if (layer + 1) % period == 0 else SLIDING for layer in range(num_layers))
+
+
+def rope_by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rotary parameters of each kind of layer: transformers 5 nests them, transformers 4 has a field for each base, and
+    `rope_scaling` for the full layers.
+
+    Raises:
+        ValueError: `rope_parameters` is not nested.
+    """
+    nested = values.get("rope_parameters") or {}
+    if not set(nested) <= {SLIDING, FULL}:
+        raise ValueError(f"rope_parameters holds {sorted(nested)}: expected one group for each of {SLIDING}, {FULL}")
+    local = {**values, "rope_scaling": None, "rope_theta": values.get("rope_local_base_freq")}
+    return {SLIDING: rope_parameters(local, SLIDING, 1e4), FULL: rope_parameters(values, FULL, 1e6)}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a window or over everything, with normalised queries and keys."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.scale = config.query_scalar**-0.5
+        self.window = config.window if config.layer_types[layer] == SLIDING else None
+        self.softcap = config.attention_softcap
+        self.query = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.key = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.value = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.output = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.query_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.key_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
+        """`x` [T, D] to the same shape."""
+        q = rotate(self.query_norm(self.query(x).unflatten(-1, (-1, self.head_dim))), rotary)  # [T, H, C]
+        k = rotate(self.key_norm(self.key(x).unflatten(-1, (-1, self.head_dim))), rotary)  # [T, K, C]
+        v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
+        mixed = context.attend(self.layer, q, k, v, self.scale, window=self.window, softcap=self.softcap)  # [T, H, C]
+        out: Tensor = self.output(mixed.flatten(1))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before, and after again before it is added."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.attention_out_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation=config.activation)
+        self.mlp_out_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
+        """`x` [T, D] to the same shape."""
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), rotary, context))
+        out: Tensor = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        return out
+
+
+class Gemma3(CausalLM):
+    """The whole model."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied_to = self.embedding.weight if config.tied else None
+        self.head = LMHead(config.hidden_size, config.vocab_size, tied_to, config.final_softcap)
+        self.ropes = {kind: RoPE(config.head_dim, config.rope[kind]) for kind in sorted(set(config.layer_types))}
+
+    def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
+        """See `CausalLM.hidden`."""
+        x = self.embedding(tokens)  # [T, D]
+        x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # rounded to bfloat16 in training: part of the model
+        rotaries = {kind: rope(positions, x.dtype) for kind, rope in self.ropes.items()}
+        for kind, block in zip(self.config.layer_types, self.blocks, strict=True):
+            x = self.run_block(block, x, rotaries[kind], context)
+        return Hidden(self.norm(x), {})
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """See `Model.init_weights`; norms start at 0, which here changes nothing."""
+        super().init_weights(generator)
+        for module in self.modules():
+            if isinstance(module, OffsetRMSNorm):
+                module.weight.zero_()
+
+
+HF = HFMap(
+    architecture="Gemma3ForCausalLM",
+    config=Gemma3Config,
+    model=Gemma3,
+    names={
+        "embedding": "model.embed_tokens",
+        "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+        "blocks.{i}.attention.query": "model.layers.{i}.self_attn.q_proj",
+        "blocks.{i}.attention.key": "model.layers.{i}.self_attn.k_proj",
+        "blocks.{i}.attention.value": "model.layers.{i}.self_attn.v_proj",
+        "blocks.{i}.attention.output": "model.layers.{i}.self_attn.o_proj",
+        "blocks.{i}.attention.query_norm": "model.layers.{i}.self_attn.q_norm",
+        "blocks.{i}.attention.key_norm": "model.layers.{i}.self_attn.k_norm",
+        "blocks.{i}.attention_out_norm": "model.layers.{i}.post_attention_layernorm",
+        "blocks.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+        "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+        "blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
+        "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
+        "blocks.{i}.mlp_out_norm": "model.layers.{i}.post_feedforward_layernorm",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+    refused={
+        "Gemma3ForConditionalGeneration": "the multimodal Gemma 3, of which the text part alone is implemented. "
+        "Write that part to a folder of its own first, as docs/models/gemma3.md shows"
+    },
+)
