@@ -27,6 +27,8 @@ class Atom:
     """Signals by name, one float for each token of each completion: `weights`, `advantages`, `rollout_logprobs`, …"""
     mask: list[list[bool]] | None = None
     """Which completion tokens are targets; None = all of them."""
+    images: Tensor | None = None
+    """Images [n, channels, height, width] that the prompt's image tokens stand for, in their order; None = text."""
 
     @property
     def num_tokens(self) -> int:
@@ -45,6 +47,7 @@ class Atom:
                 [completion],
                 {name: [values[i]] for name, values in self.streams.items()},
                 None if self.mask is None else [self.mask[i]],
+                self.images,
             )
             for i, completion in enumerate(self.completions)
         ]
@@ -94,6 +97,10 @@ class TokenBatch:
     """Long [targets]: the running number of the completion that the target belongs to."""
     streams: dict[str, Tensor]
     """Float32 [targets] each."""
+    images: Tensor | None = None
+    """Images [n, channels, height, width] of all segments, in their order; None = text only."""
+    image_counts: tuple[int, ...] = ()
+    """How many of `images` each segment has; empty for text only."""
 
     @property
     def num_sequences(self) -> int:
@@ -106,14 +113,20 @@ class TokenBatch:
             name: getattr(self, name).to(device)
             for name in ("tokens", "positions", "sources", "targets", "sequence_ids")
         }
-        return replace(self, **moved, streams={name: stream.to(device) for name, stream in self.streams.items()})
+        return replace(
+            self,
+            **moved,
+            streams={name: stream.to(device) for name, stream in self.streams.items()},
+            images=None if self.images is None else self.images.to(device),
+        )
 
 
 def collate(atoms: Sequence[Atom]) -> TokenBatch:
     """Lay atoms end to end into one packed batch. Tokens that predict no target, as each last one, are left out.
 
     Raises:
-        ValueError: a stream or mask does not have one value for each completion token.
+        ValueError: a stream or mask does not have one value for each completion token; an atom has images without a
+            prompt, or images differ in size.
     """
     tokens: list[int] = []
     lengths: list[int] = []
@@ -132,11 +145,7 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
             lengths.append(len(atom.prompt))
             parents.append(-1)
         for i, completion in enumerate(atom.completions):
-            mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
-            signals: list[Sequence[object]] = [mask, *(atom.streams[name][i] for name in names)]
-            if any(len(values) != len(completion) for values in signals):
-                raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or stream of another length")
-            kept = [j for j, keep in enumerate(mask) if keep and (j > 0 or atom.prompt)]
+            kept = [j for j, keep in enumerate(_mask(atom, i, names)) if keep and (j > 0 or atom.prompt)]
             start = len(tokens)
             read = completion[: kept[-1]] if kept else []
             tokens += read
@@ -150,6 +159,7 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
                 streams[name] += [values[j] for j in kept]
             num_sequences += 1
     layout = Layout(tuple(lengths), tuple(parents))
+    images, image_counts = _images(atoms)
     return TokenBatch(
         tokens=torch.tensor(tokens, dtype=torch.long),
         positions=layout.positions(),
@@ -158,4 +168,33 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
         targets=torch.tensor(targets, dtype=torch.long),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.long),
         streams={name: torch.tensor(values, dtype=torch.float32) for name, values in streams.items()},
+        images=images,
+        image_counts=image_counts,
     )
+
+
+def _mask(atom: Atom, i: int, names: Sequence[str]) -> list[bool]:
+    """Which tokens of completion `i` are targets; whatever belongs to a token is there for each."""
+    completion = atom.completions[i]
+    mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
+    signals: list[Sequence[object]] = [mask, *(atom.streams[name][i] for name in names)]
+    if any(len(values) != len(completion) for values in signals):
+        raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or stream of another length")
+    return mask
+
+
+def _images(atoms: Sequence[Atom]) -> tuple[Tensor | None, tuple[int, ...]]:
+    """All images end to end, and how many of them belong to each segment."""
+    found = [atom.images for atom in atoms if atom.images is not None]
+    if not found:
+        return None, ()
+    if any(atom.images is not None and not atom.prompt for atom in atoms):
+        raise ValueError("an atom has images but no prompt: image tokens stand in the prompt")
+    sizes = {tuple(images.shape[1:]) for images in found}
+    if len(sizes) > 1:
+        raise ValueError(f"the images of a batch differ in size, {sorted(sizes)}: resize them to one")
+    counts: list[int] = []
+    for atom in atoms:
+        own = 0 if atom.images is None else len(atom.images)
+        counts += [own] * bool(atom.prompt) + [0] * len(atom.completions)
+    return torch.cat(found), tuple(counts)

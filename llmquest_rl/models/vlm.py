@@ -1,0 +1,290 @@
+"""A vision-language model by early fusion: any decoder of this folder reads an image as tokens before its text.
+
+A Vision Transformer turns an image into one vector for each patch, an adapter maps them to the width of the decoder
+(Liu et al. 2023, arXiv:2304.08485, section 4.1; as an MLP: arXiv:2310.03744, section 3.2), and there they stand in
+place of embeddings. The decoder treats them as it treats text: causal attention, positions, key/value cache.
+Shapes: T tokens of a pack, N images, S vision tokens of an image, D hidden size of the decoder.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Layout, TokenBatch
+from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.fused_embedding import FusedEmbedding
+from llmquest_rl.layers.lm_head import LMHead
+from llmquest_rl.models import vit
+from llmquest_rl.models.base import CausalLM, Hidden, Model, Output
+from llmquest_rl.models.hf import find_architecture
+from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.models.names import Experts, Form, HFMap
+from llmquest_rl.models.vit import ViT, ViTConfig
+
+
+class MLPAdapter(nn.Module):
+    """Two layers with a GELU between (LLaVA-1.5)."""
+
+    def __init__(self, vision_size: int, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(vision_size, size)
+        self.down = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., vision_size] to [..., size]."""
+        out: Tensor = self.down(nn.functional.gelu(self.up(x)))
+        return out
+
+
+ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "mlp": MLPAdapter}
+"""From the width of the vision tower to that of the decoder."""
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """The shapes of both parts, and how they meet."""
+
+    vision: ViTConfig
+    text: Any
+    """The config of a decoder of this folder."""
+    adapter: str
+    """One of `ADAPTERS`."""
+    image_token_id: int
+    """Stands for a vision token in token ids: a reserved token, which text never holds."""
+    frozen: tuple[str, ...] = ()
+    """Shell patterns of weights that are not trained, such as `vision.*`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, by the names in config.json."""
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter {self.adapter!r} is not implemented: expected one of {', '.join(ADAPTERS)}")
+        if not 0 <= self.image_token_id < self.vocab_size:
+            raise ValueError(f"image_token_id {self.image_token_id} is not in the vocabulary of {self.vocab_size}")
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text.num_layers)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.text.max_positions)
+
+    @property
+    def initializer_range(self) -> float:
+        return float(self.text.initializer_range)
+
+    @property
+    def language(self) -> HFMap:
+        """The map of the decoder."""
+        return _language(self.text.to_hf())
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read a config.json.
+
+        Raises:
+            ValueError: a field is missing, or the config of a part is not sound.
+        """
+        try:
+            tower, text = values["vision_config"], values["text_config"]
+            if find_architecture(tower, Path("vision_config")) is not vit.HF:
+                raise ValueError(f"vision_config names {tower['architectures'][0]}: expected {vit.HF.architecture}")
+            return cls(
+                vision=replace(ViTConfig.from_hf(tower), num_labels=0),
+                text=_language(text).config.from_hf(text),
+                adapter=values["adapter"],
+                image_token_id=values["image_token_id"],
+                frozen=tuple(values.get("frozen", ())),
+            )
+        except KeyError as missing:
+            raise ValueError(f"config.json of a vision-language model lacks {missing}") from missing
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json of the layout that only this package reads."""
+        return {
+            "architectures": [HF.architecture],
+            "model_type": "vision_language",
+            "vision_config": self.vision.to_hf(),
+            "text_config": self.text.to_hf(),
+            "adapter": self.adapter,
+            "image_token_id": self.image_token_id,
+            "frozen": list(self.frozen),
+        }
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """For tests: 5 vision tokens before a Llama's text."""
+        return cls(replace(ViTConfig.tiny(), num_labels=0), LlamaConfig.tiny(), "mlp", image_token_id=255)
+
+
+def _language(values: dict[str, Any]) -> HFMap:
+    found = find_architecture(values, Path("text_config"))
+    if not issubclass(found.model, CausalLM) or found is HF:
+        raise ValueError(f"text_config names {found.architecture}, which is no decoder of text")
+    return found
+
+
+class VLM(CausalLM):
+    """A vision tower, an adapter and a decoder."""
+
+    def __init__(self, config: VLMConfig) -> None:
+        super().__init__(config)
+        decoder = config.language.model(config.text)
+        assert isinstance(decoder, CausalLM), "VLMConfig takes no other"
+        self.vision = ViT(config.vision)
+        self.adapter = ADAPTERS[config.adapter](config.vision.hidden_size, config.text.hidden_size)
+        self.decoder = decoder
+        embedding = decoder.get_submodule("embedding")
+        assert isinstance(embedding, nn.Embedding), "every decoder has one"
+        self.decoder.embedding = FusedEmbedding(embedding)
+        self._freeze(config.frozen)
+
+    def _freeze(self, patterns: Sequence[str]) -> None:
+        weights = dict(self.named_parameters())
+        for pattern in patterns:
+            names = [name for name in weights if fnmatch(name, pattern)]
+            if not names:
+                raise ValueError(f"frozen: {pattern!r} matches no weight; they begin vision., adapter. or decoder.")
+            for name in names:
+                weights[name].requires_grad_(False)
+
+    @property
+    def head(self) -> LMHead:  # type: ignore[override]
+        """The decoder's: not registered here, or its weight would have two names."""
+        return self.decoder.head
+
+    @property
+    def shares_prompts(self) -> bool:
+        """As the decoder."""
+        return self.decoder.shares_prompts
+
+    def stays_float32(self, name: str) -> bool:
+        """See `Model.stays_float32`: as the part says that the weight belongs to."""
+        part, _, rest = name.partition(".")
+        owner = self.get_submodule(part)
+        return isinstance(owner, Model) and owner.stays_float32(rest)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """See `Model.init_weights`: each part as its own family starts."""
+        super().init_weights(generator)
+        self.vision.init_weights(generator)
+        self.decoder.init_weights(generator)
+
+    def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
+        """See `CausalLM.forward`; a prompt's images stand where it holds `image_token_id`.
+
+        Raises:
+            ValueError: a prompt's image tokens are not as many as its images need; images have another size.
+        """
+        tokens = self._numbered(batch.tokens, batch.layout, batch.image_counts)
+        with self._seeing(batch.images):
+            plain = replace(batch, tokens=tokens, images=None, image_counts=())
+            output: Output = self.decoder(plain, temperature, entropy)
+            return output
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        images: Tensor | None = None,
+        image_counts: Sequence[int] = (),
+    ) -> Hidden:
+        """See `CausalLM.hidden`.
+
+        Args:
+            tokens: [T], with `image_token_id` in place of each vision token.
+            positions: [T].
+            context: What sees what, also that of a prefill or of decoding.
+            images: [N, channels, height, width] of all segments in order; None = text only.
+            image_counts: Images of each segment; may be left out with `images`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if not context.decodes:  # what is drawn is text, whatever its id
+            tokens = self._numbered(tokens, context.layout, image_counts)
+        with self._seeing(images):
+            return self.decoder.hidden(tokens, positions, context)
+
+    @contextmanager
+    def _seeing(self, images: Tensor | None) -> Iterator[None]:
+        self.vision.gradient_checkpointing = self.decoder.gradient_checkpointing = self.gradient_checkpointing
+        features = None if images is None else self.adapter(self.vision.features(images)).flatten(0, 1)  # [N * S, D]
+        embedding = self.decoder.get_submodule("embedding")
+        assert isinstance(embedding, FusedEmbedding)
+        with embedding.holding(features):
+            yield
+
+    def _numbered(self, tokens: Tensor, layout: Layout, counts: Sequence[int]) -> Tensor:
+        """Token ids in which each vision token has one of its own, counted on from the vocabulary in packed order.
+
+        So a decoder may embed tokens more than once and in any order, as multi-token prediction does. Images are
+        looked for in segments that continue no other: completions are text.
+        """
+        size, id_ = self.config.vision.num_tokens, self.config.image_token_id
+        begins = torch.tensor([parent < 0 for parent in layout.parents], dtype=torch.bool)
+        marks = (tokens == id_).cpu() & begins.repeat_interleave(torch.tensor(layout.lengths))
+        found = [int(part.sum()) for part in marks.split(list(layout.lengths))]
+        for i, (number, images) in enumerate(zip(found, counts or [0] * len(found), strict=True)):
+            if number != images * size:
+                raise ValueError(
+                    f"segment {i} holds {number} image tokens (id {id_}), but its {images} images need {size} each"
+                )
+        rows = marks.nonzero().squeeze(-1).to(tokens.device)
+        return tokens.index_copy(0, rows, torch.arange(len(rows), device=tokens.device) + self.config.vocab_size)
+
+    def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
+        """See `CausalLM.after_update`: the routers are the decoder's."""
+        return self.decoder.after_update(applied, all_reduce)
+
+
+def _names(config: VLMConfig) -> dict[str, str | Form]:
+    """Each part's own names, below a folder of its own."""
+    names: dict[str, str | Form] = {"adapter": "adapter", "adapter.up": "adapter.up", "adapter.down": "adapter.down"}
+    parts = [("vision", VISION, vit.HF, config.vision), ("decoder", LANGUAGE, config.language, config.text)]
+    for ours, folder, hf, shape in parts:
+        table = hf.names(shape) if callable(hf.names) else hf.names
+        names |= {f"{ours}.{name}": _below(folder, row) for name, row in table.items()}
+    return names
+
+
+def _below(folder: str, row: str | Form) -> str | Form:
+    if isinstance(row, str):
+        return folder + row
+    if isinstance(row, Experts):
+        return replace(row, path=folder + row.path, fused=row.fused and folder + row.fused)
+    return replace(row, path=folder + row.path)
+
+
+def _copies(config: VLMConfig) -> dict[str, str]:
+    return {LANGUAGE + copy: LANGUAGE + key for copy, key in config.language.copies(config.text).items()}
+
+
+def _fit(config: VLMConfig, keys: Collection[str]) -> VLMConfig:
+    own = {key.removeprefix(LANGUAGE) for key in keys if key.startswith(LANGUAGE)}
+    return replace(config, text=config.language.fit(config.text, own))
+
+
+VISION, LANGUAGE = "vision_tower.", "language_model."
+"""What the keys of each part begin with on disk; the rest is as the part's own checkpoints have it."""
+
+HF = HFMap(
+    architecture="VisionLanguageForCausalLM",
+    config=VLMConfig,
+    model=VLM,
+    names=_names,
+    copies=_copies,
+    fit=_fit,
+)
