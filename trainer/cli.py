@@ -178,6 +178,27 @@ def parity(
 
 
 @app.command()
+def models(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="config.json files or folders; default: configs/models.")
+    ] = None,
+) -> None:
+    """List the architectures, and the parameters that configurations mean, without allocating one."""
+    from llmquest_rl.models.count import config_files, count_parameters
+    from llmquest_rl.models.hf import architectures
+
+    files = Table("architecture", "file", box=None)
+    for name, hf in architectures().items():
+        files.add_row(name, f"{hf.model.__module__.replace('.', '/')}.py")
+    counts = Table("configuration", "architecture", "parameters", "active", "multi-token prediction", box=None)
+    for path in config_files(paths or [Path("configs/models")]):
+        count = count_parameters(path)
+        numbers = (f"{number:,}" for number in (count.total, count.active, count.prediction))
+        counts.add_row(Text(path.stem if path.is_file() else path.name), count.architecture, *numbers)
+    console.print(files, "", counts, width=max(console.width, 120), crop=False)
+
+
+@app.command()
 def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
     """List the recipes, each with what it shows."""
     from trainer.recipes import recipes

@@ -86,8 +86,8 @@ def rotate_interleaved(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much more a context that is `factor` times longer has to sharpen attention (YaRN, arXiv:2309.00071, section 3.4):
-    `0.1 mscale ln(factor) + 1`."""
+    """How much a context that is `factor` times longer has to sharpen attention: `0.1 mscale ln(factor) + 1` (YaRN,
+    arXiv:2309.00071, section 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
