@@ -1,8 +1,156 @@
-"""Mixture of experts: routers, dispatch, and what the routers did."""
+"""Mixture of experts: which experts a token goes to, the losses that keep them balanced, and what the routers did.
 
+The experts themselves are in `layers/experts.py`. Routers compute in float32 from the logits on: a choice that flips
+with the rounding is another function.
+Shapes: T tokens, D size, E experts, k of them chosen for each token.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Layout
+
+
+class Routing(NamedTuple):
+    """Where one layer's router sends each token. The block returns it beside its output, so that a block that is
+    computed again (gradient checkpointing) counts once."""
+
+    experts: Tensor
+    """Long [T, k]."""
+    weights: Tensor
+    """Float32 [T, k]: what each expert's output is multiplied by."""
+    probs: Tensor
+    """Float32 [T, E]: a distribution over experts for each token."""
+    logits: Tensor
+    """Float32 [T, E]."""
+
+
+class SoftmaxRouter(nn.Module):
+    """The k most probable experts under a softmax over all of them (Shazeer et al. 2017, arXiv:1701.06538, eq. 2-5).
+
+    The products are in the dtype of the weights, as Qwen and Mixtral were trained, the softmax in float32.
+    """
+
+    def __init__(self, size: int, num_experts: int, num_chosen: int, normalize: bool) -> None:
+        """With `normalize` a token's weights sum to 1, otherwise they are the probabilities themselves."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, size).normal_(0.0, size**-0.5))
+        self.num_chosen = num_chosen
+        self.normalize = normalize
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route `x` [T, D]."""
+        logits = F.linear(x, self.weight).float()
+        probs = logits.softmax(-1)
+        weights, experts = probs.topk(self.num_chosen, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(experts, weights, probs, logits)
+
+
+class SigmoidRouter(nn.Module):
+    """DeepSeek-V3's router (arXiv:2412.19437, eq. 13-16): an affinity of its own for each expert, a bias that balances
+    them and only takes part in the choice, and experts in groups (machines), of which a token reaches a few (2.1.2).
+
+    `e_score_correction_bias` has no gradient: `balance` of the model moves it (Wang et al. 2024, arXiv:2408.15664).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_experts: int,
+        num_chosen: int,
+        normalize: bool,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_chosen: int = 1,
+    ) -> None:
+        """Args:
+        normalize: A token's weights sum to `scale`, otherwise they are `scale` x affinity.
+        num_groups: Groups of equal size, two experts or more in each.
+        groups_chosen: Groups that a token's experts may come from.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, size).normal_(0.0, size**-0.5))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.num_chosen = num_chosen
+        self.normalize = normalize
+        self.scale = scale
+        self.num_groups = num_groups
+        self.groups_chosen = groups_chosen
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route `x` [T, D]; `probs` are the affinities divided by their sum (eq. 19)."""
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid()
+        choices = self._within_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
+        experts = choices.topk(self.num_chosen, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, weights * self.scale, scores / (scores.sum(-1, keepdim=True) + 1e-20), logits)
+
+    def _within_groups(self, choices: Tensor) -> Tensor:
+        """-inf outside of the groups whose two best experts have the largest sums."""
+        grouped = choices.unflatten(-1, (self.num_groups, -1))  # [T, groups, experts of each]
+        sums = grouped.topk(2, dim=-1).values.sum(-1)
+        best = sums.topk(self.groups_chosen, dim=-1, sorted=False).indices
+        outside = torch.ones_like(sums, dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
+
+
+def expert_counts(routing: Routing) -> Tensor:
+    """How often each expert was chosen: float32 [E], without gradient."""
+    chosen = routing.experts.flatten()
+    counts = torch.zeros(routing.probs.shape[1], device=chosen.device)
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """Load-balancing loss of one layer: `E sum_e f_e P_e` (Fedus et al. 2021, arXiv:2101.03961, eq. 4-6).
+
+    f_e is the share of the chosen experts that are e, P_e the mean probability of e over tokens; the gradient goes
+    through P alone. 1 when balanced, E/k when all tokens choose the same. transformers' `load_balancing_loss_func`
+    divides the counts by T instead of T k, so for one layer it is k times as large, and it takes f and P over all
+    layers together, which lets layers that are unbalanced in different ways cancel.
+    """
+    experts, (tokens, num_experts) = routing.experts, routing.probs.shape
+    shares = expert_counts(routing) / max(experts.numel(), 1)
+    return num_experts * (shares * routing.probs.sum(0) / max(tokens, 1)).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Router z-loss of one layer: mean over tokens of `logsumexp(logits)^2` (Zoph et al. 2022, 2202.08906, eq. 5).
+
+    Keeps logits small, where float32's exponentials are exact.
+    """
+    return routing.logits.logsumexp(-1).square().sum() / max(len(routing.logits), 1)
+
+
+def sequence_balance_loss(routing: Routing, layout: Layout) -> Tensor:
+    """DeepSeek-V3's balance loss of one layer, without alpha (arXiv:2412.19437, eq. 17-20): `sum_e f_e P_e` within each
+    sequence, with `f_e = E / (k T)` x choices of e and P_e the mean of `probs` over its T tokens; mean over sequences.
+
+    A sequence is a segment that no other continues, together with its parent: a prompt that is computed once for
+    several completions counts in each of them, as if it stood before each. The gradient goes through P alone.
+    """
+    probs, (tokens, choices) = routing.probs, routing.experts.shape
+    lengths = torch.tensor(layout.lengths, dtype=torch.long)
+    segment = torch.arange(len(lengths)).repeat_interleave(lengths).to(probs.device)  # [T]
+    counts = torch.zeros_like(probs).scatter_add_(1, routing.experts, probs.new_ones(tokens, choices))
+    ones = probs.new_ones(tokens, 1)
+    sums = probs.new_zeros(len(lengths), 2 * probs.shape[1] + 1)  # counts, probabilities, tokens
+    sums = sums.index_add(0, segment, torch.cat((counts, probs, ones), 1))
+    continued = set(layout.parents)
+    last = [i for i in range(len(lengths)) if i not in continued]
+    inherited = torch.cat((sums, torch.zeros_like(sums[:1])))[[layout.parents[i] for i in last]]  # -1: the row of zeros
+    counts, summed, length = (sums[last] + inherited).split((probs.shape[1], probs.shape[1], 1), 1)
+    terms = probs.shape[1] / choices * (counts * summed).sum(-1, keepdim=True) / length.clamp(min=1).square()
+    return terms.sum() / (length > 0).sum().clamp(min=1)
 
 
 class RouterLoad(NamedTuple):
@@ -13,7 +161,7 @@ class RouterLoad(NamedTuple):
     entropy: Tensor
     """Float32 [MoE layers]: entropy of the router's distribution in nats, summed over tokens."""
     tokens: Tensor
-    """Float32 []: tokens routed."""
+    """Float32 [MoE layers]: tokens routed."""
 
     def plus(self, other: "RouterLoad | None") -> "RouterLoad":
         """The load of both together."""
@@ -27,5 +175,17 @@ class RouterLoad(NamedTuple):
             "moe/max_vio": float(violation.mean()),
             "moe/max_vio_worst": float(violation.max()),
             "moe/idle_share": float((self.counts == 0).float().mean()),
-            "moe/entropy": float(self.entropy.mean() / self.tokens),
+            "moe/entropy": float((self.entropy / self.tokens).mean()),
         }
+
+
+@torch.no_grad()
+def load(routings: Sequence[Routing]) -> RouterLoad | None:
+    """What the routers of a model's MoE layers did in one forward; None for a model that has no such layers."""
+    if not routings:
+        return None
+    return RouterLoad(
+        torch.stack([expert_counts(routing) for routing in routings]),
+        torch.stack([torch.special.entr(routing.probs).sum() for routing in routings]),
+        torch.tensor([float(len(routing.probs)) for routing in routings], device=routings[0].probs.device),
+    )

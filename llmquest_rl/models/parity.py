@@ -69,7 +69,7 @@ def parity(path: Path | str, seed: int = 0) -> ParityReport:
 def _compare_text(model: Any, theirs: Any, seed: int) -> ParityReport:
     prompt, *continuations = _random_tokens(model, seed)
     sequences = [torch.cat((prompt, continuation)) for continuation in continuations]
-    expected = [theirs(sequence[None]).logits[0].float() for sequence in sequences]
+    expected = [theirs(sequence[None], use_cache=False).logits[0].float() for sequence in sequences]
     packed = _packed_logits(model, sequences, [-1] * len(sequences))
     shared = _packed_logits(model, [prompt, *continuations], [-1] + [0] * len(continuations))
     tails = [logits[len(prompt) :] for logits in expected]

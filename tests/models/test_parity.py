@@ -60,14 +60,15 @@ def test_gradients_equal_transformers(case: tuple[str, str], tmp_path: Path) -> 
     logprobs, _ = model.head(states, torch.cat(sequences))
     logprobs.sum().backward()
     for sequence in sequences:
-        logits = theirs(sequence[None]).logits[0]
+        logits = theirs(sequence[None], use_cache=False).logits[0]
         torch.log_softmax(logits, -1).gather(-1, sequence[:, None]).sum().backward()
     expected = reference_gradients(theirs, tmp_path / "gradients")
     gradients = dict(disk_tensors(model, named_gradients(model)))
     assert gradients.keys() == expected.keys()
+    tolerance = getattr(FAMILIES[case[0]], "GRADIENT_TOLERANCE", 1e-4)
     for key, gradient in gradients.items():
         scale = float(expected[key].abs().max())
-        torch.testing.assert_close(gradient, expected[key], atol=1e-4 * scale + 1e-7, rtol=0.0, msg=key)
+        torch.testing.assert_close(gradient, expected[key], atol=tolerance * scale + 1e-7, rtol=0.0, msg=key)
 
 
 def named_gradients(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,100 @@
+"""Products of rows with one matrix for each group of rows: what a mixture of experts is computed with.
+
+Rows are sorted by group, so each group is a contiguous slice and costs one product of its own size: nothing is padded,
+no matrix is copied, and a group without rows costs nothing that grows with its matrix.
+Shapes: R rows, G groups, each with a matrix [out, in].
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPARSE_GROUPS = 8
+"""With this many groups for each row, a loop over the few groups that have rows is faster on a CPU: F.grouped_mm spends
+a microsecond on each group, with or without rows."""
+
+
+class Products(Protocol):
+    """The three products of a linear layer `y = x W^T`, for each group with its own W."""
+
+    def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x W^T`: rows [R, in] and matrices [G, out, in] to [R, out]."""
+        ...
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """`g W`: rows [R, out] and matrices [G, out, in] to [R, in]."""
+        ...
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
+        """`g^T x` over the rows of each group: [R, out] and [R, in] to [G, out, in]; zeros where it has no rows."""
+        ...
+
+
+def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
+    """The fastest products for rows of the given groups.
+
+    Args:
+        groups: Long [R], ascending: the group of each row.
+        weights: The matrices [G, out, in] of each product to come.
+    """
+    num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
+    sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
+    return Looped(groups) if sparse or not all(map(_has_kernel, weights)) else Grouped(groups, num_groups)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes it: rows of whole 16 bytes, on GPUs bfloat16 only."""
+    dtypes = (torch.bfloat16,) if weight.device.type == "cuda" else (torch.bfloat16, torch.float16, torch.float32)
+    return weight.dtype in dtypes and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+class Grouped:
+    """One kernel call for all groups, and nothing that waits for a GPU."""
+
+    def __init__(self, groups: Tensor, num_groups: int) -> None:
+        numbers = torch.arange(num_groups, device=groups.device)
+        self._ends = torch.searchsorted(groups, numbers, right=True, out_int32=True)  # [G]
+
+    def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Products`."""
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=self._ends)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Products`."""
+        return F.grouped_mm(gradient, weight, offs=self._ends)
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
+        """See `Products`."""
+        return F.grouped_mm(gradient.t(), x, offs=self._ends)
+
+
+class Looped:
+    """One product for each group that has rows, written straight into the result. Any dtype, any size."""
+
+    def __init__(self, groups: Tensor) -> None:
+        numbers, counts = torch.unique_consecutive(groups, return_counts=True)
+        ends = counts.cumsum(0)
+        self._slices = list(zip(numbers.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
+
+    def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Products`."""
+        out = x.new_empty(len(x), weight.shape[1])
+        for group, start, stop in self._slices:
+            torch.mm(x[start:stop], weight[group].t(), out=out[start:stop])
+        return out
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Products`."""
+        out = gradient.new_empty(len(gradient), weight.shape[2])
+        for group, start, stop in self._slices:
+            torch.mm(gradient[start:stop], weight[group], out=out[start:stop])
+        return out
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
+        """See `Products`."""
+        out = x.new_zeros(num_groups, gradient.shape[1], x.shape[1])
+        for group, start, stop in self._slices:
+            torch.mm(gradient[start:stop].t(), x[start:stop], out=out[group])
+        return out

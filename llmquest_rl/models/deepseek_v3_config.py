@@ -1,0 +1,197 @@
+"""The shape of a DeepSeek-V3 (arXiv:2412.19437), and its config.json.
+
+Fields have config.json's names, but for those that every architecture here calls alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+from llmquest_rl.layers.mla import LatentShape
+from llmquest_rl.layers.rope import rope_parameters, yarn_mscale
+from llmquest_rl.models.checks import check_sizes, check_whole_rotation
+
+OTHER_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "tied": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+"""Fields that config.json calls otherwise. All others have the same name there."""
+
+ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "seq_aux": True,
+    "attention_dropout": 0.0,
+}
+"""Fields of config.json for which one value is implemented; they may be left out."""
+
+MAY_BE_ZERO = (
+    "first_k_dense_replace",
+    "num_mtp_layers",
+    "aux_loss_alpha",
+    "router_bias_update_rate",
+    "mtp_loss_weight",
+)
+
+
+@dataclass(frozen=True)
+class DeepseekV3Config:
+    """The shape of a DeepSeek-V3."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Of the dense layers."""
+    moe_intermediate_size: int
+    """Of one expert."""
+    num_layers: int
+    num_heads: int
+    q_lora_rank: int | None
+    """See `LatentShape` for this and the next four."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    """The shared expert is as wide as so many experts."""
+    num_experts_per_tok: int
+    n_group: int
+    """Groups (in the paper: nodes) that the experts lie in."""
+    topk_group: int
+    """Groups that one token's experts may come from."""
+    first_k_dense_replace: int
+    """Dense layers at the start."""
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    """The weights of a token's experts are divided by their sum."""
+    num_mtp_layers: int = 0
+    """Modules that predict further ahead: D in section 2.2."""
+    rms_norm_eps: float = 1e-6
+    rope_interleave: bool = True
+    attention_bias: bool = False
+    tied: bool = False
+    """The output layer is the embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+    max_positions: int = 4096
+    """Longest sequence the model was trained for, in tokens."""
+    aux_loss_alpha: float = 0.0001
+    """Weight of the sequence-wise balance loss (eq. 17)."""
+    router_bias_update_rate: float = 0.001
+    """How far an update moves the bias of each expert: gamma in section 2.1.2; 0 = not at all."""
+    mtp_loss_weight: float = 0.3
+    """Weight of the modules' mean loss: lambda in eq. 25; 0 = they are neither computed nor trained."""
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be, by the names in config.json."""
+        sizes = [item.name for item in fields(self) if item.type is int]
+        check_sizes(**{config_name(name): getattr(self, name) for name in sizes if name not in MAY_BE_ZERO})
+        check_whole_rotation(self.rope)
+        if self.q_lora_rank is not None:
+            check_sizes(q_lora_rank=self.q_lora_rank)
+        per_group = self.n_routed_experts // self.n_group
+        faults = {
+            f"{config_name(name)} {getattr(self, name)} is below 0": getattr(self, name) < 0 for name in MAY_BE_ZERO
+        } | {
+            f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: rotary positions turn pairs": (
+                self.qk_rope_head_dim % 2 == 1
+            ),
+            f"n_routed_experts {self.n_routed_experts} in n_group {self.n_group}: expected groups of one size, with at "
+            "least 2 experts": self.n_group * per_group != self.n_routed_experts or per_group < 2,
+            f"topk_group {self.topk_group} is more than n_group {self.n_group}": self.topk_group > self.n_group,
+            f"num_experts_per_tok {self.num_experts_per_tok} is more than topk_group {self.topk_group} groups hold": (
+                self.num_experts_per_tok > self.topk_group * per_group
+            ),
+        }
+        found = [message for message, holds in faults.items() if holds]
+        if found:
+            raise ValueError("; ".join(found))
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read a config.json of transformers 4 or 5, or of DeepSeek.
+
+        Raises:
+            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+        """
+        if values.get("quantization_config"):
+            raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
+        for name, value in {**ONLY, "num_key_value_heads": values.get("num_attention_heads")}.items():
+            if values.get(name) not in (None, value):
+                raise ValueError(f"config.json asks for {name} {values[name]!r}; DeepSeek-V3 here has {value!r} only")
+        ours = {config_name(item.name): item.name for item in fields(cls) if item.name != "rope"}
+        given: dict[str, Any] = {ours[name]: value for name, value in values.items() if name in ours}
+        given = {name: value for name, value in given.items() if value is not None or name == "q_lora_rank"}
+        needed = [item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING]
+        missing = [config_name(name) for name in needed if name not in given]
+        if missing:
+            raise ValueError(f"config.json of a DeepSeek-V3 lacks {', '.join(missing)}")
+        return cls(**given, rope=rope_parameters(values))
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 5 and vLLM read."""
+        shape = {config_name(item.name): getattr(self, item.name) for item in fields(self) if item.name != "rope"}
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **shape,
+            **ONLY,
+            "num_key_value_heads": self.num_heads,
+            "rope_parameters": dict(self.rope),
+        }
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """For tests: a dense layer and one with eight experts in four groups."""
+        return cls(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            num_layers=2,
+            num_heads=2,
+            q_lora_rank=24,
+            kv_lora_rank=512,  # this and the rotated dimensions are what vLLM's kernels have
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=64,
+            v_head_dim=32,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        )
+
+    @property
+    def attention(self) -> LatentShape:
+        """What attention needs. A context extended with YaRN also sharpens it (the scores' factor, squared mscale)."""
+        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        if self.rope["rope_type"] != "default" and self.rope.get("mscale_all_dim"):
+            scale *= yarn_mscale(self.rope["factor"], self.rope["mscale_all_dim"]) ** 2
+        return LatentShape(
+            self.hidden_size,
+            self.num_heads,
+            self.q_lora_rank,
+            self.kv_lora_rank,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
+            scale,
+            self.attention_bias,
+            self.rope_interleave,
+        )
+
+
+def config_name(field_name: str) -> str:
+    """What config.json calls a field of `DeepseekV3Config`."""
+    return OTHER_NAMES.get(field_name, field_name)

@@ -1,0 +1,57 @@
+"""Which tokens multi-token prediction works on, beside plain lists."""
+
+import pytest
+import torch
+
+from llmquest_rl.batch import Atom, collate
+from llmquest_rl.layers.mtp import depths
+
+ATOMS = [
+    Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
+    Atom([11], [[7, 12, 13]]),
+    Atom([], [[4, 8, 15, 16, 23, 42], [17]]),
+    Atom([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, False, False]]),
+    Atom([20, 21, 22], []),
+    Atom([24], [[25]]),
+]
+
+
+def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[int, int]]]]:
+    """For each completion with a target: (position, its token, the token `depth` ahead), and (position, target)."""
+    found = []
+    for atom in ATOMS:
+        for i, completion in enumerate(atom.completions):
+            mask = atom.mask[i] if atom.mask else [True] * len(completion)
+            whole = atom.prompt + completion
+            targets = [len(atom.prompt) + j for j, keep in enumerate(mask) if keep and (j or atom.prompt)]
+            if targets:
+                inputs = [(at, whole[at], whole[at + depth]) for at in range(targets[-1] - depth)]
+                reached = [(target - depth - 1, whole[target]) for target in targets if target > depth]
+                found.append((inputs, reached))
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_inputs_and_targets(shared: bool) -> None:
+    batch = collate(ATOMS if shared else [part for atom in ATOMS for part in atom.expanded()])
+    trail = torch.arange(len(batch.tokens))  # of each position, the packed row that it comes from
+    for number, depth in enumerate(depths(batch, 3), start=1):
+        trail = trail[depth.rows]
+        wanted = expected(number)
+        assert depth.layout.lengths == tuple(len(inputs) for inputs, _ in wanted)
+        assert set(depth.layout.parents) == {-1}
+        assert batch.positions[trail].tolist() == depth.positions.tolist()
+        columns = (depth.positions, batch.tokens[trail], depth.tokens)
+        inputs = list(zip(*(column.tolist() for column in columns), strict=True))
+        assert inputs == [row for rows, _ in wanted for row in rows]
+        targets = list(zip(depth.positions[depth.sources].tolist(), depth.targets.tolist(), strict=True))
+        assert targets == [pair for _, pairs in wanted for pair in pairs]
+        starts = torch.tensor(depth.layout.starts)
+        segments = torch.bucketize(depth.sources, starts, right=True) - 1
+        assert segments.tolist() == [i for i, (_, pairs) in enumerate(wanted) for _ in pairs]
+
+
+def test_nothing_to_predict() -> None:
+    for atoms in ([], [Atom([1, 2], [])], [Atom([3, 4], [[], []])], [Atom([], [[5]])]):
+        for depth in depths(collate(atoms), 2):
+            assert depth.layout.num_tokens == len(depth.rows) == len(depth.targets) == 0
