@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.layers.experts import RoutedExperts
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import architectures
 from tests.models.families import LANGUAGE_MODELS
@@ -78,14 +79,16 @@ def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
 
 
 def test_a_neighbour_cannot_leak(model: CausalLM) -> None:
-    """Changing one completion, or the other group, changes no other log-prob by a single bit."""
+    """Changing one completion, or the other group, changes no other log-prob by a single bit; where there are experts,
+    by no more than the rounding of a product with another number of rows."""
     atoms = [ATOMS[0], ATOMS[1]]
     before = model(collate(atoms)).logprobs
     atoms[0] = Atom(ATOMS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
     atoms[1] = Atom([50, 51], ATOMS[1].completions)
     after = model(collate(atoms)).logprobs
     own = torch.tensor([0, 1, 7])  # completions 0 and 2 of the first group
-    assert torch.equal(before[own], after[own])
+    has_experts = any(isinstance(module, RoutedExperts) for module in model.modules())
+    torch.testing.assert_close(after[own], before[own], atol=5e-6 if has_experts else 0.0, rtol=0.0)
     assert not bool((before[2:7] == after[2:7]).any())
     assert not bool((before[8:] == after[8:]).any())
 

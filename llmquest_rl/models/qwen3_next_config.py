@@ -1,0 +1,189 @@
+"""The shape of a Qwen3-Next, and its config.json.
+
+Fields have config.json's names, but for those that every architecture here calls alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+from llmquest_rl.layers.rope import RoPE, rope_parameters
+from llmquest_rl.models.checks import check_heads, check_sizes
+
+LINEAR, FULL = "linear_attention", "full_attention"
+"""The kinds of layers, as config.json calls them."""
+
+OTHER_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "tied": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+}
+"""Fields that config.json calls otherwise. All others have the same name there."""
+
+DERIVED = ("layer_types", "mlp_only_layers", "rope", "num_mtp_layers")
+"""Fields that are more than a value of config.json."""
+
+ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+"""Fields of config.json for which one value is implemented; they may be left out."""
+
+
+@dataclass(frozen=True)
+class Qwen3NextConfig:
+    """The shape of a Qwen3-Next."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Of dense feed-forward layers, of which the published models have none."""
+    num_heads: int
+    """Query heads of full attention."""
+    num_kv_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    """`LINEAR` or `FULL` for each layer."""
+    linear_num_key_heads: int
+    """Heads of queries and of keys in linear attention; each serves the same number of value heads."""
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    """Tokens that the convolution before linear attention sees."""
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Of one expert."""
+    shared_expert_intermediate_size: int
+    norm_topk_prob: bool = True
+    """The weights of a token's experts are divided by their sum."""
+    decoder_sparse_step: int = 1
+    """Layers n - 1, 2n - 1, ... have experts, the others are dense."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers that are dense all the same."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the experts' balance loss in training; 0 = without."""
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tied: bool = False
+    """The output layer is the embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+    max_positions: int = 32768
+    """Longest sequence the model was trained for, in tokens."""
+    rope: Mapping[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    )
+    num_mtp_layers: int = 0
+    """Layers of the module for multi-token prediction that the weights' files hold; config.json does not tell."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be, by the names in config.json."""
+        sizes = {_config_name(item.name): getattr(self, item.name) for item in fields(self) if item.type is int}
+        del sizes["num_mtp_layers"]
+        check_sizes(num_hidden_layers=self.num_layers, **sizes)
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        RoPE(self.head_dim, self.rope)  # refuses an impossible rotation
+        unknown = sorted({str(kind) for kind in self.layer_types} - {LINEAR, FULL})
+        outside = [layer for layer in self.mlp_only_layers if layer not in range(self.num_layers)]
+        faults = {
+            f"layer_types holds {unknown}: expected {LINEAR!r} or {FULL!r}": unknown,
+            f"mlp_only_layers {outside} are none of the {self.num_layers} layers": outside,
+            f"linear_num_value_heads {self.linear_num_value_heads} is not a multiple of linear_num_key_heads "
+            f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads,
+            f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}": (
+                self.num_experts_per_tok > self.num_experts
+            ),
+            f"router_aux_loss_coef {self.router_aux_loss_coef} is below 0": self.router_aux_loss_coef < 0,
+        }
+        found = [message for message, holds in faults.items() if holds]
+        if found:
+            raise ValueError("; ".join(found))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read a config.json of transformers 4 or 5.
+
+        Raises:
+            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+        """
+        if values.get("quantization_config"):
+            raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
+        for name, value in ONLY.items():
+            if values.get(name) not in (None, value):
+                raise ValueError(f"config.json asks for {name} {values[name]!r}; Qwen3-Next here has {value!r} only")
+        plain = [item for item in fields(cls) if item.name not in DERIVED]
+        found: dict[str, Any] = {item.name: values.get(_config_name(item.name)) for item in plain}
+        given = {name: value for name, value in found.items() if value is not None}
+        missing = [_config_name(item.name) for item in plain if item.default is MISSING and item.name not in given]
+        if values.get("num_hidden_layers") is None:
+            missing.append("num_hidden_layers")
+        if missing:
+            raise ValueError(f"config.json of a Qwen3-Next lacks {', '.join(missing)}")
+        return cls(
+            **given,
+            layer_types=_layer_types(values),
+            mlp_only_layers=tuple(values.get("mlp_only_layers") or ()),
+            rope={"partial_rotary_factor": 0.25, **rope_parameters(values)},
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 5 and vLLM read."""
+        plain = [item.name for item in fields(self) if item.name not in DERIVED]
+        return {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            **{_config_name(name): getattr(self, name) for name in plain},
+            **ONLY,
+            "num_hidden_layers": self.num_layers,
+            "layer_types": list(self.layer_types),
+            "mlp_only_layers": list(self.mlp_only_layers),
+            "rope_parameters": dict(self.rope),
+        }
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """For tests: a linear layer and a full one, each with six experts."""
+        return cls(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            layer_types=(LINEAR, FULL),
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
+            linear_key_head_dim=128,  # what vLLM's kernels have
+            linear_value_head_dim=128,
+            linear_conv_kernel_dim=4,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            max_positions=2048,
+        )
+
+
+def _config_name(field_name: str) -> str:
+    return OTHER_NAMES.get(field_name, field_name)
+
+
+def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of each layer: a list in config.json, or every how many layers a full one comes."""
+    num_layers, kinds = values["num_hidden_layers"], values.get("layer_types")
+    interval = values.get("full_attention_interval") or 4
+    check_sizes(num_hidden_layers=num_layers, full_attention_interval=interval)
+    if kinds is None:
+        return tuple(LINEAR if (layer + 1) % interval else FULL for layer in range(num_layers))
+    if len(kinds) != num_layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
+    return tuple(kinds)
