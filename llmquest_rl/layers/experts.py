@@ -41,7 +41,7 @@ class RoutedExperts(nn.Module):
             ranks = torch.arange(len(order), device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
             sorted_experts, order = sorted_experts[ranks < capacity], order[ranks < capacity]
         slices = products(sorted_experts, (self.gate_up, self.down))
-        out: Tensor = _Dispatch.apply(x, weights, self.gate_up, self.down, order, slices)
+        out: Tensor = _Dispatch.apply(x, weights, self.gate_up, self.down, order, slices)  # type: ignore[no-untyped-call]
         return out
 
 

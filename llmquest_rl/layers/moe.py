@@ -100,7 +100,8 @@ class SigmoidRouter(nn.Module):
         sums = grouped.topk(2, dim=-1).values.sum(-1)
         best = sums.topk(self.groups_chosen, dim=-1, sorted=False).indices
         outside = torch.ones_like(sums, dtype=torch.bool).scatter_(1, best, False)
-        return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
+        allowed: Tensor = grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
+        return allowed
 
 
 def expert_counts(routing: Routing) -> Tensor:
@@ -150,7 +151,8 @@ def sequence_balance_loss(routing: Routing, layout: Layout) -> Tensor:
     inherited = torch.cat((sums, torch.zeros_like(sums[:1])))[[layout.parents[i] for i in last]]  # -1: the row of zeros
     counts, summed, length = (sums[last] + inherited).split((probs.shape[1], probs.shape[1], 1), 1)
     terms = probs.shape[1] / choices * (counts * summed).sum(-1, keepdim=True) / length.clamp(min=1).square()
-    return terms.sum() / (length > 0).sum().clamp(min=1)
+    mean: Tensor = terms.sum() / (length > 0).sum().clamp(min=1)
+    return mean
 
 
 class RouterLoad(NamedTuple):

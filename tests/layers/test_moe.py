@@ -137,6 +137,23 @@ def test_frozen_experts_pass_gradients_on() -> None:
     assert module.gate_up.grad is None
 
 
+def test_parameters_may_be_away_between_forward_and_backward() -> None:
+    """As with ZeRO-3, which frees them after a module's forward and fetches them again, elsewhere, for its backward."""
+    gradients = []
+    for goes_away in (False, True):
+        module, x, chosen, weights = make(9, 6, 2, 8, 4, torch.float32, 0)
+        out = module(x, chosen, weights)
+        if goes_away:
+            fetched = [parameter.detach().clone() for parameter in module.parameters()]
+            for parameter, values in zip(module.parameters(), fetched, strict=True):
+                parameter.data.fill_(float("nan"))
+                parameter.data = torch.empty(0)
+                parameter.data = values
+        out.square().sum().backward()
+        gradients.append([tensor.grad for tensor in (x, weights, *module.parameters())])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
 def test_capacity_drops_the_last_tokens() -> None:
     module, x, _, _ = make(6, 4, 2, 8, 4, torch.float32, 0)
     chosen = torch.tensor([[0, 1], [1, 0], [0, 2], [1, 0], [3, 0], [0, 1]])
