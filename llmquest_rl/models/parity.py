@@ -59,7 +59,7 @@ def parity(path: Path | str, seed: int = 0) -> ParityReport:
     name = hf_map(model).architecture
     if not hasattr(transformers, name):
         raise ValueError(f"transformers has no class {name} to compare with")
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
     theirs = getattr(transformers, name).from_pretrained(path, **options).eval()
     compare = _compare_text if isinstance(model, CausalLM) else _compare_images
     with torch.no_grad():

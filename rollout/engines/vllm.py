@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmquest_rl.models.hf import disk_shapes
 from llmquest_rl.options import Options
@@ -29,20 +29,22 @@ from rollout.engine import FACTS, EngineError, EngineSetup, check_context, cpu_t
 from rollout.vllm_inside import (
     ENVIRONMENT,
     completion_seed,
+    forget_expert_kernels,
     free_kv_cache,
     process_as_it_was,
     read_back,
+    repack_output_layer,
     take_kv_cache,
     without_compiler,
 )
 from rollout.vllm_limits import (
-    CPU_BLOCK_TOKENS,
     PACKAGES,
+    check_computed_alike,
     check_cpu_kernels,
     check_installed,
+    cpu_options,
     installed_version,
-    kv_cache_bytes,
-    text_config,
+    read_shape,
 )
 from rollout.weights import check_fit, check_newer
 
@@ -73,8 +75,9 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
         ValueError: it is not, or has not; the message says why and what to do.
     """
     check_installed(setup.device)
-    shape = text_config(model_path)
+    shape = read_shape(model_path)
     check_context(model_path, shape.get("max_position_embeddings"), setup)
+    check_computed_alike(model_path, shape)
     if setup.device == "cpu":
         check_cpu_kernels(model_path, shape, setup.dtype)
 
@@ -100,7 +103,6 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
             max_model_len=setup.context_tokens + 1,  # scoring a full sequence samples one token more
             max_num_seqs=setup.max_sequences,
             max_num_batched_tokens=max(config.tokens_per_forward, setup.context_tokens + 1, setup.max_sequences),
-            enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             **_device_options(model_path, config, setup),
@@ -165,9 +167,11 @@ class VllmEngine:
         check_fit(given, self._shapes)
         self._trouble = f"loading weights of version {version} did not finish"
         with cpu_threads(self._setup.threads):
+            if self._setup.device == "cpu":
+                self._llm.apply_model(forget_expert_kernels)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": given})
             if self._setup.device == "cpu":
-                self._llm.apply_model(_repack_output_layer)
+                self._llm.apply_model(repack_output_layer)
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not drop the prefix cache of the old weights: a request is still running")
             ((same, different),) = self._llm.apply_model(partial(read_back, given))
@@ -298,20 +302,6 @@ def _device_options(model_path: Path, config: Config, setup: EngineSetup) -> dic
             "enforce_eager": config.enforce_eager,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enable_sleep_mode": True,
+            "enable_prefix_caching": True,
         }
-    return {
-        "enforce_eager": True,
-        "block_size": CPU_BLOCK_TOKENS,
-        # vLLM 0.32 crashes on a CPU when a seeded request's prompt is read in parts (CPU generators have no offset).
-        "enable_chunked_prefill": False,
-        "kv_cache_memory_bytes": kv_cache_bytes(text_config(model_path), config.kv_cache_gb, setup),
-    }
-
-
-def _repack_output_layer(model: nn.Module) -> None:
-    """Renew the packed copy that an output layer tied to the embedding computes with: a reload leaves it as it was."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+    return cpu_options(read_shape(model_path), config.kv_cache_gb, setup)
