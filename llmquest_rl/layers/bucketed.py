@@ -65,14 +65,16 @@ class Plan:
         ]
         nothing = torch.zeros(0, dtype=torch.long)
         query_rows = torch.cat([nothing, *(queries.flatten() for queries, _ in rows)])
-        self.query_rows = query_rows.to(device)
-        """The packed row of each padded query. Padding repeats a chunk's last row; its result is dropped."""
-        self.key_rows = torch.cat([nothing, *(keys.flatten() for _, keys in rows)]).to(device)
+        self.query_rows = _unless_in_order(query_rows, layout.num_tokens, device)
+        """The packed row of each padded query. Padding repeats a chunk's last row; its result is dropped. None where
+        rows stand as they are packed: sequences of one length, or a single one."""
+        key_rows = torch.cat([nothing, *(keys.flatten() for _, keys in rows)])
+        self.key_rows = _unless_in_order(key_rows, layout.num_tokens, device)
         """The packed row of each padded key: for each chunk the rows that it sees before itself, then its own."""
         unpad_rows = torch.empty(layout.num_tokens, dtype=torch.long)
         real = (query_rows.diff(prepend=query_rows.new_tensor([-1])) != 0).nonzero().squeeze(-1)
         unpad_rows[query_rows[real]] = real
-        self.unpad_rows = unpad_rows.to(device)
+        self.unpad_rows = _unless_in_order(unpad_rows, len(query_rows), device)
         """[tokens]: where each token's result lies among the padded results."""
 
 
@@ -90,15 +92,24 @@ class Bucketed:
             self._plans[window] = Plan(self._layout, window, self._device)
         plan = self._plans[window]
         size = max(k.shape[-1], v.shape[-1])  # the kernel wants keys and values of one size: zeros change nothing
-        queries = _widened(q, size).index_select(0, plan.query_rows)
-        keys = _widened(k, size).index_select(0, plan.key_rows)
-        values = keys if v is k else _widened(v, size).index_select(0, plan.key_rows)
+        queries, keys = _picked(_widened(q, size), plan.query_rows), _picked(_widened(k, size), plan.key_rows)
+        values = keys if v is k else _picked(_widened(v, size), plan.key_rows)
         num_queries = [bucket.num_queries for bucket in plan.buckets]
         num_keys = [bucket.num_keys for bucket in plan.buckets]
         parts = zip(queries.split(num_queries), keys.split(num_keys), values.split(num_keys), strict=True)
         attend = _attend_fused if scoring.is_plain else _attend_by_products
         outputs = [attend(bucket, *part, scoring) for bucket, part in zip(plan.buckets, parts, strict=True)]
-        return torch.cat([queries[:0], *outputs]).index_select(0, plan.unpad_rows)[..., : v.shape[-1]].to(q.dtype)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat([queries[:0], *outputs])
+        return _picked(joined, plan.unpad_rows)[..., : v.shape[-1]].to(q.dtype)
+
+
+def _unless_in_order(rows: Tensor, count: int, device: torch.device) -> Tensor | None:
+    """The index, or None where it takes all of `count` rows in their order: a gather would only copy."""
+    return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
+
+
+def _picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 def _widened(x: Tensor, size: int) -> Tensor:
