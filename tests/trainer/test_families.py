@@ -1,4 +1,4 @@
-"""Every architecture through the real loop: two GRPO steps, learner and engine in step with each other."""
+"""Every architecture through the real loop and the real learner, in step with its engine, whatever is shared out."""
 
 import json
 import shutil
@@ -10,8 +10,12 @@ import torch
 
 from llmquest_rl.models.hf import architectures, load_model, new_model, save_model
 from llmquest_rl.models.names import disk_tensors, named_weights
-from tests.models.families import LANGUAGE_MODELS
+from rollout.weights import publish, verify
+from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, rows
+from tests.trainer.learner_cases import make_setup, minibatches
+from trainer.config import LearnerConfig
+from trainer.learner import Learner
 from trainer.replay import load_rollouts
 
 
@@ -50,3 +54,22 @@ def test_two_grpo_steps(architecture: str, tiny_model: Path, runs: Runs, tmp_pat
     assert any(not torch.equal(before[name], after[name]) for name in trained)
     routed = [row for row in logged if "moe/max_vio" in row]
     assert len(routed) in (0, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", LANGUAGE_MODELS)
+def test_parameters_shared_out_between_processes_change_nothing(architecture: str, tmp_path: Path) -> None:
+    """ZeRO-3 empties parameters between their uses: a layer that keeps a view of one would compute with nothing."""
+    source = tiny_folder(tmp_path / "model", architecture)
+    weights = []
+    for stage in (0, 3):
+        config = LearnerConfig.model_validate({"zero_stage": stage, "timeout_s": 60})
+        learner = Learner(make_setup(source, learner=config))
+        metrics = learner.update((minibatches(0), 2))
+        assert metrics["learner/bad_steps"] == 0
+        tensors, checksums = publish(learner.weights())
+        verify((tensors, checksums))
+        weights.append({name: tensor.clone() for name, tensor in tensors.items()})
+        learner.close()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
