@@ -199,6 +199,14 @@ def models(
 
 
 @app.command()
+def algorithms() -> None:
+    """List the policy-gradient algorithms by their cells, each with its paper."""
+    from trainer.algorithm_table import TABLE_WIDTH, algorithm_table
+
+    Console(width=max(console.width, TABLE_WIDTH)).print(algorithm_table())
+
+
+@app.command()
 def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
     """List the recipes, each with what it shows."""
     from trainer.recipes import recipes

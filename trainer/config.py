@@ -82,8 +82,8 @@ class BatchConfig(Options):
     """Tokens of one forward and backward pass of one learner. A memory knob only: results do not depend on it."""
     uniform_rewards: Literal["skip", "take"] = "skip"
     """Groups with equal rewards have no advantages. `skip` leaves them out of the forward and backward passes (the
-    gradient is the same; with a KL term they are computed all the same), and a step of such groups alone makes no
-    update; metrics of `policy/` then describe the other groups. `take` computes all of them."""
+    gradient is the same; with a KL term or an entropy bonus they are computed all the same), and a step of such groups
+    alone makes no update; metrics of `policy/` then describe the other groups. `take` computes all of them."""
     max_uniform_steps: PositiveInt = 5
     """Such steps in a row before a warning with sample completions."""
 
@@ -194,7 +194,8 @@ class AlgorithmSection(Algorithm):
     """A policy-gradient algorithm: a preset row, any cell of which can be overridden beside its name."""
 
     name: str = "grpo"
-    """A row of `llmquest_rl/algorithms/presets.py`: `grpo`, `dr_grpo`, `dapo`, ..."""
+    """A row of `llmquest_rl/algorithms/presets.py`: `grpo`, `dr_grpo`, `dapo`, ...; `llmquest-rl algorithms` lists
+    them."""
 
     @model_validator(mode="before")
     @classmethod

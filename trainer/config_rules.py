@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from llmquest_rl.algorithms.advantages import WITHOUT_GROUP
+from llmquest_rl.algorithms.surrogates import ON_POLICY
 from trainer.config import Config
-
-GROUP_BASELINES = ("group_mean", "group_mean_std")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,19 @@ def from_rollouts(config: Config) -> bool:
 
 
 def _optimizer_updates(config: Config) -> int:
-    return config.steps * config.batch.updates_per_step * config.batch.passes_per_step
+    return config.steps * _updates_per_step(config)
+
+
+def _updates_per_step(config: Config) -> int:
+    return config.batch.updates_per_step * config.batch.passes_per_step
+
+
+def _samples_per_step(config: Config) -> int:
+    return config.batch.prompts_per_step * config.batch.samples_per_prompt
+
+
+def _has_kl_in_loss(config: Config) -> bool:
+    return config.algorithm.beta > 0 and config.algorithm.kl_in == "loss"
 
 
 def _items_per_step(config: Config) -> int:
@@ -64,10 +76,50 @@ RULES = [
     ),
     Rule(
         "batch.samples_per_prompt",
+        lambda c: not from_rollouts(c) or c.batch.samples_per_prompt > 1 or c.algorithm.advantage in WITHOUT_GROUP,
+        "this algorithm compares the samples of a group with each other: at least 2, or algorithm.advantage: reward",
+    ),
+    Rule(
+        "batch.prompts_per_step",
+        lambda c: not from_rollouts(c) or _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
+        "this algorithm normalises the advantages of a step: one sample cannot be, so take more prompts or samples",
+    ),
+    Rule(
+        "algorithm.pass_k",
         lambda c: (
-            not from_rollouts(c) or c.batch.samples_per_prompt > 1 or c.algorithm.advantage not in GROUP_BASELINES
+            not from_rollouts(c)
+            or c.algorithm.advantage != "pass_at_k"
+            or c.algorithm.pass_k < c.batch.samples_per_prompt
         ),
-        "this algorithm compares the samples of a group with each other: at least 2",
+        "the best of k is compared over subsets of a group: k must be below batch.samples_per_prompt",
+    ),
+    Rule(
+        "algorithm.surrogate",
+        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or _updates_per_step(c) == 1,
+        "log_prob has no importance ratio, so a step's data serves one update: set batch.updates_per_step and "
+        "batch.passes_per_step to 1, or take clip or clipped_weight",
+    ),
+    Rule(
+        "algorithm.kl",
+        lambda c: (
+            not from_rollouts(c)
+            or c.algorithm.beta == 0
+            or c.algorithm.kl != "k1"
+            or c.algorithm.kl_in == "reward"
+            or c.algorithm.kl_unbiased
+        ),
+        "the expected gradient of k1 in the loss is 0, it would only add noise: take k2 or k3, or k1 with "
+        "kl_unbiased: true or kl_in: reward",
+    ),
+    Rule(
+        "algorithm.reference_every",
+        lambda c: not from_rollouts(c) or c.algorithm.reference_every is None or c.algorithm.beta > 0,
+        "without a KL no reference model is held: set algorithm.beta above 0",
+    ),
+    Rule(
+        "algorithm.kl_unbiased",
+        lambda c: not from_rollouts(c) or not c.algorithm.kl_unbiased or _has_kl_in_loss(c),
+        "it weights the KL in the loss, and there is none: set algorithm.beta above 0 and kl_in: loss",
     ),
     Rule(
         "batch.updates_per_step",
@@ -131,7 +183,7 @@ def broken_rules(config: Config) -> list[tuple[str, str]]:
 def sizes(config: Config) -> list[tuple[str, str, str]]:
     """(what, how many, from what) of every number that follows from the configured sizes."""
     batch, learners = config.batch, config.learner.processes
-    updates = batch.updates_per_step * batch.passes_per_step
+    updates = _updates_per_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
     total_gpus = config.rollout.workers * config.cluster.gpus_per_rollout_worker * from_rollouts(config)
     total_gpus += learners * config.cluster.gpus_per_learner

@@ -36,6 +36,7 @@ from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microba
 from trainer.learner_group import join_group, over_processes, zero_config
 from trainer.learner_setup import LearnerSetup
 from trainer.learner_state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
+from trainer.reference import load_reference, renew, save_reference
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Learner:
         self.setup, self.rank, self.world_size = setup, rank, world_size
         self.device = torch.device(setup.device)
         self.dtype = getattr(torch, setup.dtype)
-        self.updates = 0
+        self.steps = self.updates = 0
         self.bad_steps = BadSteps(setup.learner.max_bad_steps)
         self._set_threads()
         os.environ.setdefault("DS_ACCELERATOR", setup.device)
@@ -103,6 +104,10 @@ class Learner:
         for _ in range(passes):
             for microbatches, atoms in zip(plan, minibatches, strict=True):
                 self._update_once(microbatches, atoms, metrics)
+        self.steps += 1
+        every = self.setup.objective.reference_every
+        if self.reference is not None and every is not None and self.steps % every == 0:
+            renew(self.reference, self._gathered())
         metrics.max("time/learner_prepare_s", prepared - started)
         metrics.max("time/learner_update_s", time.perf_counter() - prepared)
         metrics.sum("learner/tokens", passes * num_tokens(plan))
@@ -211,9 +216,11 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write everything that an exact resume needs into an existing folder."""
-        state = {"updates": self.updates, **self.bad_steps.state_dict()}
+        state = {"steps": self.steps, "updates": self.updates, **self.bad_steps.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
+        if self.rank == 0 and self.reference is not None and self.setup.objective.reference_every is not None:
+            save_reference(self.reference, folder / TAG)
         dist.barrier()
 
     def load(self, folder: Path) -> None:
@@ -231,7 +238,9 @@ class Learner:
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
-        self.updates = state["updates"]
+        self.steps, self.updates = state["steps"], state["updates"]
+        if self.reference is not None and self.setup.objective.reference_every is not None:
+            load_reference(self.reference, folder / TAG)
         self.bad_steps.load_state_dict(state)
         load_rng(folder / TAG / f"rng_{self.rank}.pt")
 

@@ -48,7 +48,7 @@ def generate_and_learn(folder: Path) -> str:
     learner = Learner(setup)
     try:
         engine.load_weights(learner.weights(), 1)
-        atoms, _ = make_atoms([_graded(engine)], algorithm)
+        atoms, _ = make_atoms([_graded(engine)], algorithm, SAMPLING.max_tokens)
         metrics = learner.update(([objective.weigh(atoms)], 1))
         engine.load_weights(learner.weights(), 2)
     finally:

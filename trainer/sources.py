@@ -96,7 +96,7 @@ class RolloutSource:
     def next(self, step: int) -> StepBatch:
         samples = self.stream.take(self.batch.prompts_per_step)
         groups, metrics = self.sampler.groups(step, samples, self.batch.samples_per_prompt, self.sampling)
-        atoms, group_metrics = make_atoms(groups, self.algorithm)
+        atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
         metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         uniform = self._is_uniform(atoms, groups)
         metrics["reward/uniform_steps"] = float(self.uniform_steps)
@@ -120,8 +120,8 @@ class RolloutSource:
         self.uniform_steps = state["uniform_steps"]
 
     def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
-        """Without groups whose advantages are all 0: they count in the mean, but have a gradient only through a KL."""
-        if self.algorithm.beta > 0:
+        """Without groups whose advantages are all 0: they count in the mean and give the policy loss no gradient."""
+        if not self.algorithm.needs_advantage:
             return minibatches
         kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
         return [minibatch for minibatch in kept if minibatch]

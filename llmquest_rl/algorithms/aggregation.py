@@ -1,30 +1,59 @@
 """How token losses become one number: a weight for each token, fixed on all sequences of an optimizer update at once.
 
 Because the loss is then the plain sum of weight x token loss, the same gradient comes out whatever the microbatches,
-the packing or the number of processes. Each function takes the length of every sequence of the update, in tokens, and
-the longest completion allowed; it gives the weight of every token of each sequence.
+the packing or the number of processes. Each function takes the lengths in tokens of the sequences of every group of the
+update, and the longest completion allowed; it gives the weight of every token of each sequence, in the same shape.
+Sequences without tokens count nowhere.
 """
 
 from collections.abc import Callable, Sequence
 
+Lengths = Sequence[Sequence[int]]
 
-def sequence_mean(lengths: Sequence[int], max_tokens: int) -> list[float]:
+
+def sequence_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
     """1 / (|o_i| N): mean within each sequence, then over sequences (DeepSeekMath, arXiv 2402.03300, equation 3)."""
-    return [1 / (length * len(lengths)) for length in lengths]
+    sequences = _num_sequences(lengths)
+    return [[1 / (max(length, 1) * sequences) for length in group] for group in lengths]
 
 
-def token_mean(lengths: Sequence[int], max_tokens: int) -> list[float]:
-    """1 / sum_i |o_i|: mean over all tokens (DAPO, arXiv 2503.14476, equation 12)."""
-    return [1 / sum(lengths)] * len(lengths)
+def sequence_sum(lengths: Lengths, max_tokens: int) -> list[list[float]]:
+    """1 / N: sum within each sequence, then the mean over sequences: the policy gradient of whole completions.
+
+    REINFORCE and RLOO, arXiv 2402.14740; with sequence ratios: LUSPO, arXiv 2602.05261.
+    """
+    return _constant(lengths, 1 / _num_sequences(lengths))
 
 
-def max_tokens_mean(lengths: Sequence[int], max_tokens: int) -> list[float]:
+def token_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
+    """1 / sum_i |o_i|: mean over all tokens of the update (DAPO, arXiv 2503.14476, as its authors run it)."""
+    return _constant(lengths, 1 / max(sum(map(sum, lengths)), 1))
+
+
+def prompt_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
+    """Mean over the tokens of each group, then over groups: DAPO's equation 8 to the letter, which stands within an
+    expectation over prompts; ScaleRL, arXiv 2510.13786, found it best."""
+    groups = max(sum(any(group) for group in lengths), 1)
+    return [[1 / (max(sum(group), 1) * groups)] * len(group) for group in lengths]
+
+
+def max_tokens_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
     """1 / (N L_max): long and short sequences weigh the same by token (Dr. GRPO, arXiv 2503.20783, listing 1)."""
-    return [1 / (len(lengths) * max_tokens)] * len(lengths)
+    return _constant(lengths, 1 / (_num_sequences(lengths) * max_tokens))
 
 
-AGGREGATIONS: dict[str, Callable[[Sequence[int], int], list[float]]] = {
+def _num_sequences(lengths: Lengths) -> int:
+    return max(sum(length > 0 for group in lengths for length in group), 1)
+
+
+def _constant(lengths: Lengths, weight: float) -> list[list[float]]:
+    return [[weight] * len(group) for group in lengths]
+
+
+AGGREGATIONS: dict[str, Callable[[Lengths, int], list[list[float]]]] = {
     "sequence_mean": sequence_mean,
+    "sequence_sum": sequence_sum,
     "token_mean": token_mean,
+    "prompt_mean": prompt_mean,
     "max_tokens_mean": max_tokens_mean,
 }

@@ -2,65 +2,113 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES
+from llmquest_rl.algorithms.advantages import ADVANTAGES, WITHOUT_GROUP
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
+from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import Atom
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.types import Group
+from llmquest_rl.types import Completion, Group
 
 
-def make_atoms(groups: Sequence[Group], algorithm: Algorithm) -> tuple[list[Atom], Metrics]:
+class _Compared(NamedTuple):
+    """The part of a group that is compared: samples with a score and at least one token."""
+
+    group: Group
+    completions: list[Completion]
+    rewards: Tensor
+    """Float64 [samples], with what their lengths add."""
+    lengths: Tensor
+    """Float64 [samples], in tokens."""
+
+
+def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> tuple[list[Atom], Metrics]:
     """One atom for each group, with streams `advantages` and `rollout_logprobs`; `token_weights` adds `weights`.
 
-    Unscored samples and empty completions are in neither the baseline nor the loss. A group with fewer than two samples
-    left, or with equal rewards, has advantages of zero; one with none left gives no atom.
+    Unscored samples and empty completions are in neither the baseline nor the loss; with `overlong_filter` completions
+    cut at the token limit are in the baseline only. A group with one sample left, or with equal rewards, has advantages
+    of zero where the algorithm compares; one with none left gives no atom.
 
     Args:
-        groups: samples with completions and scores.
+        groups: samples with completions and scores; all of a step, because advantages may be normalised over it.
         algorithm: which advantage.
+        max_tokens: the longest completion allowed.
 
     Returns:
         The atoms, and metrics on rewards and lengths.
     """
-    atoms = [atom for group in groups if (atom := _group_atom(group, algorithm)) is not None]
-    return atoms, _group_metrics(groups)
+    metrics = _group_metrics(groups)
+    compared = [part for group in groups if (part := _compared(group, algorithm, max_tokens, metrics)) is not None]
+    if not compared:
+        return [], metrics
+    atoms = (
+        _atom(part, advantages.tolist(), algorithm)
+        for part, advantages in zip(compared, _advantages(compared, algorithm), strict=True)
+    )
+    return [atom for atom in atoms if atom.completions], metrics
 
 
 def token_weights(atoms: Sequence[Atom], algorithm: Algorithm, max_tokens: int) -> list[Atom]:
     """The same atoms with stream `weights`. Give it all atoms of one optimizer update, over all processes."""
-    lengths = [len(completion) for atom in atoms for completion in atom.completions]
-    weights = iter(AGGREGATIONS[algorithm.aggregation](lengths, max_tokens) if lengths else [])
+    lengths = [[len(completion) for completion in atom.completions] for atom in atoms]
+    weights = AGGREGATIONS[algorithm.aggregation](lengths, max_tokens)
     return [
-        atom.with_stream("weights", [[next(weights)] * len(completion) for completion in atom.completions])
-        for atom in atoms
+        atom.with_stream("weights", [[weight] * length for weight, length in zip(*pair, strict=True)])
+        for atom, *pair in zip(atoms, weights, lengths, strict=True)
     ]
 
 
-def group_advantages(rewards: Sequence[float | None], algorithm: Algorithm) -> list[float | None]:
-    """Advantage of each sample of one group; None for unscored ones, 0 where there is nothing to compare with."""
-    scored = [reward for reward in rewards if reward is not None]
-    if len(scored) < 2 or min(scored) == max(scored):
-        return [None if reward is None else 0.0 for reward in rewards]
-    values = iter(ADVANTAGES[algorithm.advantage](torch.tensor(scored, dtype=torch.float64)).tolist())
-    return [None if reward is None else next(values) for reward in rewards]
-
-
-def _group_atom(group: Group, algorithm: Algorithm) -> Atom | None:
-    pairs = zip(group.completions, group.scores, strict=True)
-    rewards = [score.value if completion.token_ids else None for completion, score in pairs]
+def _compared(group: Group, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared | None:
     kept = [
-        (completion, advantage)
-        for completion, advantage in zip(group.completions, group_advantages(rewards, algorithm), strict=True)
-        if advantage is not None
+        (completion, score.value)
+        for completion, score in zip(group.completions, group.scores, strict=True)
+        if score.value is not None and completion.token_ids
     ]
     if not kept:
         return None
+    rewards = torch.tensor([value for _, value in kept], dtype=torch.float64)
+    lengths = torch.tensor([len(completion.token_ids) for completion, _ in kept], dtype=torch.float64)
+    penalty = LENGTH_PENALTIES[algorithm.length_penalty](rewards, lengths, max_tokens, algorithm.overlong_buffer)
+    added = algorithm.length_weight * penalty
+    if algorithm.length_penalty != "none":
+        metrics.mean("reward/length_penalty", float(added.sum()), len(kept))
+    return _Compared(group, [completion for completion, _ in kept], rewards + added, lengths)
+
+
+def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
+    """[samples] of each group."""
+    estimated = [_group_advantages(part.rewards, part.lengths, algorithm) for part in compared]
+    rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
+    normalized = NORMALIZATIONS[algorithm.normalization](estimated, rewards, lengths)
+    limit = algorithm.advantage_limit
+    weighed = [
+        group.clamp(min=0) * algorithm.positive_weight + group.clamp(max=0) * algorithm.negative_weight
+        for group in normalized
+    ]
+    return weighed if limit is None else [group.clamp(-limit, limit) for group in weighed]
+
+
+def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
+    nothing_differs = len(rewards) < 2 or bool((rewards == rewards[0]).all())
+    if nothing_differs and algorithm.advantage not in WITHOUT_GROUP:
+        return torch.zeros_like(rewards)
+    return ADVANTAGES[algorithm.advantage](rewards, lengths, algorithm.pass_k)
+
+
+def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Atom:
+    kept = [
+        (completion, advantage)
+        for completion, advantage in zip(part.completions, advantages, strict=True)
+        if not (algorithm.overlong_filter and completion.finish_reason == "length")
+    ]
     return Atom(
-        prompt=group.sample.prompt_ids,
+        prompt=part.group.sample.prompt_ids,
         completions=[completion.token_ids for completion, _ in kept],
         streams={
             "advantages": [[advantage] * len(completion.token_ids) for completion, advantage in kept],

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from llmquest_rl.algorithms.log_ratios import LOG_LIMIT
+
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """-log r: unbiased, of high variance. As a loss its expected gradient is zero: for measuring only."""
+    """-log r: unbiased, of high variance. In the loss its expected gradient is 0: for the reward, or ratio-weighted."""
     return logprobs - ref_logprobs
 
 
@@ -20,9 +22,17 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """r - 1 - log r: unbiased, never negative (DeepSeekMath, arXiv 2402.03300, equation 4)."""
-    log_ratio = ref_logprobs - logprobs
+    """r - 1 - log r: unbiased, never negative (DeepSeekMath, arXiv 2402.03300, equation 4).
+
+    Its value is the KL's, its gradient in a loss is not, unless it is weighted with the ratio.
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(max=LOG_LIMIT)
     return log_ratio.expm1() - log_ratio
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """|log r|: no estimate of the KL, but a distance whose gradient does not grow with it (OpenRLHF, verl)."""
+    return (logprobs - ref_logprobs).abs()
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}

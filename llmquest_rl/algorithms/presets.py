@@ -1,51 +1,12 @@
 """The table of algorithms: what the literature calls an algorithm is a row of cells, each of them overridable."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
+from llmquest_rl.algorithms.cells import Algorithm
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES
-from llmquest_rl.algorithms.aggregation import AGGREGATIONS
-from llmquest_rl.algorithms.kl import KL_ESTIMATORS
-from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES
-from llmquest_rl.options import Options
-
-
-def _known(table: Mapping[str, object]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"there is no {name!r}; there are: {', '.join(table)}")
-        return name
-
-    return check
-
-
-class Algorithm(Options):
-    """One row: the cells of a policy-gradient algorithm."""
-
-    advantage: Annotated[str, AfterValidator(_known(ADVANTAGES))] = "group_mean_std"
-    """How a sample is compared with its group: `group_mean_std`, `group_mean`."""
-    ratio: Annotated[str, AfterValidator(_known(RATIOS))] = "token"
-    """Importance ratio of the current to the old policy: `token`."""
-    surrogate: Annotated[str, AfterValidator(_known(SURROGATES))] = "clip"
-    """What is minimised for each token: `clip`."""
-    clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """The ratio counts down to 1 - clip_low where the advantage is negative."""
-    clip_high: NonNegativeFloat = 0.2
-    """The ratio counts up to 1 + clip_high where the advantage is positive."""
-    aggregation: Annotated[str, AfterValidator(_known(AGGREGATIONS))] = "sequence_mean"
-    """How token losses become one: `sequence_mean`, `token_mean`, `max_tokens_mean`."""
-    kl: Annotated[str, AfterValidator(_known(KL_ESTIMATORS))] = "k3"
-    """Estimator of the KL to the reference model: `k3`, `k2`, `k1`."""
-    beta: NonNegativeFloat = 0.0
-    """Weight of that KL in the loss; 0 = none, and no reference model is held."""
-    tis_cap: PositiveFloat | None = 2.0
-    """Truncated importance sampling for the engine's rounding: each token's policy loss is multiplied by
-    min(pi_old / pi_engine, tis_cap), both before the step; null = no correction (the gap is logged all the same)."""
-
+__all__ = ["PAPERS", "PRESETS", "Algorithm", "resolve"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {
@@ -74,10 +35,138 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_low": 0.2,
         "clip_high": 0.28,
         "aggregation": "token_mean",
+        "length_penalty": "soft_overlong",
+        "overlong_buffer": 0.2,
+        "overlong_filter": True,
+        "beta": 0.0,
+    },
+    "gspo": {
+        "advantage": "group_mean_std",
+        "ratio": "sequence",
+        "surrogate": "clip",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "sequence_mean",
+        "beta": 0.0,
+    },
+    "gspo_token": {
+        "advantage": "group_mean_std",
+        "ratio": "sequence_token",
+        "surrogate": "clip",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "sequence_mean",
+        "beta": 0.0,
+    },
+    "luspo": {
+        "advantage": "group_mean_std",
+        "ratio": "sequence",
+        "surrogate": "clip",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "sequence_sum",
+        "beta": 0.0,
+    },
+    "sapo": {
+        "advantage": "group_mean_std",
+        "ratio": "token",
+        "surrogate": "soft_gate",
+        "tau_positive": 1.0,
+        "tau_negative": 1.05,
+        "aggregation": "sequence_mean",
+        "beta": 0.0,
+    },
+    "cispo": {
+        "advantage": "group_mean_std",
+        "ratio": "token",
+        "surrogate": "clipped_weight",
+        "clip_low": 1.0,
+        "clip_high": 4.0,
+        "aggregation": "token_mean",
+        "beta": 0.0,
+    },
+    "rloo": {
+        "advantage": "leave_one_out",
+        "surrogate": "log_prob",
+        "aggregation": "sequence_sum",
+        "kl": "k1",
+        "kl_in": "reward",
+        "beta": 0.0,
+    },
+    "reinforce": {
+        "advantage": "reward",
+        "surrogate": "log_prob",
+        "aggregation": "sequence_sum",
+        "kl": "k1",
+        "kl_in": "reward",
+        "beta": 0.0,
+    },
+    "reinforce_pp": {
+        "advantage": "reward",
+        "normalization": "whiten",
+        "ratio": "token",
+        "surrogate": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "token_mean",
+        "kl": "k1",
+        "kl_in": "reward",
+        "beta": 0.0,
+    },
+    "reinforce_pp_baseline": {
+        "advantage": "group_mean",
+        "normalization": "whiten",
+        "ratio": "token",
+        "surrogate": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "token_mean",
+        "kl": "k2",
+        "beta": 0.0,
+    },
+    "opo": {
+        "advantage": "length_weighted_mean",
+        "surrogate": "log_prob",
+        "aggregation": "sequence_sum",
+        "beta": 0.0,
+    },
+    "gpg": {
+        "advantage": "group_mean",
+        "normalization": "valid_groups",
+        "surrogate": "log_prob",
+        "aggregation": "token_mean",
+        "beta": 0.0,
+    },
+    "pass_at_k": {
+        "advantage": "pass_at_k",
+        "pass_k": 4,
+        "ratio": "token",
+        "surrogate": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "sequence_mean",
         "beta": 0.0,
     },
 }
-"""grpo: DeepSeekMath, arXiv 2402.03300. dr_grpo: arXiv 2503.20783. dapo (its loss): arXiv 2503.14476."""
+
+PAPERS: dict[str, str] = {
+    "grpo": "DeepSeekMath, arXiv 2402.03300",
+    "dr_grpo": "Dr. GRPO, arXiv 2503.20783",
+    "dapo": "DAPO, arXiv 2503.14476",
+    "gspo": "GSPO, arXiv 2507.18071",
+    "gspo_token": "GSPO, arXiv 2507.18071",
+    "luspo": "LUSPO, arXiv 2602.05261",
+    "sapo": "SAPO, arXiv 2511.20347",
+    "cispo": "MiniMax-M1, arXiv 2506.13585; its bound from ScaleRL, arXiv 2510.13786",
+    "rloo": "Back to Basics, arXiv 2402.14740",
+    "reinforce": "Back to Basics, arXiv 2402.14740",
+    "reinforce_pp": "REINFORCE++, arXiv 2501.03262",
+    "reinforce_pp_baseline": "REINFORCE++, arXiv 2501.03262",
+    "opo": "OPO, arXiv 2505.23585",
+    "gpg": "GPG, arXiv 2504.02546",
+    "pass_at_k": "Pass@k Training, arXiv 2508.10751",
+}
+"""Where each row comes from. What the rows leave to other parts of a run is said in docs/algorithms/."""
 
 
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Algorithm:

@@ -45,7 +45,7 @@ class LMHead(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target, and the entropy of the distribution that it stands in.
 
-        Matrix products are in the weight's dtype, all else is float32. The entropy is a metric: it has no gradient.
+        Matrix products are in the weight's dtype, all else is float32.
 
         Args:
             states: Final hidden states [n, size].
@@ -87,28 +87,33 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 weighted.mul_(shrink).add_(torch.linalg.vecdot(exponentials, logits))
             chosen[chunk.rows] = logits[chunk.rows, chunk.targets]
         normalizer = largest + total.log()
-        ctx.save_for_backward(states, weight, targets, normalizer)
-        ctx.temperature, ctx.softcap = temperature, softcap
         entropies = normalizer - weighted / total
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(states, weight, targets, normalizer, entropies)
+        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing here
         return chosen - normalizer, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand.
 
         With a soft cap s another factor follows, d logits / d products = 1 - (logits / s)^2.
         """
-        states, weight, targets, normalizer = ctx.saved_tensors
-        scale = (-grads[0] / ctx.temperature)[:, None]
+        states, weight, targets, normalizer, entropies = ctx.saved_tensors
+        logprob_grad = torch.zeros_like(normalizer) if grads[0] is None else grads[0]
+        row_factor = logprob_grad if grads[1] is None else torch.ones_like(logprob_grad)
+        scale = (-row_factor / ctx.temperature)[:, None]
         scaled = states * scale.to(states.dtype)
         grad_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         room = normalizer.new_empty(0)
         for chunk in _chunks(states, weight, targets, ctx.temperature, ctx.softcap):
             slopes = _slopes(chunk.logits, ctx.temperature, ctx.softcap, room)
-            errors = chunk.logits.sub_(normalizer[:, None]).exp_()
-            errors[chunk.rows, chunk.targets] -= 1.0
+            logprobs = chunk.logits.sub_(normalizer[:, None])
+            if grads[1] is None:
+                errors = _errors(logprobs, chunk)
+            else:
+                errors = _errors_with_entropy(logprobs, chunk, logprob_grad, grads[1], entropies)
             errors = errors if slopes is None else errors.mul_(slopes)
             errors = errors if errors.dtype == weight.dtype else chunk.products.copy_(errors)
             if grad_states is not None:
@@ -159,6 +164,23 @@ def _chunks(
             logits.div_(temperature)
         rows = order[first:last]
         yield _Chunk(columns, product, logits, rows, targets[rows] - start)
+
+
+def _errors(logprobs: Tensor, chunk: _Chunk) -> Tensor:
+    """softmax - onehot, in place of the log-probs [n, columns]."""
+    errors = logprobs.exp_()
+    errors[chunk.rows, chunk.targets] -= 1.0
+    return errors
+
+
+def _errors_with_entropy(
+    logprobs: Tensor, chunk: _Chunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
+) -> Tensor:
+    """The same times the log-prob's gradient, plus that of the entropy H: -dH / d logit = p (log p + H)."""
+    factors = logprobs.add(entropies[:, None]).mul_(entropy_grad[:, None]).add_(logprob_grad[:, None])
+    errors = logprobs.exp_().mul_(factors)
+    errors[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
+    return errors
 
 
 def _slopes(logits: Tensor, temperature: float, softcap: float | None, room: Tensor) -> Tensor | None:

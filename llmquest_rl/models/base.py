@@ -31,7 +31,7 @@ class Output(NamedTuple):
     logprobs: Tensor
     """Float32 [targets]."""
     entropy: Tensor | None
-    """Float32 [targets] in nats, without gradient; None unless asked for."""
+    """Float32 [targets] in nats; None unless asked for."""
     aux: dict[str, Tensor]
     """As `Hidden.aux`."""
 

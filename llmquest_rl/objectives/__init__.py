@@ -58,6 +58,11 @@ class Objective(Protocol):
         """Whether a frozen copy of the initial model is held."""
         ...
 
+    @property
+    def reference_every(self) -> int | None:
+        """Steps after which that copy becomes the current model; None = it stays the initial one."""
+        ...
+
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
         """Set stream `weights` on all atoms of one optimizer update, before they are shared out to processes."""
         ...

@@ -25,6 +25,7 @@ class NextToken:
     source: Literal["rollout", "dataset"] = "dataset"
     temperature: float = 1.0
     needs_reference: bool = False
+    reference_every: int | None = None
 
     def streams(self, updates: int) -> tuple[str, ...]:
         return ()

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmquest_rl.algorithms.atoms import token_weights
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
+from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
+from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
+from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES
+from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
@@ -27,7 +31,7 @@ class Config(Options):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """sum_t weight_t x tis_t x surrogate(ratio_t, advantage_t) + beta x weight_t x kl_t.
+    """sum_t weight_t (kept_t x correction_t x surrogate(ratio_t, advantage_t) + beta x kl_t - bonus x entropy_t).
 
     Batches carry the streams `weights`, `advantages`, `rollout_logprobs`; `old_logprobs` only when a step's batch
     serves more than one update, because in a first update the old policy is the current one; `ref_logprobs` only when
@@ -44,6 +48,15 @@ class Policy:
     def needs_reference(self) -> bool:
         return self.algorithm.beta > 0
 
+    @property
+    def reference_every(self) -> int | None:
+        return self.algorithm.reference_every
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss itself asks for it."""
+        return self.algorithm.entropy_bonus > 0 or self.algorithm.entropy_share < 1
+
     def streams(self, updates: int) -> tuple[str, ...]:
         old = ("old_logprobs",) if updates > 1 else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
@@ -52,50 +65,100 @@ class Policy:
         return token_weights(atoms, self.algorithm, self.max_tokens)
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
-        output = model(batch, temperature=self.temperature, entropy=self.entropy)
-        losses, metrics = self.token_losses(output.logprobs, batch)
+        output = model(batch, temperature=self.temperature, entropy=self.entropy or self.needs_entropy)
+        losses, metrics = self.token_losses(output.logprobs, batch, output.entropy)
         weights = batch.streams["weights"]
         value = (weights * losses).sum()
         metrics.mean("policy/loss", value.detach(), weights.sum())
         if output.entropy is not None:
             counted = weights != 0
-            metrics.mean("policy/entropy", output.entropy[counted].sum(), counted.sum())
+            metrics.mean("policy/entropy", output.entropy.detach()[counted].sum(), counted.sum())
         return with_aux(value, output.aux, batch, metrics)
 
-    def token_losses(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def token_losses(
+        self, logprobs: Tensor, batch: TokenBatch, entropies: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
         """Unweighted loss of each token [targets], and metrics over the tokens with a weight.
 
         Args:
             logprobs: of the current policy [targets], with gradient.
             batch: the microbatch.
+            entropies: of the distributions that the targets were drawn from [targets]; needed where `needs_entropy`.
         """
-        algorithm, streams = self.algorithm, batch.streams
-        old = streams.get("old_logprobs", logprobs.detach())
-        ratio = RATIOS[algorithm.ratio](logprobs, old, batch.sequence_ids)
-        losses = SURROGATES[algorithm.surrogate](ratio, streams["advantages"], algorithm.clip_low, algorithm.clip_high)
-        counted = streams["weights"] != 0
-        metrics = Metrics()
-        if algorithm.tis_cap is not None:
-            correction = (old - streams["rollout_logprobs"]).exp().clamp(max=algorithm.tis_cap)
-            losses = losses * correction
-            _tis_metrics(metrics, correction[counted], algorithm.tis_cap)
+        algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
+        old = batch.streams.get("old_logprobs", logprobs.detach())
+        counted = batch.streams["weights"] != 0
+        advantages = self._advantages(old, batch)
+        ratio = RATIOS[algorithm.ratio](logprobs, old, ids)
+        losses = SURROGATES[algorithm.surrogate](ratio, logprobs, advantages, algorithm.bounds)
+        losses = losses * self._correction(old, batch, metrics)
+        for kept in self._masks(logprobs, advantages, entropies, batch, metrics):
+            losses = losses * kept
         if algorithm.beta > 0:
-            reference = streams["ref_logprobs"]
-            losses = losses + algorithm.beta * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
-            metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())
-        gap = (old - streams["rollout_logprobs"])[counted].abs()
-        _mean_and_max(metrics, "policy/logp_gap", gap)
-        self._ratio_metrics(metrics, ratio.detach()[counted], streams["advantages"][counted])
+            losses = losses + self._kl(logprobs, old, batch, metrics)
+        if algorithm.entropy_bonus > 0 and entropies is not None:
+            losses = losses - algorithm.entropy_bonus * entropies
+        self._ratio_metrics(metrics, ratio.detach()[counted], advantages[counted])
         metrics.mean("policy/approx_kl", k3(old, logprobs.detach())[counted].sum(), counted.sum())
         metrics.sum("policy/tokens", counted.sum())
         return losses, metrics
 
+    def _advantages(self, old: Tensor, batch: TokenBatch) -> Tensor:
+        """Those of the batch, less what the KL from each token to the end takes off."""
+        algorithm, advantages = self.algorithm, batch.streams["advantages"]
+        if algorithm.beta == 0 or algorithm.kl_in == "loss":
+            return advantages
+        kl = KL_ESTIMATORS[algorithm.kl](old, batch.streams["ref_logprobs"])
+        return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
+
+    def _correction(self, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
+        """The factor [targets] that makes up for the engine's rounding."""
+        algorithm, rollout = self.algorithm, batch.streams["rollout_logprobs"]
+        counted = batch.streams["weights"] != 0
+        log_gap = old - rollout
+        _mean_and_max(metrics, "policy/logp_gap", log_gap[counted].abs())
+        metrics.mean("policy/logp_gap_k3", k3(rollout, old)[counted].sum(), counted.sum())
+        if algorithm.tis_cap is None:
+            return torch.ones_like(log_gap)
+        correct = MISMATCHES[algorithm.mismatch]
+        weights, cut = correct(log_gap, batch.sequence_ids, algorithm.tis_floor, algorithm.tis_cap)
+        metrics.mean("policy/tis_weight", weights[counted].sum(), counted.sum())
+        metrics.mean("policy/tis_capped_share", cut[counted].sum(), counted.sum())
+        metrics.mean("policy/tis_square", weights[counted].square().sum(), counted.sum())
+        return weights
+
+    def _masks(
+        self, logprobs: Tensor, advantages: Tensor, entropies: Tensor | None, batch: TokenBatch, metrics: Metrics
+    ) -> list[Tensor]:
+        """Which tokens the policy loss keeps, one mask [targets] for each reason to leave some out."""
+        algorithm, ids, masks = self.algorithm, batch.sequence_ids, {}
+        if algorithm.off_policy_delta is not None:
+            rollout = batch.streams["rollout_logprobs"]
+            kept = on_policy_enough(logprobs, rollout, advantages, ids, algorithm.off_policy_delta)
+            masks["policy/off_policy_share"] = kept
+        if algorithm.entropy_share < 1 and entropies is not None:
+            masks["policy/low_entropy_share"] = most_uncertain(entropies.detach(), ids, algorithm.entropy_share)
+        counted = batch.streams["weights"] != 0
+        for name, kept in masks.items():
+            metrics.mean(name, (~kept)[counted].sum(), counted.sum())
+        return list(masks.values())
+
+    def _kl(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
+        """The KL's term of the loss [targets]; 0 where it is in the reward."""
+        algorithm, reference = self.algorithm, batch.streams["ref_logprobs"]
+        counted = batch.streams["weights"] != 0
+        metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())
+        if algorithm.kl_in == "reward":
+            return torch.zeros_like(reference)
+        weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0
+        return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
+
     def _ratio_metrics(self, metrics: Metrics, ratio: Tensor, advantages: Tensor) -> None:
-        low = (ratio < 1 - self.algorithm.clip_low) & (advantages < 0)
-        high = (ratio > 1 + self.algorithm.clip_high) & (advantages > 0)
-        metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
-        metrics.mean("policy/clip_low_frac", low.sum(), ratio.numel())
-        metrics.mean("policy/clip_high_frac", high.sum(), ratio.numel())
+        if self.algorithm.surrogate in CUTS:
+            low, high = CUTS[self.algorithm.surrogate](ratio, advantages, self.algorithm.bounds)
+            metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
+            metrics.mean("policy/clip_low_frac", low.sum(), ratio.numel())
+            metrics.mean("policy/clip_high_frac", high.sum(), ratio.numel())
         _mean_and_max(metrics, "policy/ratio", ratio)
 
 
@@ -103,12 +166,6 @@ def _mean_and_max(metrics: Metrics, name: str, values: Tensor) -> None:
     metrics.mean(name, values.sum(), values.numel())
     if values.numel():
         metrics.max(f"{name}_max", values.max())
-
-
-def _tis_metrics(metrics: Metrics, weights: Tensor, cap: float) -> None:
-    metrics.mean("policy/tis_weight", weights.sum(), weights.numel())
-    metrics.mean("policy/tis_capped_share", (weights >= cap).sum(), weights.numel())
-    metrics.mean("policy/tis_square", weights.square().sum(), weights.numel())
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> Policy:

@@ -2,16 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmquest_rl.algorithms.atoms import make_atoms, token_weights
-from llmquest_rl.algorithms.presets import resolve
+from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
+from llmquest_rl.algorithms.normalization import NORMALIZATIONS
+from llmquest_rl.algorithms.presets import PRESETS, resolve
+from llmquest_rl.batch import Atom
 from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.types import Completion, Group, Sample, Score
 
 GRPO = resolve("grpo")
+MAX_TOKENS = 8
 
 
 def group(rewards: list[float | None], lengths: list[int], prompt: int = 7) -> Group:
@@ -23,9 +28,9 @@ def group(rewards: list[float | None], lengths: list[int], prompt: int = 7) -> G
 
 
 def test_one_group_by_hand() -> None:
-    atoms, metrics = make_atoms([group([1.0, 0.0, 0.0, 1.0], [1, 2, 4, 1])], GRPO)
+    atoms, metrics = make_atoms([group([1.0, 0.0, 0.0, 1.0], [1, 2, 4, 1])], GRPO, MAX_TOKENS)
     assert [a[0] for a in atoms[0].streams["advantages"]] == pytest.approx([0.866, -0.866, -0.866, 0.866], abs=1e-3)
-    (weighed,) = token_weights(atoms, GRPO, 8)
+    (weighed,) = token_weights(atoms, GRPO, MAX_TOKENS)
     assert [w[0] for w in weighed.streams["weights"]] == [1 / 4, 1 / 8, 1 / 16, 1 / 4]
     assert atoms[0].streams["rollout_logprobs"][2] == [-0.5] * 4
     floats = metrics.to_floats()
@@ -37,8 +42,8 @@ def test_one_group_by_hand() -> None:
 
 
 def test_unscored_and_empty_samples_are_in_neither_baseline_nor_loss() -> None:
-    with_them, metrics = make_atoms([group([1.0, None, 0.0, 0.5], [1, 2, 3, 0])], GRPO)
-    without, _ = make_atoms([group([1.0, 0.0], [1, 3])], GRPO)
+    with_them, metrics = make_atoms([group([1.0, None, 0.0, 0.5], [1, 2, 3, 0])], GRPO, MAX_TOKENS)
+    without, _ = make_atoms([group([1.0, 0.0], [1, 3])], GRPO, MAX_TOKENS)
     assert [len(completion) for completion in with_them[0].completions] == [1, 3]
     assert with_them[0].streams == without[0].streams
     floats = metrics.to_floats()
@@ -48,13 +53,13 @@ def test_unscored_and_empty_samples_are_in_neither_baseline_nor_loss() -> None:
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.3, 0.3], [1.0, None, None], [0.1, 0.1, None]])
 def test_nothing_to_compare_with_gives_zero_advantages(rewards: list[float | None]) -> None:
-    atoms, metrics = make_atoms([group(rewards, [2, 2, 2])], GRPO)
+    atoms, metrics = make_atoms([group(rewards, [2, 2, 2])], GRPO, MAX_TOKENS)
     assert all(value == 0.0 for values in atoms[0].streams["advantages"] for value in values)
     assert metrics.to_floats()["reward/uniform_group_share"] == 1.0
 
 
 def test_a_group_without_any_token_gives_no_atom() -> None:
-    atoms, metrics = make_atoms([group([None, None], [2, 2]), group([1.0], [0])], GRPO)
+    atoms, metrics = make_atoms([group([None, None], [2, 2]), group([1.0], [0])], GRPO, MAX_TOKENS)
     assert atoms == []
     assert all(math.isfinite(value) for value in metrics.to_floats().values())
 
@@ -62,17 +67,94 @@ def test_a_group_without_any_token_gives_no_atom() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=6),
-    st.sampled_from(["grpo", "dapo"]),
+    st.sampled_from(["sequence_mean", "token_mean", "prompt_mean"]),
 )
-def test_weights_of_any_set_of_atoms_sum_to_one(lengths: list[list[int]], preset: str) -> None:
-    algorithm = resolve(preset)
-    atoms, _ = make_atoms([group([float(i) for i in range(len(part))], part) for part in lengths], algorithm)
+def test_weights_of_any_set_of_atoms_sum_to_one(lengths: list[list[int]], aggregation: str) -> None:
+    algorithm = resolve("grpo", {"aggregation": aggregation})
+    atoms, _ = make_atoms(
+        [group([float(i) for i in range(len(part))], part) for part in lengths], algorithm, MAX_TOKENS
+    )
     for chosen in (atoms, atoms[: len(atoms) // 2 + 1]):
-        weighed = token_weights(chosen, algorithm, 8)
+        weighed = token_weights(chosen, algorithm, MAX_TOKENS)
         assert sum(w for atom in weighed for row in atom.streams["weights"] for w in row) == pytest.approx(1.0)
 
 
+def advantages(atoms: list[Atom]) -> list[list[float]]:
+    """The first token's advantage of each completion of each group."""
+    return [[values[0] for values in atom.streams["advantages"]] for atom in atoms]
+
+
+def test_soft_overlong_punishment_counts_before_the_comparison() -> None:
+    cells = {"advantage": "group_mean", "overlong_filter": False, "overlong_buffer": 0.5, "length_weight": 0.5}
+    algorithm = resolve("dapo", cells)
+    atoms, metrics = make_atoms([group([1.0, 1.0, 1.0, 0.0], [4, 6, 8, 2])], algorithm, MAX_TOKENS)
+    rewards = np.array([1.0, 1.0 - 0.5 * 2 / 4, 1.0 - 0.5 * 1.0, 0.0])
+    assert advantages(atoms)[0] == pytest.approx(rewards - rewards.mean())
+    floats = metrics.to_floats()
+    assert floats["reward/length_penalty"] == pytest.approx(-0.75 / 4)
+    assert floats["reward/mean"] == 0.75
+
+
+def test_overlong_completions_are_in_the_baseline_and_not_in_the_loss() -> None:
+    algorithm = resolve("dapo", {"advantage": "group_mean", "length_penalty": "none"})
+    groups = [group([1.0, 0.0, 0.0], [2, 8, 3]), group([1.0, 0.0], [5, 6])]
+    atoms, _ = make_atoms(groups, algorithm, MAX_TOKENS)
+    assert advantages(atoms) == [pytest.approx([2 / 3, -1 / 3])]
+    assert [len(completion) for completion in atoms[0].completions] == [2, 3]
+    (weighed,) = token_weights(atoms, algorithm, MAX_TOKENS)
+    assert weighed.streams["weights"] == [[1 / 5] * 2, [1 / 5] * 3]
+
+
+def test_the_parts_of_an_advantage_follow_each_other() -> None:
+    """Comparison, normalisation over the step, weights of signs, limit."""
+    cells = {"normalization": "whiten", "positive_weight": 0.5, "negative_weight": 2.0, "advantage_limit": 1.5}
+    algorithm = resolve("rloo", cells)
+    groups = [group([1.0, 0.0, 0.0], [1, 2, 3]), group([4.0, 0.0], [3, 1])]
+    atoms, _ = make_atoms(groups, algorithm, MAX_TOKENS)
+    left_out = np.array([1.0, -0.5, -0.5, 4.0, -4.0])
+    tokens = np.repeat(left_out, [1, 2, 3, 3, 1])
+    white = (left_out - tokens.mean()) / tokens.std()
+    expected = np.clip(np.where(white > 0, 0.5 * white, 2.0 * white), -1.5, 1.5)
+    assert sum(advantages(atoms), []) == pytest.approx(expected, rel=1e-5)
+    assert min(expected) == -1.5
+
+
+def test_without_a_baseline_a_group_of_equal_rewards_teaches() -> None:
+    for rewards in ([1.0], [1.0, 1.0]):
+        atoms, _ = make_atoms([group(rewards, [2] * len(rewards))], resolve("reinforce"), MAX_TOKENS)
+        assert advantages(atoms) == [[1.0] * len(rewards)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from([None, 0.0, 1.0, -1.0, 0.1, 1e30]), st.integers(0, 8)), min_size=1, max_size=5
+        ),
+        max_size=4,
+    ),
+    st.sampled_from(sorted(PRESETS)),
+    st.sampled_from(sorted(NORMALIZATIONS)),
+    st.sampled_from(sorted(LENGTH_PENALTIES)),
+)
+def test_whatever_comes_back_advantages_and_weights_are_finite(
+    parts: list[list[tuple[float | None, int]]], preset: str, normalization: str, penalty: str
+) -> None:
+    """All-equal rewards, groups of one, failures, empty completions."""
+    algorithm = resolve(preset, {"normalization": normalization, "length_penalty": penalty})
+    groups = [group([reward for reward, _ in part], [length for _, length in part]) for part in parts]
+    atoms, metrics = make_atoms(groups, algorithm, MAX_TOKENS)
+    values = [value for atom in atoms for row in atom.streams["advantages"] for value in row]
+    weights = [
+        w for atom in token_weights(atoms, algorithm, MAX_TOKENS) for row in atom.streams["weights"] for w in row
+    ]
+    assert all(math.isfinite(value) for value in values)
+    assert all(math.isfinite(weight) and weight > 0 for weight in weights)
+    assert len(values) == len(weights)
+    assert all(math.isfinite(value) for value in metrics.to_floats().values())
+
+
 def test_every_metric_is_documented() -> None:
-    _, metrics = make_atoms([group([1.0, 0.0], [1, 2])], GRPO)
+    _, metrics = make_atoms([group([1.0, 0.0], [1, 2])], resolve("dapo"), MAX_TOKENS)
     named = set(metrics.to_floats()) - {"reward/exact"}
     assert named <= set(DESCRIPTIONS)

@@ -1,70 +1,174 @@
-"""Every cell of the algorithm table against the paper's formula in NumPy float64, written independently."""
+"""The cells of the loss, one by one: the papers' formulas in NumPy float64, their gradients, bounds and limits."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
-from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
+from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
+from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
+from llmquest_rl.algorithms.mismatch import MISMATCHES
+from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES
+from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Bounds
 
 CASES = settings(max_examples=200, deadline=None)
+LIMITS = Bounds(0.2, 0.28, None, 1.0, 1.05)
 
 floats = st.floats(-3, 3, allow_nan=False, width=32)
 log_probs = st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0)), min_size=1, max_size=20)
+sequence_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
-def tensor(values: object) -> torch.Tensor:
+def tensor(values: object) -> Tensor:
     return torch.tensor(np.asarray(values, dtype=np.float64))
 
 
-@CASES
-@given(st.lists(floats, min_size=2, max_size=16).filter(lambda rewards: np.std(rewards) > 1e-3))
-def test_group_advantages(rewards: list[float]) -> None:
-    r = np.asarray(rewards, dtype=np.float64)
-    centred = r - r.sum() / len(r)
-    np.testing.assert_allclose(ADVANTAGES["group_mean"](tensor(r)), centred, atol=1e-12)
-    deviation = np.sqrt((centred**2).sum() / (len(r) - 1))
-    np.testing.assert_allclose(ADVANTAGES["group_mean_std"](tensor(r)), centred / deviation, rtol=2e-3)
-    assert abs(float(ADVANTAGES["group_mean_std"](tensor(r)).sum())) < 1e-9
+def ids_of(lengths: list[int]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def drawn(lengths: list[int], seed: int, scale: float = 1.0) -> tuple[list[np.ndarray], Tensor]:
+    """Random values of each sequence, and packed."""
+    draw = np.random.default_rng(seed)
+    parts = [draw.normal(0, scale, n) for n in lengths]
+    return parts, tensor(np.concatenate(parts))
 
 
 @CASES
-@given(log_probs)
-def test_token_ratio(pairs: list[tuple[float, float]]) -> None:
-    new, old = np.asarray(pairs).T
-    ratio = RATIOS["token"](tensor(new), tensor(old), torch.zeros(len(new), dtype=torch.long))
-    np.testing.assert_allclose(ratio, np.exp(new) / np.exp(old), rtol=1e-9)
+@given(sequence_lengths, st.integers(0, 2**31))
+def test_sums_over_sequences(lengths: list[int], seed: int) -> None:
+    parts, packed = drawn(lengths, seed)
+    ids = ids_of(lengths)
+    np.testing.assert_allclose(sequence_sum(packed, ids), np.concatenate([[p.sum()] * len(p) for p in parts]))
+    np.testing.assert_allclose(sequence_mean(packed, ids), np.concatenate([[p.mean()] * len(p) for p in parts]))
+    to_end = np.concatenate([[p[t:].sum() for t in range(len(p))] for p in parts])
+    np.testing.assert_allclose(sum_to_end(packed, ids), to_end, atol=1e-12)
 
 
-def clipped_objective(ratio: float, advantage: float, low: float, high: float) -> float:
-    """PPO equation 7 by cases: a gain stops counting above the upper bound, a loss below the lower one."""
-    if advantage >= 0:
-        return -advantage * min(ratio, 1 + high)
-    return -advantage * max(ratio, 1 - low)
+def test_sums_of_long_sequences_keep_small_terms_in_float32() -> None:
+    values = torch.full((40_000,), 1e-3)
+    values[:20_000] = 100.0
+    ids = torch.arange(2).repeat_interleave(20_000)
+    torch.testing.assert_close(sum_to_end(values, ids)[-1], torch.tensor(1e-3), rtol=1e-2, atol=0.0)
 
 
 @CASES
-@given(st.lists(st.tuples(st.floats(0.01, 5), floats), min_size=1, max_size=20), st.floats(0, 0.9), st.floats(0, 3))
-def test_clip(pairs: list[tuple[float, float]], low: float, high: float) -> None:
-    ratio, advantage = np.asarray(pairs).T
-    expected = [clipped_objective(r, a, low, high) for r, a in pairs]
-    np.testing.assert_allclose(SURROGATES["clip"](tensor(ratio), tensor(advantage), low, high), expected, atol=1e-12)
+@given(sequence_lengths, st.integers(0, 2**31))
+def test_ratios(lengths: list[int], seed: int) -> None:
+    """PPO's, GSPO's equation 7 and 14, and the plain product."""
+    (new, packed_new), (old, packed_old) = drawn(lengths, seed), drawn(lengths, seed + 1)
+    gaps = [a - b for a, b in zip(new, old, strict=True)]
+    expected = {
+        "token": np.concatenate([np.exp(gap) for gap in gaps]),
+        "sequence": np.concatenate([[np.prod(np.exp(gap)) ** (1 / len(gap))] * len(gap) for gap in gaps]),
+        "sequence_token": np.concatenate([[np.prod(np.exp(gap)) ** (1 / len(gap))] * len(gap) for gap in gaps]),
+        "sequence_product": np.concatenate([[np.prod(np.exp(gap))] * len(gap) for gap in gaps]),
+    }
+    assert set(expected) == set(RATIOS)
+    for name, values in expected.items():
+        np.testing.assert_allclose(RATIOS[name](packed_new, packed_old, ids_of(lengths)), values, rtol=1e-9)
+
+
+@CASES
+@given(sequence_lengths, st.integers(0, 2**31))
+def test_gradients_of_sequence_ratios(lengths: list[int], seed: int) -> None:
+    """d s_i / d log pi_t is s_i / |o_i| for every token of the sequence; for GSPO-token it is s_i for its own alone."""
+    _, old = drawn(lengths, seed)
+    _, new = drawn(lengths, seed + 1)
+    ids = ids_of(lengths)
+    _, upstream = drawn(lengths, seed + 2)
+    grads = {}
+    for name in ("sequence", "sequence_token"):
+        leaf = new.clone().requires_grad_()
+        (RATIOS[name](leaf, old, ids) * upstream).sum().backward()
+        grads[name] = leaf.grad
+    ratio = RATIOS["sequence"](new, old, ids)
+    torch.testing.assert_close(grads["sequence"], ratio * sequence_mean(upstream, ids))
+    torch.testing.assert_close(grads["sequence_token"], ratio * upstream)
+
+
+@CASES
+@given(st.lists(st.tuples(st.floats(0.01, 9), floats, st.floats(-5, 0)), min_size=1, max_size=20), st.data())
+def test_surrogates(triples: list[tuple[float, float, float]], data: st.DataObject) -> None:
+    low, high = data.draw(st.floats(0, 0.9)), data.draw(st.floats(0, 3))
+    dual = data.draw(st.one_of(st.none(), st.floats(1.1, 3.0).map(lambda x: x * (1 + high))))
+    tau = data.draw(st.tuples(st.floats(0.1, 4), st.floats(0.1, 4)))
+    limits = Bounds(low, high, dual, *tau)
+    ratio, advantage, logprob = np.asarray(triples).T
+    clipped = [
+        -a * min(r, 1 + high) if a >= 0 else -a * min(max(r, 1 - low), np.inf if dual is None else dual)
+        for r, a, _ in triples
+    ]
+    temperature = np.where(advantage > 0, *tau)
+    expected = {
+        "clip": clipped,
+        "soft_gate": -4 / temperature / (1 + np.exp(-temperature * (ratio - 1))) * advantage,
+        "clipped_weight": -np.clip(ratio, 1 - low, 1 + high) * advantage * logprob,
+        "log_prob": -advantage * logprob,
+    }
+    assert set(expected) == set(SURROGATES)
+    for name, values in expected.items():
+        ours = SURROGATES[name](tensor(ratio), tensor(logprob), tensor(advantage), limits)
+        np.testing.assert_allclose(ours, values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "gradient"), [(1.3, 1.0, 0), (0.7, 1.0, 1), (1.3, -1.0, 1), (0.7, -1.0, 0)]
+    ("ratio", "advantage", "gradient"),
+    [(1.3, 1.0, 0), (0.7, 1.0, 1), (1.3, -1.0, 1), (0.7, -1.0, 0), (2.5, -1.0, 1), (3.5, -1.0, 0)],
 )
 def test_clip_stops_the_gradient_only_where_it_would_go_too_far(ratio: float, advantage: float, gradient: int) -> None:
-    r = torch.tensor([ratio], requires_grad=True)
-    SURROGATES["clip"](r, torch.tensor([advantage]), 0.2, 0.2).sum().backward()
+    """With a dual bound of 3. What `CUTS` says is what happens."""
+    r, a, limits = torch.tensor([ratio], requires_grad=True), torch.tensor([advantage]), Bounds(0.2, 0.2, 3.0)
+    SURROGATES["clip"](r, torch.zeros(1), a, limits).sum().backward()
     assert r.grad is not None
     assert float(r.grad) == -advantage * gradient
+    low, high = CUTS["clip"](r, a, limits)
+    assert bool(low | high) == (gradient == 0)
+
+
+@CASES
+@given(st.floats(0.0, 6.0), floats, st.floats(0.2, 4), st.floats(0.2, 4))
+def test_the_soft_gate_is_the_policy_gradient_times_4_p_1_minus_p(
+    ratio: float, advantage: float, positive: float, negative: float
+) -> None:
+    r = tensor([ratio]).requires_grad_()
+    SURROGATES["soft_gate"](
+        r, tensor([0.0]), tensor([advantage]), Bounds(0.2, 0.2, None, positive, negative)
+    ).backward()
+    tau = positive if advantage > 0 else negative
+    p = 1 / (1 + np.exp(-tau * (ratio - 1)))
+    assert r.grad is not None
+    np.testing.assert_allclose(float(r.grad), -advantage * 4 * p * (1 - p), rtol=1e-9, atol=1e-12)
+
+
+@CASES
+@given(st.floats(0.0, 6.0), st.floats(0.2, 4), st.floats(0.01, 2))
+def test_a_larger_tau_closes_the_gate_faster(ratio: float, tau: float, more: float) -> None:
+    """Monotone in tau: the weight of a gradient away from ratio 1 only falls, and at 1 it stays 1."""
+    weights = []
+    for value in (tau, tau + more):
+        r = tensor([ratio, 1.0]).requires_grad_()
+        SURROGATES["soft_gate"](r, r.detach(), tensor([1.0, 1.0]), Bounds(tau_positive=value)).sum().backward()
+        assert r.grad is not None
+        weights.append(-r.grad)
+    assert float(weights[1][0]) <= float(weights[0][0]) + 1e-12
+    assert weights[0][1] == pytest.approx(1.0)
+    assert weights[1][1] == pytest.approx(1.0)
+
+
+def test_a_clipped_weight_leaves_every_token_its_gradient() -> None:
+    ratio, advantages = tensor([0.1, 1.0, 9.0, 9.0]), tensor([1.0, -1.0, 1.0, -1.0])
+    logprobs = tensor([-1.0] * 4).requires_grad_()
+    SURROGATES["clipped_weight"](ratio, logprobs, advantages, Bounds(1.0, 4.0)).sum().backward()
+    assert logprobs.grad is not None
+    assert (-logprobs.grad).tolist() == [0.1, -1.0, 5.0, -5.0]
+    low, high = CUTS["clipped_weight"](ratio, advantages, Bounds(1.0, 4.0))
+    assert (low.tolist(), high.tolist()) == ([False] * 4, [False, False, True, True])
 
 
 @CASES
@@ -72,42 +176,166 @@ def test_clip_stops_the_gradient_only_where_it_would_go_too_far(ratio: float, ad
 def test_kl_estimators(pairs: list[tuple[float, float]]) -> None:
     new, reference = np.asarray(pairs).T
     r = np.exp(reference) / np.exp(new)
-    np.testing.assert_allclose(KL_ESTIMATORS["k1"](tensor(new), tensor(reference)), -np.log(r), atol=1e-12)
-    np.testing.assert_allclose(KL_ESTIMATORS["k2"](tensor(new), tensor(reference)), np.log(r) ** 2 / 2, atol=1e-12)
-    k3 = KL_ESTIMATORS["k3"](tensor(new), tensor(reference))
-    np.testing.assert_allclose(k3, r - 1 - np.log(r), rtol=1e-9, atol=1e-12)
-    assert bool((k3 >= 0).all())
+    expected = {"k1": -np.log(r), "k2": np.log(r) ** 2 / 2, "k3": r - 1 - np.log(r), "abs": abs(np.log(r))}
+    assert set(expected) == set(KL_ESTIMATORS)
+    for name, values in expected.items():
+        ours = KL_ESTIMATORS[name](tensor(new), tensor(reference))
+        np.testing.assert_allclose(ours, values, rtol=1e-9, atol=1e-12)
+        assert name == "k1" or bool((ours >= 0).all())
+
+
+def two_distributions() -> tuple[Tensor, Tensor]:
+    generator = np.random.default_rng(0)
+    logits, reference = (tensor(generator.normal(size=7)) for _ in range(2))
+    return logits, reference.log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
 def test_kl_estimators_are_unbiased(name: str) -> None:
-    generator = np.random.default_rng(0)
-    p, q = (x / x.sum() for x in generator.random((2, 7)) + 0.1)
-    values = KL_ESTIMATORS[name](tensor(np.log(p)), tensor(np.log(q))).numpy()
-    np.testing.assert_allclose((p * values).sum(), (p * np.log(p / q)).sum(), rtol=1e-12)
+    logits, reference = two_distributions()
+    logprobs = logits.log_softmax(-1)
+    value = (logprobs.exp() * KL_ESTIMATORS[name](logprobs, reference)).sum()
+    torch.testing.assert_close(value, (logprobs.exp() * (logprobs - reference)).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "weighted", "right"),
+    [("k1", False, False), ("k2", False, True), ("k3", False, False), ("k1", True, True), ("k3", True, True)],
+)
+def test_which_estimators_have_the_gradient_of_the_kl(name: str, weighted: bool, right: bool) -> None:
+    """The expected gradient over all tokens against the KL's own: the claim of DeepSeek-V3.2, equation 7."""
+    logits, reference = two_distributions()
+    leaf = logits.clone().requires_grad_()
+    logprobs = leaf.log_softmax(-1)
+    (logprobs.exp() * (logprobs - reference)).sum().backward()
+    assert leaf.grad is not None
+    expected, leaf.grad = leaf.grad, None
+    logprobs = leaf.log_softmax(-1)
+    ratio = (logprobs - logprobs.detach()).exp() if weighted else 1.0
+    (logprobs.detach().exp() * ratio * KL_ESTIMATORS[name](logprobs, reference)).sum().backward()
+    assert torch.allclose(leaf.grad, expected, rtol=1e-9, atol=1e-12) == right
 
 
 @CASES
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 2**31))
-def test_aggregations(lengths: list[int], seed: int) -> None:
-    losses = [np.random.default_rng(seed).normal(size=length) for length in lengths]
-    longest = 50
+@given(sequence_lengths, st.integers(0, 2**31), st.floats(0, 0.9), st.floats(1.0, 5.0))
+def test_mismatch_corrections(lengths: list[int], seed: int, low: float, high: float) -> None:
+    gaps, packed = drawn(lengths, seed, 0.7)
+
+    def of_sequences(value: object) -> np.ndarray:
+        return np.concatenate([[value(np.exp(gap))] * len(gap) for gap in gaps])  # type: ignore[operator]
+
+    token, whole = np.exp(np.concatenate(gaps)), of_sequences(np.prod)
+    geometric = of_sequences(lambda ratios: np.exp(np.log(ratios).mean()))
+    inside = of_sequences(lambda ratios: ((ratios >= low) & (ratios <= high)).all())
     expected = {
-        "sequence_mean": np.mean([loss.mean() for loss in losses]),
-        "token_mean": np.concatenate(losses).mean(),
-        "max_tokens_mean": sum(loss.sum() for loss in losses) / (len(losses) * longest),
+        "token_truncate": np.clip(token, low, high),
+        "sequence_truncate": np.clip(whole, low, high),
+        "token_mask": np.where((token >= low) & (token <= high), token, 0),
+        "sequence_mask": np.where((whole >= low) & (whole <= high), whole, 0),
+        "geometric_mask": (geometric >= low) & (geometric <= high),
+        "reject": inside,
     }
+    raw = {"token_truncate": token, "sequence_truncate": whole, "token_mask": token, "sequence_mask": whole}
+    assert set(expected) == set(MISMATCHES)
+    for name, values in expected.items():
+        weights, cut = MISMATCHES[name](packed, ids_of(lengths), low, high)
+        np.testing.assert_allclose(weights, values, rtol=1e-9, err_msg=name)
+        np.testing.assert_array_equal(cut, ~np.isclose(values, raw.get(name, 1.0), rtol=1e-12))
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_an_engine_that_agrees_needs_no_correction(name: str) -> None:
+    weights, cut = MISMATCHES[name](torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), 0.5, 2.0)
+    assert weights.tolist() == [1.0] * 5
+    assert not cut.any()
+
+
+@CASES
+@given(sequence_lengths, st.integers(0, 2**31), st.floats(0.01, 1.0))
+def test_off_policy_sequences(lengths: list[int], seed: int, delta: float) -> None:
+    """DeepSeek-V3.2, equation 9."""
+    (new, packed_new), (rollout, packed_rollout) = drawn(lengths, seed), drawn(lengths, seed + 1)
+    (advantages, packed_advantages) = drawn(lengths, seed + 2)
+    expected = [
+        not (a < 0 and np.mean(r - n) > delta)
+        for n, r, values in zip(new, rollout, advantages, strict=True)
+        for a in values
+    ]
+    kept = on_policy_enough(packed_new, packed_rollout, packed_advantages, ids_of(lengths), delta)
+    assert kept.tolist() == expected
+
+
+@CASES
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_most_uncertain_tokens(entropies: list[list[float]]) -> None:
+    """Also where entropies are equal, and whatever stands in the batch beside a sequence."""
+    for share in (0.01, 0.2, 0.5, 1.0):
+        together = most_uncertain(tensor(sum(entropies, [])), ids_of([len(part) for part in entropies]), share)
+        expected: list[bool] = []
+        for part in entropies:
+            count = max(1, int(np.ceil(round(share * len(part), 6))))
+            chosen = sorted(range(len(part)), key=lambda t: (-part[t], t))[:count]  # noqa: B023
+            expected += [t in chosen for t in range(len(part))]
+        assert together.tolist() == expected
+
+
+@CASES
+@given(st.lists(st.lists(st.integers(0, 50), max_size=4), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_aggregations(lengths: list[list[int]], seed: int) -> None:
+    """Empty sequences, empty groups and empty updates included."""
+    draw = np.random.default_rng(seed)
+    losses = [[draw.normal(size=n) for n in group] for group in lengths]
+    filled = [loss for group in losses for loss in group if len(loss)]
+    groups = [np.concatenate(group) for group in losses if sum(map(len, group))]
+    nothing = {name: 0.0 for name in AGGREGATIONS}
+    expected = nothing if not filled else {
+        "sequence_mean": np.mean([loss.mean() for loss in filled]),
+        "sequence_sum": np.mean([loss.sum() for loss in filled]),
+        "token_mean": np.concatenate(filled).mean(),
+        "prompt_mean": np.mean([group.mean() for group in groups]),
+        "max_tokens_mean": sum(loss.sum() for loss in filled) / (len(filled) * 50),
+    }  # fmt: skip
     assert set(expected) == set(AGGREGATIONS)
     for name, value in expected.items():
-        weights = AGGREGATIONS[name](lengths, longest)
-        total = sum(weight * loss.sum() for weight, loss in zip(weights, losses, strict=True))
-        np.testing.assert_allclose(total, value, rtol=1e-9, atol=1e-12)
+        weights = AGGREGATIONS[name](lengths, 50)
+        pairs = (
+            (w, loss) for row, part in zip(weights, losses, strict=True) for w, loss in zip(row, part, strict=True)
+        )
+        np.testing.assert_allclose(sum(w * loss.sum() for w, loss in pairs), value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [-80.0, 80.0, -1e4, 1e4])
+def test_ratios_beyond_all_bounds_stay_finite(gap: float) -> None:
+    """e^80 and more, in float32: values and gradients, of every cell that has an exponential."""
+    old, ids = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0, 0, 1])
+    new = (old + gap).requires_grad_()
+    for ratio in RATIOS.values():
+        for surrogate in SURROGATES.values():
+            for advantages in (torch.ones(3), -torch.ones(3), torch.zeros(3)):
+                for limits in (LIMITS, Bounds(1.0, 1e9), Bounds(0.2, 0.2, 3.0)):
+                    loss = surrogate(ratio(new, old, ids), new, advantages, limits).sum()
+                    (gradient,) = torch.autograd.grad(loss, new, allow_unused=True)
+                    assert loss.isfinite()
+                    assert gradient.isfinite().all()
+    for estimator in KL_ESTIMATORS.values():
+        value = (RATIOS["token"](new, old, ids) * estimator(new, old)).sum()
+        assert value.isfinite()
+        assert torch.autograd.grad(value, new)[0].isfinite().all()
+    for correct in MISMATCHES.values():
+        assert correct(new.detach() - old, ids, 0.0, 2.0).weights.isfinite().all()
+    assert float(RATIOS["token"](new.detach(), old, ids).max()) <= np.exp(LOG_LIMIT) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_resolve(name: str) -> None:
     algorithm = resolve(name)
     assert all(getattr(algorithm, cell) == value for cell, value in PRESETS[name].items())
+    assert "arXiv" in PAPERS[name]
+
+
+def test_every_row_has_a_paper_and_is_a_row_of_its_own() -> None:
+    assert list(PAPERS) == list(PRESETS)
+    assert len({resolve(name).model_dump_json() for name in PRESETS}) == len(PRESETS)
 
 
 def test_grpo_is_the_papers_row() -> None:
@@ -129,6 +357,11 @@ def test_cells_are_overridable() -> None:
         ("grpo", {"kl": "k4"}, "k1, k2, k3"),
         ("grpo", {"beta": -1}, "beta"),
         ("grpo", {"tis_cap": 0}, "tis_cap"),
+        ("grpo", {"tis_floor": 2.0}, "tis_floor is 2, but must be below"),
+        ("grpo", {"dual_clip": 1.1}, "dual_clip is 1.1, but must be above"),
+        ("grpo", {"positive_weight": 0, "negative_weight": 0}, "nothing is left to learn from"),
+        ("grpo", {"entropy_share": 0}, "entropy_share"),
+        ("gspo", {"ratio": "seqence"}, "sequence, sequence_token"),
     ],
 )
 def test_mistakes_are_named(name: str, overrides: dict[str, object], message: str) -> None:

@@ -71,11 +71,31 @@ def test_values_and_gradients_equal_float64(
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance * float(theirs.abs().max()), rtol=0.0)
 
 
-def test_entropy_is_a_metric_without_gradient() -> None:
-    head, states, targets = make(5)
-    _, entropy = head(states, targets, 1.0, True)
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("share", [1.0, 0.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_the_gradient_of_the_entropy(
+    temperature: float, softcap: float | None, share: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    """With a share of the log-probs' gradient, and alone."""
+    head, states, targets = make(9, dtype=dtype, softcap=softcap)
+    upstream = torch.linspace(-1.0, 2.0, 9)
+    logprobs, entropy = head(states, targets, temperature, entropy=True)
+    expected, expected_entropy, wide_states, wide_weight = reference(head, states, targets, temperature)
     assert entropy is not None
-    assert not entropy.requires_grad
+    parts = [(entropy * upstream.flip(0)).sum(), *([(logprobs * upstream).sum()] if share else [])]
+    torch.stack(parts).sum().backward()
+    ((expected_entropy * upstream.flip(0)).sum() + share * (expected * upstream).sum()).backward()
+    for ours, theirs in ((states.grad, wide_states.grad), (head.weight.grad, wide_weight.grad)):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * float(theirs.abs().max()), rtol=0.0)
+
+
+def test_an_entropy_that_nobody_asked_for_is_none() -> None:
+    head, states, targets = make(5)
     assert head(states, targets)[1] is None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmquest_rl.algorithms.presets import PAPERS, PRESETS
 from trainer.cli import main
 from trainer.config_load import ConfigError
 
@@ -54,6 +55,16 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text("# A tiny recipe\n" + yaml.safe_dump(values))
     return path
+
+
+def test_algorithms_lists_every_row_with_its_paper(run: RunCommand) -> None:
+    result = run("algorithms")
+    assert result.code == 0
+    lines = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
+    assert list(lines) == ["name", *PRESETS]
+    for name, paper in PAPERS.items():
+        assert paper in lines[name]
+    assert "clip 0.2 / 0.28" in lines["dapo"] and "soft_overlong" in lines["dapo"]
 
 
 def test_configs_lists_every_recipe_with_what_it_shows(run: RunCommand) -> None:

@@ -192,12 +192,21 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         load_config(tmp_path / "quikstart.yaml")
 
 
+ONE_SAMPLE = {"prompts_per_step": 1, "samples_per_prompt": 1}
+WHITENED: dict[str, Any] = {**RL, "algorithm": {"name": "reinforce_pp"}}
 BROKEN = [
     (RL, "data.task", None, "data.task"),
     (SUPERVISED, "data.dataset", None, "data.dataset"),
     (RL, "rewards", [], "rewards"),
     (RL, "rewards", [{"name": "exact_number"}, {"name": "exact_number"}], "rewards"),
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
+    (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
+    (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
+    (changed(RL, "algorithm.name", "rloo"), "batch.updates_per_step", 2, "algorithm.surrogate"),
+    (changed(RL, "algorithm.name", "opo"), "batch.passes_per_step", 2, "algorithm.surrogate"),
+    (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
+    (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
+    (RL, "algorithm.reference_every", 4, "algorithm.reference_every"),
     (RL, "batch.updates_per_step", 3, "batch.updates_per_step"),
     (SUPERVISED, "batch.updates_per_step", 5, "batch.updates_per_step"),
     (RL, "batch.tokens_per_microbatch", 700, "batch.tokens_per_microbatch"),

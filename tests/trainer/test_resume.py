@@ -41,9 +41,13 @@ def resumed_at_every_step(runs: Runs, interrupt_at: Callable[[int], None], *over
     return folder
 
 
-def test_rollouts_resumed_at_every_step_change_nothing(runs: Runs, interrupt_at: Callable[[int], None]) -> None:
-    expected = runs.train(*HARD, "checkpoint.every=0")
-    stopped = resumed_at_every_step(runs, interrupt_at, *HARD, "checkpoint.every=0")
+@pytest.mark.parametrize("reference_every", ["null", "2"])
+def test_rollouts_resumed_at_every_step_change_nothing(
+    reference_every: str, runs: Runs, interrupt_at: Callable[[int], None]
+) -> None:
+    options = (*HARD, f"algorithm.reference_every={reference_every}", "checkpoint.every=0")
+    expected = runs.train(*options)
+    stopped = resumed_at_every_step(runs, interrupt_at, *options)
     assert_equal_runs(stopped, expected, 3)
     assert max(row["policy/kl"] for row in rows(expected)) > 0
     assert saved(expected, 3)["weights"] != saved(stopped, 2)["weights"], "training changes the weights"

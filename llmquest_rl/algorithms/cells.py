@@ -1,0 +1,121 @@
+"""The cells of a policy-gradient algorithm: which function each of them names, and the numbers that they take."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from llmquest_rl.algorithms.advantages import ADVANTAGES
+from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS
+from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
+from llmquest_rl.algorithms.mismatch import MISMATCHES
+from llmquest_rl.algorithms.normalization import NORMALIZATIONS
+from llmquest_rl.algorithms.ratios import RATIOS
+from llmquest_rl.algorithms.surrogates import SURROGATES, Bounds
+from llmquest_rl.options import Options
+
+
+def _known(table: Mapping[str, object]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"there is no {name!r}; there are: {', '.join(table)}")
+        return name
+
+    return check
+
+
+class Algorithm(Options):
+    """One row: the cells of a policy-gradient algorithm."""
+
+    advantage: Annotated[str, AfterValidator(_known(ADVANTAGES))] = "group_mean_std"
+    """How a sample is compared with its group: `group_mean_std`, `group_mean`, `leave_one_out`, `length_weighted_mean`,
+    `pass_at_k`; `reward` does not compare."""
+    pass_k: PositiveInt = 4
+    """The k of `pass_at_k`: fewer than the samples of a group."""
+    normalization: Annotated[str, AfterValidator(_known(NORMALIZATIONS))] = "none"
+    """What is done to the advantages of a whole step: `none`, `whiten` (mean 0 and deviation 1 over its tokens),
+    `batch_std` (in units of the deviation of its rewards), `valid_groups` (made up for groups of equal rewards)."""
+    advantage_limit: PositiveFloat | None = None
+    """Advantages are cut at +- this, last of all; null = not."""
+    positive_weight: NonNegativeFloat = 1.0
+    """Multiplies advantages above 0 (0.1 with `reward` and rewards of +-1: W-REINFORCE, arXiv 2506.01347)."""
+    negative_weight: NonNegativeFloat = 1.0
+    """Multiplies advantages below 0."""
+    length_penalty: Annotated[str, AfterValidator(_known(LENGTH_PENALTIES))] = "none"
+    """What a completion's length adds to its reward before the comparison: `none`, `soft_overlong` (DAPO), `relative`
+    to the group's (Kimi k1.5)."""
+    length_weight: NonNegativeFloat = 1.0
+    """Multiplies it; rewards of DAPO are +-1, so halve it for rewards of 0 and 1."""
+    overlong_buffer: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """`soft_overlong`: the last share of `rollout.sampling.max_tokens`, in which the penalty grows from 0 to 1."""
+    overlong_filter: bool = False
+    """Completions that were cut at the token limit count in the group's baseline, and are left out of the loss."""
+    ratio: Annotated[str, AfterValidator(_known(RATIOS))] = "token"
+    """Importance ratio of the current to the old policy: `token`, `sequence` (geometric mean), `sequence_token` (its
+    value, each token's gradient), `sequence_product`."""
+    surrogate: Annotated[str, AfterValidator(_known(SURROGATES))] = "clip"
+    """What is minimised for each token: `clip`, `soft_gate`, `clipped_weight`; `log_prob` takes no ratio."""
+    clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """The ratio counts down to 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere)."""
+    clip_high: NonNegativeFloat = 0.2
+    """The ratio counts up to 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere)."""
+    dual_clip: PositiveFloat | None = None
+    """`clip`: the ratio counts up to this where the advantage is negative; above 1 + clip_high. null = no limit."""
+    tau_positive: PositiveFloat = 1.0
+    """`soft_gate`: how fast the gate closes where the advantage is positive."""
+    tau_negative: PositiveFloat = 1.05
+    """`soft_gate`: the same elsewhere."""
+    aggregation: Annotated[str, AfterValidator(_known(AGGREGATIONS))] = "sequence_mean"
+    """How token losses become one: `sequence_mean`, `sequence_sum`, `token_mean`, `prompt_mean`, `max_tokens_mean`."""
+    kl: Annotated[str, AfterValidator(_known(KL_ESTIMATORS))] = "k3"
+    """Estimator of the KL to the reference model: `k3`, `k2`, `k1`, `abs`."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where it counts: a term of the loss, or what is taken off the advantage: the sum of it from a token to the end,
+    without gradient and after the group comparison."""
+    kl_unbiased: bool = False
+    """In the loss: weighted with the token's ratio, so that its gradient is the KL's (DeepSeek-V3.2, arXiv 2512.02556,
+    equation 7)."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of that KL; 0 = none, and no reference model is held."""
+    reference_every: PositiveInt | None = None
+    """Steps after which the reference becomes the current model, again and again (DeepSeekMath, algorithm 1); null =
+    it stays the initial one."""
+    entropy_bonus: NonNegativeFloat = 0.0
+    """Weight of the policy's entropy, which is taken off the loss with the same weights of tokens."""
+    entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The policy loss of the rest is left out: this share of each completion's tokens, those of largest entropy, stays
+    (0.2: arXiv 2506.01939)."""
+    off_policy_delta: PositiveFloat | None = None
+    """Completions whose mean log(pi_engine / pi) is above this are left out where their advantage is negative
+    (DeepSeek-V3.2, arXiv 2512.02556, equation 9); null = none."""
+    mismatch: Annotated[str, AfterValidator(_known(MISMATCHES))] = "token_truncate"
+    """Correction for the engine's rounding, a factor of each token's policy loss made of pi_old / pi_engine, both
+    before the step: `token_truncate`, `sequence_truncate`, `token_mask`, `sequence_mask`, `geometric_mask`,
+    `reject`."""
+    tis_floor: NonNegativeFloat = 0.0
+    """Its lower bound."""
+    tis_cap: PositiveFloat | None = 2.0
+    """Its upper bound; null = no correction (the gap is logged all the same)."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"dual_clip is {self.dual_clip:g}, but must be above 1 + clip_high = {1 + self.clip_high:g}"
+            )
+        if self.tis_cap is not None and self.tis_floor >= self.tis_cap:
+            raise ValueError(f"tis_floor is {self.tis_floor:g}, but must be below tis_cap = {self.tis_cap:g}")
+        if self.positive_weight == self.negative_weight == 0:
+            raise ValueError("positive_weight and negative_weight are both 0: nothing is left to learn from")
+        return self
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the surrogate needs."""
+        return Bounds(self.clip_low, self.clip_high, self.dual_clip, self.tau_positive, self.tau_negative)
+
+    @property
+    def needs_advantage(self) -> bool:
+        """Whether a group without any advantage has no gradient."""
+        return self.beta == 0 and self.entropy_bonus == 0

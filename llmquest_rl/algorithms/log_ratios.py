@@ -1,0 +1,40 @@
+"""Arithmetic of log-ratios of probabilities: exponentials that stay finite, and sums over the tokens of a sequence.
+
+Shapes: everything is [targets]; `sequence_ids` are those of a packed batch, where the targets of a sequence stand
+together and in their order. What belongs to a sequence is given to each of its targets.
+"""
+
+import torch
+from torch import Tensor
+
+LOG_LIMIT = 20.0
+"""Log-ratios count up to +-20: e^20 is 4.9e8, beyond any bound of a surrogate, and the product of three is finite in
+float32. Outside, the gradient is 0."""
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio cut at +-LOG_LIMIT."""
+    return log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+
+
+def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum over the targets of each sequence."""
+    return _totals(values, sequence_ids)[sequence_ids]
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean over the targets of each sequence."""
+    return sequence_sum(values, sequence_ids) / sequence_sum(torch.ones_like(values), sequence_ids)
+
+
+def sum_to_end(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum over a target and those after it in its sequence."""
+    wide = values.double()  # one running sum over the batch: float32 would lose the small terms
+    ends = _totals(wide, sequence_ids).cumsum(0)[sequence_ids]
+    return (ends - wide.cumsum(0) + wide).to(values.dtype)
+
+
+def _totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """[sequences]"""
+    sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+    return values.new_zeros(sequences).index_add(0, sequence_ids, values)

@@ -1,0 +1,36 @@
+"""Tokens that the policy loss leaves out. Shapes are [targets]; masks are True where a token is kept."""
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.algorithms.log_ratios import sequence_mean, sequence_sum
+
+ROUNDING = 1e-4
+"""So that a share of a length which is a whole number in decimals is one in binary."""
+
+
+def on_policy_enough(
+    logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, sequence_ids: Tensor, delta: float
+) -> Tensor:
+    """Not kept: A < 0 in a sequence whose mean log(pi_rollout / pi) is above delta (DeepSeek-V3.2, arXiv 2512.02556,
+    equation 9). Its mistakes are no longer the policy's own: unlearning them can make it unstable."""
+    divergence = sequence_mean(rollout_logprobs - logprobs.detach(), sequence_ids)
+    return (advantages >= 0) | (divergence <= delta)
+
+
+def most_uncertain(entropies: Tensor, sequence_ids: Tensor, share: float) -> Tensor:
+    """The `share` of each sequence's tokens with the largest entropy, at least one (arXiv 2506.01939).
+
+    The paper takes the quantile over a microbatch. Here it is that of each sequence, so that the result does not depend
+    on what else is in the batch. Of equal entropies the earlier token counts as the larger.
+    """
+    largest = entropies.argsort(descending=True, stable=True)
+    order = largest[sequence_ids[largest].argsort(stable=True)]
+    lengths = sequence_sum(torch.ones_like(entropies), sequence_ids)
+    place = torch.arange(len(order), device=order.device)
+    starts = torch.zeros_like(place)
+    changes = torch.ones_like(order, dtype=torch.bool)
+    changes[1:] = sequence_ids[order][1:] != sequence_ids[order][:-1]
+    starts[changes] = place[changes]
+    rank = torch.empty_like(order).scatter(0, order, place - starts.cummax(0).values)
+    return rank < (share * lengths - ROUNDING).ceil().clamp(min=1)

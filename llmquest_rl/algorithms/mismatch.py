@@ -1,0 +1,85 @@
+"""Corrections for an engine whose log-probs differ from the learner's for the same weights.
+
+Each function takes log(pi_old / pi_engine) of what was sampled [targets], the sequence of each target [targets] and two
+bounds of a ratio; it gives the factor of each token's policy loss [targets] and which of them were cut [targets].
+Bounds are inside: a ratio that equals one is kept.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
+
+
+class Correction(NamedTuple):
+    """What multiplies the policy loss."""
+
+    weights: Tensor
+    cut: Tensor
+    """Bool: tokens whose weight is not the ratio itself."""
+
+
+def token_truncate(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """The token's ratio, cut at the bounds (TIS: F. Yao et al., "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training", 2025)."""
+    return _truncate(bounded_exp(log_gap), low, high)
+
+
+def sequence_truncate(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """The sequence's ratio, cut at the bounds (sequence TIS: J. Liu et al., "When Speed Kills Stability", 2025)."""
+    return _truncate(bounded_exp(sequence_sum(log_gap, sequence_ids)), low, high)
+
+
+def token_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """The token's ratio, and 0 outside the bounds (IcePop, in arXiv 2510.18855; its band is [0.5, 5])."""
+    return _mask(bounded_exp(log_gap), low, high)
+
+
+def sequence_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """The sequence's ratio, and 0 outside the bounds (sequence MIS: J. Liu et al., 2025)."""
+    return _mask(bounded_exp(sequence_sum(log_gap, sequence_ids)), low, high)
+
+
+def geometric_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """1, and 0 for sequences whose mean log-ratio is outside the bounds' logs: no bias against long ones.
+
+    Geometric sequence masking: Y. Li and J. Liu, "Trust Region Optimization via Sequence Masking", 2025. It is the
+    ratio of a mean token, so bounds are close to 1.
+    """
+    return _keep(_inside(bounded_exp(sequence_mean(log_gap, sequence_ids)), low, high))
+
+
+def reject(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
+    """1, and 0 for the whole sequence if the ratio of any of its tokens is outside the bounds (arXiv 2512.23075, its
+    criterion of the largest gap)."""
+    outside = (~_inside(bounded_exp(log_gap), low, high)).to(log_gap.dtype)
+    return _keep(sequence_sum(outside, sequence_ids) == 0)
+
+
+def _inside(ratio: Tensor, low: float, high: float) -> Tensor:
+    return (ratio >= low) & (ratio <= high)
+
+
+def _truncate(ratio: Tensor, low: float, high: float) -> Correction:
+    return Correction(ratio.clamp(low, high), ~_inside(ratio, low, high))
+
+
+def _mask(ratio: Tensor, low: float, high: float) -> Correction:
+    inside = _inside(ratio, low, high)
+    return Correction(ratio.where(inside, 0.0), ~inside)
+
+
+def _keep(kept: Tensor) -> Correction:
+    return Correction(kept.float(), ~kept)
+
+
+MISMATCHES: dict[str, Callable[[Tensor, Tensor, float, float], Correction]] = {
+    "token_truncate": token_truncate,
+    "sequence_truncate": sequence_truncate,
+    "token_mask": token_mask,
+    "sequence_mask": sequence_mask,
+    "geometric_mask": geometric_mask,
+    "reject": reject,
+}

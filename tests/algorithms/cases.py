@@ -1,0 +1,120 @@
+"""Random groups and random rows for the property tests."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS
+from llmquest_rl.algorithms.mismatch import MISMATCHES
+from llmquest_rl.algorithms.presets import PRESETS, Algorithm
+from llmquest_rl.algorithms.ratios import RATIOS
+from llmquest_rl.algorithms.surrogates import SURROGATES
+from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.objectives.policy import Policy
+
+MAX_TOKENS = 9
+PER_TARGET = ("new", "old_logprobs", "ref_logprobs", "entropies")
+
+rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "ratio": st.sampled_from(sorted(RATIOS)),
+        "surrogate": st.sampled_from(sorted(SURROGATES)),
+        "clip_low": st.sampled_from([0.0, 3e-4, 0.2, 1.0]),
+        "clip_high": st.sampled_from([0.0, 4e-4, 0.28, 4.0]),
+        "dual_clip": st.sampled_from([None, 6.0]),
+        "tau_positive": st.floats(0.2, 3.0),
+        "tau_negative": st.floats(0.2, 3.0),
+        "aggregation": st.sampled_from(sorted(AGGREGATIONS)),
+        "kl": st.sampled_from(sorted(KL_ESTIMATORS)),
+        "kl_in": st.sampled_from(["loss", "reward"]),
+        "kl_unbiased": st.booleans(),
+        "beta": st.sampled_from([0.0, 0.04, 0.5]),
+        "entropy_bonus": st.sampled_from([0.0, 0.01]),
+        "entropy_share": st.sampled_from([0.2, 0.5, 1.0]),
+        "off_policy_delta": st.sampled_from([None, 0.05]),
+        "mismatch": st.sampled_from(sorted(MISMATCHES)),
+        "tis_floor": st.sampled_from([0.0, 0.5]),
+        "tis_cap": st.sampled_from([None, 1.2, 5.0]),
+    }
+)
+"""Any combination of the cells that the loss is made of."""
+
+
+class Case(NamedTuple):
+    """Atoms with their streams, and what a model would say about their targets [targets]."""
+
+    atoms: list[Atom]
+    new: Tensor
+    old: Tensor
+    reference: Tensor
+    entropies: Tensor
+
+
+def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[int, int] = (1, MAX_TOKENS)) -> Case:
+    """Random groups; advantages differ from token to token, as a row may make them. `spread`: of the log-ratios.
+
+    All values are float32 numbers, so that streams hold them exactly.
+    """
+    draw = np.random.default_rng(seed)
+    atoms, logprobs = [], []
+    for _ in range(groups):
+        sizes = draw.integers(lengths[0], lengths[1] + 1, draw.integers(1, 4))
+        base = [draw.normal(-2, 1, n) for n in sizes]
+        noisy = {name: [exact(b + draw.normal(0, spread, len(b))) for b in base] for name in PER_TARGET}
+        streams = {
+            "advantages": [exact(draw.normal(size=1) + 0.1 * draw.normal(size=n)) for n in sizes],
+            "rollout_logprobs": [exact(b + draw.normal(0, spread, len(b))) for b in base],
+        }
+        atoms.append(Atom(draw.integers(0, 9, 3).tolist(), [[1] * int(n) for n in sizes], streams))
+        logprobs += [noisy]
+    new, old, reference, entropies = (
+        torch.tensor([x for noisy in logprobs for values in noisy[name] for x in values], dtype=torch.float64)
+        for name in PER_TARGET
+    )
+    return Case(atoms, new, old, reference, entropies.abs())
+
+
+def exact(values: Any) -> list[float]:
+    """The nearest float32 numbers."""
+    return [float(value) for value in np.asarray(values, dtype=np.float32)]
+
+
+def batch_of(policy: Policy, case: Case, old: bool = True) -> TokenBatch:
+    """One packed batch with all streams in float64, weighed."""
+    batch = collate(policy.weigh(case.atoms))
+    streams = {name: stream.double() for name, stream in batch.streams.items()}
+    # Weights come out of `weigh` in float64, and of `collate` in float32.
+    streams["weights"] = torch.tensor(
+        [w for atom in policy.weigh(case.atoms) for row in atom.streams["weights"] for w in row], dtype=torch.float64
+    )
+    streams["ref_logprobs"] = case.reference
+    if old:
+        streams["old_logprobs"] = case.old
+    return replace(batch, streams=streams)
+
+
+def total(policy: Policy, batch: TokenBatch, new: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor, Tensor, Metrics]:
+    """Loss, its gradient in the log-probs and in the entropies, metrics."""
+    leaf, entropy_leaf = new.clone().requires_grad_(), entropies.clone().requires_grad_()
+    losses, metrics = policy.token_losses(leaf, batch, entropy_leaf)
+    value = (batch.streams["weights"] * losses).sum()
+    if value.requires_grad:
+        value.backward()
+    grads = (torch.zeros_like(new) if x.grad is None else x.grad for x in (leaf, entropy_leaf))
+    return value.detach(), *grads, metrics
+
+
+def all_rows() -> list[str]:
+    """Names of all presets."""
+    return sorted(PRESETS)
+
+
+def policy(algorithm: Algorithm) -> Policy:
+    """The objective of a row at temperature 1."""
+    return Policy(algorithm, 1.0, MAX_TOKENS)

@@ -1,0 +1,159 @@
+"""The whole policy loss in NumPy float64, as loops over sequences and tokens, written from the papers' equations.
+
+Wherever an equation stops the gradient, `fixed` log-probs are used instead of `new` ones, so that central differences
+in `new` are the gradient.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.batch import Atom
+
+Vector = NDArray[np.float64]
+
+
+@dataclass
+class Sequence:
+    """One completion: everything [tokens]."""
+
+    new: Vector
+    fixed: Vector
+    old: Vector
+    rollout: Vector
+    reference: Vector
+    advantages: Vector
+    entropies: Vector
+
+
+def loss(groups: list[list[Sequence]], algorithm: Algorithm, max_tokens: int) -> float:
+    """Sum over all tokens of weight x loss."""
+    lengths = [[len(sequence.new) for sequence in group] for group in groups]
+    weights = token_weights(lengths, algorithm.aggregation, max_tokens)
+    total = 0.0
+    for group, group_weights in zip(groups, weights, strict=True):
+        for sequence, weight in zip(group, group_weights, strict=True):
+            total += weight * sum(sequence_terms(sequence, algorithm))
+    return total
+
+
+def token_weights(lengths: list[list[int]], aggregation: str, max_tokens: int) -> list[list[float]]:
+    """What one token of each sequence weighs."""
+    flat = [n for group in lengths for n in group]
+    return {
+        "sequence_mean": [[1 / (n * len(flat)) for n in group] for group in lengths],
+        "sequence_sum": [[1 / len(flat) for _ in group] for group in lengths],
+        "token_mean": [[1 / sum(flat) for _ in group] for group in lengths],
+        "prompt_mean": [[1 / (sum(group) * len(lengths)) for _ in group] for group in lengths],
+        "max_tokens_mean": [[1 / (len(flat) * max_tokens) for _ in group] for group in lengths],
+    }[aggregation]
+
+
+def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
+    """The loss of each token."""
+    advantages = [float(a) for a in s.advantages]
+    if algorithm.beta > 0 and algorithm.kl_in == "reward":
+        for t in range(len(advantages)):
+            to_end = sum(kl(algorithm.kl, s.old[j], s.reference[j]) for j in range(t, len(advantages)))
+            advantages[t] -= algorithm.beta * to_end
+    factors = correction(s, algorithm)
+    uncertain = most_uncertain(s.entropies, algorithm.entropy_share)
+    terms = []
+    for t, advantage in enumerate(advantages):
+        value = surrogate(ratio(s, t, algorithm.ratio), s, t, advantage, algorithm) * factors[t]
+        too_far = algorithm.off_policy_delta is not None and np.mean(s.rollout - s.fixed) > algorithm.off_policy_delta
+        if (too_far and advantage < 0) or t not in uncertain:
+            value = 0.0
+        if algorithm.beta > 0 and algorithm.kl_in == "loss":
+            weight = np.exp(s.new[t]) / np.exp(s.old[t]) if algorithm.kl_unbiased else 1.0
+            value += algorithm.beta * weight * kl(algorithm.kl, s.new[t], s.reference[t])
+        terms.append(value - algorithm.entropy_bonus * s.entropies[t])
+    return terms
+
+
+def ratio(s: Sequence, t: int, name: str) -> float:
+    """r of token t."""
+    n = len(s.new)
+    if name == "token":
+        return float(np.exp(s.new[t]) / np.exp(s.old[t]))
+    if name == "sequence":
+        return float(np.prod(np.exp(s.new) / np.exp(s.old)) ** (1 / n))
+    if name == "sequence_token":
+        value = np.prod(np.exp(s.fixed) / np.exp(s.old)) ** (1 / n)
+        return float(value * np.exp(s.new[t]) / np.exp(s.fixed[t]))
+    return float(np.prod(np.exp(s.new) / np.exp(s.old)))
+
+
+def surrogate(r: float, s: Sequence, t: int, advantage: float, algorithm: Algorithm) -> float:
+    """By cases: a gain stops counting above the upper bound, a loss below the lower one."""
+    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
+    if algorithm.surrogate == "clip":
+        if advantage >= 0:
+            return -advantage * min(r, high)
+        top = np.inf if algorithm.dual_clip is None else algorithm.dual_clip
+        return -advantage * min(max(r, low), top)
+    if algorithm.surrogate == "soft_gate":
+        tau = algorithm.tau_positive if advantage > 0 else algorithm.tau_negative
+        return -advantage * 4 / tau / (1 + np.exp(-tau * (r - 1)))
+    if algorithm.surrogate == "clipped_weight":
+        weight = ratio(Sequence(s.fixed, *list(vars(s).values())[1:]), t, algorithm.ratio)
+        return -advantage * min(max(weight, low), high) * s.new[t]
+    return -advantage * s.new[t]
+
+
+def kl(name: str, policy: float, reference: float) -> float:
+    """Schulman's estimators."""
+    r = np.exp(reference) / np.exp(policy)
+    return float({"k1": -np.log(r), "k2": np.log(r) ** 2 / 2, "k3": r - 1 - np.log(r), "abs": abs(np.log(r))}[name])
+
+
+def correction(s: Sequence, algorithm: Algorithm) -> list[float]:
+    """The factor of each token for the engine's rounding."""
+    n, low, high = len(s.old), algorithm.tis_floor, algorithm.tis_cap
+    if high is None:
+        return [1.0] * n
+    tokens = [float(np.exp(a) / np.exp(b)) for a, b in zip(s.old, s.rollout, strict=True)]
+    whole = float(np.prod(tokens))
+    geometric = whole ** (1 / n)
+    inside = [low <= r <= high for r in tokens]
+    return {
+        "token_truncate": [min(max(r, low), high) for r in tokens],
+        "token_mask": [r if kept else 0.0 for r, kept in zip(tokens, inside, strict=True)],
+        "sequence_truncate": [min(max(whole, low), high)] * n,
+        "sequence_mask": [whole if low <= whole <= high else 0.0] * n,
+        "geometric_mask": [float(low <= geometric <= high)] * n,
+        "reject": [float(all(inside))] * n,
+    }[algorithm.mismatch]
+
+
+def most_uncertain(entropies: Vector, share: float) -> set[int]:
+    """Places of the largest entropies, at least one."""
+    count = max(1, int(np.ceil(round(share * len(entropies), 6))))
+    return set(sorted(range(len(entropies)), key=lambda t: (-entropies[t], t))[:count])
+
+
+def sequences(
+    atoms: list[Atom], new: Vector, fixed: Vector, old: Vector, reference: Vector, entropies: Vector
+) -> list[list[Sequence]]:
+    """Packed arrays [targets] cut into the completions of `atoms`, which carry the other streams."""
+    groups, start = [], 0
+    for atom in atoms:
+        group = []
+        for i, completion in enumerate(atom.completions):
+            part = slice(start, start + len(completion))
+            start += len(completion)
+            group.append(
+                Sequence(
+                    new[part],
+                    fixed[part],
+                    old[part],
+                    np.asarray(atom.streams["rollout_logprobs"][i]),
+                    reference[part],
+                    np.asarray(atom.streams["advantages"][i]),
+                    entropies[part],
+                )
+            )
+        groups.append(group)
+    return groups

@@ -1,0 +1,229 @@
+"""What must hold of every row, and of rows beside each other."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmquest_rl.algorithms.presets import Algorithm, resolve
+from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
+
+CASES = settings(max_examples=40, deadline=None)
+PLAIN = {"tis_cap": None, "beta": 0.0}
+every_row = pytest.mark.parametrize("name", all_rows())
+seeds = st.integers(0, 2**31)
+
+
+def with_advantages(case: Case, advantages: list[float]) -> Case:
+    """Sequences of the case in turn get these advantages, the same for all their tokens."""
+    values = itertools.cycle(advantages)
+    atoms = []
+    for atom in case.atoms:
+        rows = [[value] * len(completion) for completion, value in zip(atom.completions, values, strict=False)]
+        atoms.append(atom.with_stream("advantages", rows))
+    return case._replace(atoms=atoms)
+
+
+def value_and_gradient(algorithm: Algorithm, case: Case, old: bool = True) -> tuple[Tensor, Tensor]:
+    row = policy(algorithm)
+    value, gradient, _, _ = total(row, batch_of(row, case, old), case.new, case.entropies)
+    return value, gradient
+
+
+@CASES
+@every_row
+@given(seeds)
+def test_on_policy_the_gradient_is_the_policy_gradient(name: str, seed: int) -> None:
+    """With the ratio at 1, whatever the surrogate. A ratio of sequences spreads a sequence's advantage evenly."""
+    algorithm = resolve(name, PLAIN)
+    case = with_advantages(random_case(seed), [1.0, -0.5, 2.0])
+    row = policy(algorithm)
+    batch = batch_of(row, case, old=False)
+    _, gradient, _, metrics = total(row, batch, case.new, case.entropies)
+    torch.testing.assert_close(gradient, -batch.streams["weights"] * batch.streams["advantages"])
+    floats = metrics.to_floats()
+    assert floats["policy/ratio"] == pytest.approx(1.0)
+    assert floats["policy/approx_kl"] == pytest.approx(0.0)
+    assert floats.get("policy/clip_frac", 0.0) == 0.0
+
+
+@CASES
+@every_row
+@given(seeds, st.booleans())
+def test_zero_advantages_have_no_gradient(name: str, seed: int, old: bool) -> None:
+    case = with_advantages(random_case(seed), [0.0])
+    assert not value_and_gradient(resolve(name, {"beta": 0.0}), case, old)[1].any()
+
+
+def parts_of(case: Case, parts: list[list[int]]) -> list[Case]:
+    """The case as several, each with some of its atoms."""
+    sizes = [sum(map(len, atom.completions)) for atom in case.atoms]
+    pieces = [tensor.split(sizes) for tensor in case[1:]]
+    return [
+        Case([case.atoms[i] for i in part], *(torch.cat([piece[i] for i in part]) for piece in pieces))
+        for part in parts
+    ]
+
+
+def over_parts(
+    algorithm: Algorithm, case: Case, parts: list[list[int]]
+) -> tuple[float, list[Tensor], dict[str, float]]:
+    """Loss, gradients of each atom in its order, and metrics, when microbatches hold `parts` of one update."""
+    row = policy(algorithm)
+    weighed = case._replace(atoms=row.weigh(case.atoms))
+    sizes = [sum(map(len, atom.completions)) for atom in case.atoms]
+    grads: dict[int, Tensor] = {}
+    value, merged = 0.0, None
+    for part, piece in zip(parts, parts_of(weighed, parts), strict=True):
+        batch = batch_of(row, piece)
+        weights = [w for atom in piece.atoms for line in atom.streams["weights"] for w in line]
+        batch.streams["weights"] = torch.tensor(weights, dtype=torch.float64)  # of the whole update
+        loss, gradient, _, metrics = total(row, batch, piece.new, piece.entropies)
+        value += float(loss)
+        grads |= dict(zip(part, gradient.split([sizes[i] for i in part]), strict=True))
+        merged = metrics if merged is None else merged.merge([metrics])
+    assert merged is not None
+    return value, [grads[i] for i in range(len(sizes))], merged.to_floats()
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows, seeds, st.lists(st.integers(0, 3), min_size=5, max_size=5), st.permutations(range(5)))
+def test_microbatches_packing_and_order_change_nothing(
+    cells: dict[str, Any], seed: int, places: list[int], order: list[int]
+) -> None:
+    """Whatever the cells: also those that compare the tokens of a sequence with each other."""
+    case, algorithm = random_case(seed, groups=5), Algorithm(**cells)
+    parts = [[i for i in order if places[i] == place] for place in range(4)]
+    together = over_parts(algorithm, case, [list(range(5))])
+    apart = over_parts(algorithm, case, [part for part in parts if part])
+    assert together[0] == pytest.approx(apart[0], rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(together[1], apart[1], rtol=1e-9, atol=1e-12)
+    assert together[2] == pytest.approx(apart[2], rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, seeds)
+def test_a_prompt_of_its_own_for_each_completion_changes_nothing(cells: dict[str, Any], seed: int) -> None:
+    """Models that cannot share prompts get one atom for each completion, weighed before."""
+    case, algorithm = random_case(seed), Algorithm(**cells)
+    row = policy(algorithm)
+    batch = batch_of(row, case)
+    alone = case._replace(atoms=[part for atom in case.atoms for part in atom.expanded()])
+    expanded = batch_of(row, alone)
+    expanded.streams["weights"] = batch.streams["weights"]
+    shared, separate = (total(row, b, case.new, case.entropies) for b in (batch, expanded))
+    torch.testing.assert_close(shared[:3], separate[:3], rtol=1e-12, atol=1e-14)
+
+
+def equal_lengths(seed: int, length: int) -> Case:
+    return random_case(seed, lengths=(length, length))
+
+
+@CASES
+@given(seeds, st.integers(1, 9))
+def test_dapo_is_grpo_when_lengths_and_bounds_are_equal(seed: int, length: int) -> None:
+    case = equal_lengths(seed, length)
+    grpo, dapo = resolve("grpo", {"beta": 0.0, "clip_high": 0.28}), resolve("dapo")
+    torch.testing.assert_close(value_and_gradient(grpo, case), value_and_gradient(dapo, case))
+
+
+@CASES
+@given(seeds)
+def test_gspo_is_grpo_for_completions_of_one_token(seed: int) -> None:
+    case = equal_lengths(seed, 1)
+    bounds = {"beta": 0.0, "clip_low": 0.2, "clip_high": 0.2}
+    grpo = value_and_gradient(resolve("grpo", bounds), case)
+    for name in ("gspo", "gspo_token", "luspo"):
+        torch.testing.assert_close(grpo, value_and_gradient(resolve(name, bounds), case))
+
+
+@CASES
+@given(seeds)
+def test_gspo_token_is_gspo_when_advantages_are_those_of_sequences(seed: int) -> None:
+    """arXiv 2507.18071, section 4.3: same value, same gradient. A correction that differs by token would part them."""
+    case = with_advantages(random_case(seed), [1.0, -0.7, 0.3])
+    cells = {"tis_cap": None, "clip_low": 0.1, "clip_high": 0.1}
+    torch.testing.assert_close(
+        value_and_gradient(resolve("gspo", cells), case), value_and_gradient(resolve("gspo_token", cells), case)
+    )
+
+
+@CASES
+@given(seeds, st.integers(1, 9))
+def test_luspo_is_gspo_times_the_length(seed: int, length: int) -> None:
+    case = equal_lengths(seed, length)
+    gspo, luspo = (value_and_gradient(resolve(name), case) for name in ("gspo", "luspo"))
+    torch.testing.assert_close(tuple(length * x for x in gspo), luspo)
+
+
+@CASES
+@given(seeds, st.integers(1, 9))
+def test_dr_grpo_is_grpo_at_the_longest_length(seed: int, length: int) -> None:
+    """Up to the constant |o| / L_max when all lengths are equal: what differs is how lengths weigh."""
+    case = equal_lengths(seed, length)
+    grpo, dr_grpo = (value_and_gradient(resolve(name, {"beta": 0.0}), case) for name in ("grpo", "dr_grpo"))
+    torch.testing.assert_close(tuple(length / 9 * x for x in grpo), dr_grpo)
+
+
+@CASES
+@given(seeds)
+def test_cispo_without_bounds_is_the_importance_weighted_policy_gradient(seed: int) -> None:
+    case = random_case(seed)
+    loose = {"clip_low": 1.0, "clip_high": 1e6, "tis_cap": None, "aggregation": "sequence_mean", "beta": 0.0}
+    cispo = value_and_gradient(resolve("cispo", loose), case)[1]
+    plain = value_and_gradient(resolve("grpo", loose), case)[1]
+    torch.testing.assert_close(cispo, plain)
+
+
+@CASES
+@given(seeds)
+def test_sapo_is_grpo_to_first_order(seed: int) -> None:
+    """Near ratio 1 the gate's weight is 1 - O((r - 1)^2), while GRPO's is 1."""
+    case = random_case(seed, spread=1e-4)
+    sapo, grpo = (value_and_gradient(resolve(name, PLAIN), case)[1] for name in ("sapo", "grpo"))
+    torch.testing.assert_close(sapo, grpo, rtol=1e-6, atol=1e-9)
+
+
+@CASES
+@given(seeds)
+def test_tighter_bounds_cut_more(seed: int) -> None:
+    case = random_case(seed)
+    shares = []
+    for bound in (0.0, 0.1, 0.3, 0.9):
+        row = policy(resolve("grpo", {"clip_low": bound, "clip_high": bound, "beta": 0.0}))
+        shares.append(total(row, batch_of(row, case), case.new, case.entropies)[3].to_floats()["policy/clip_frac"])
+    assert shares == sorted(shares, reverse=True)
+    assert 0.0 <= shares[-1] <= shares[0] <= 1.0
+
+
+@CASES
+@given(seeds)
+def test_the_kl_in_the_reward_pushes_as_the_kl_does(seed: int) -> None:
+    """On-policy, k1 in the reward has the gradient of k2 in the loss, for the token itself: (log pi / pi_ref)."""
+    case = with_advantages(random_case(seed, lengths=(1, 1)), [0.0])
+    reward = value_and_gradient(resolve("reinforce", {"beta": 0.5, "tis_cap": None}), case, old=False)[1]
+    cells = {"beta": 0.5, "tis_cap": None, "kl_in": "loss", "kl": "k2"}
+    loss = value_and_gradient(resolve("reinforce", cells), case, old=False)[1]
+    torch.testing.assert_close(reward, loss)
+
+
+@every_row
+@pytest.mark.parametrize("gap", [80.0, -80.0, 1e3, -1e3])
+def test_no_ratio_makes_a_row_nan(name: str, gap: float) -> None:
+    """In float32, with everything on that has an exponential."""
+    on = {"beta": 0.1, "kl_unbiased": True, "entropy_bonus": 0.1, "entropy_share": 0.5, "off_policy_delta": 0.1}
+    for cap, mismatch in itertools.product((None, 2.0), ("token_truncate", "sequence_mask", "geometric_mask")):
+        row = policy(resolve(name, {**on, "tis_cap": cap, "mismatch": mismatch}))
+        case = random_case(5)
+        batch = batch_of(row, case)
+        batch = replace(batch, streams={key: stream.float() for key, stream in batch.streams.items()})
+        value, gradient, _, metrics = total(row, batch, case.old.float() + gap, case.entropies.float())
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert all(np.isfinite(x) for x in metrics.to_floats().values())
