@@ -65,7 +65,7 @@ def _deepseek_v3(size: str) -> dict[str, Any]:
     attention = {**latent, "v_head_dim": 64, "num_attention_heads": heads, "num_key_value_heads": heads}
     router = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 1}
     mixture = {"n_routed_experts": experts, "moe_intermediate_size": inner, "n_shared_experts": 1, **router}
-    return {**SPARSE_SIZES[size], **attention, **mixture, "tie_word_embeddings": True, "num_mtp_layers": 0}
+    return {**SPARSE_SIZES[size], **attention, **mixture, "tie_word_embeddings": False, "num_mtp_layers": 0}
 
 
 def _qwen3_next(size: str) -> dict[str, Any]:
@@ -88,3 +88,6 @@ SHAPES = {
     "qwen3_next": ("Qwen3Next", _qwen3_next),
 }
 """Architecture file to the stem of transformers' class names and its shape at each size."""
+
+MISSING: dict[str, dict[str, str]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+"""What transformers leaves out of config.json and vLLM needs."""

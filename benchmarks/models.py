@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_shapes import SHAPES
+from model_shapes import MISSING, SHAPES
 from rich.console import Console
 from rich.table import Table
 
@@ -188,6 +188,8 @@ def write_model(family: str, size: str, folder: Path) -> tuple[str, int, int]:
     model = getattr(transformers, f"{stem}LMHeadModel" if family == "gpt2" else f"{stem}ForCausalLM")(config)
     path = folder / f"{family}-{size}"
     model.save_pretrained(path)
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **MISSING.get(family, {})}))
     return str(path), config.vocab_size, sum(parameter.numel() for parameter in model.parameters())
 
 
