@@ -57,6 +57,8 @@ DESCRIPTIONS: dict[str, str] = {
     "aux/<name>": "a loss that the model itself asks for, by name, mean over microbatches weighted by their tokens",
     "moe/max_vio": "largest load of an expert over the mean load, minus 1, in an update; mean over layers; 0: equal",
     "moe/max_vio_worst": "the same in the layer where it is largest",
+    "moe/expert_tokens_min": "fewest tokens that an expert of any layer got in an update",
+    "moe/expert_tokens_max": "most tokens that an expert of any layer got in an update",
     "moe/idle_share": "share of experts that no token of an update chose",
     "moe/entropy": "entropy of the router's distribution over experts in nats, mean over tokens and layers",
     "learner/grad_norm": "global L2 norm of the gradient before clipping, mean over the step's updates",

@@ -170,12 +170,14 @@ class RouterLoad(NamedTuple):
         return self if other is None else RouterLoad(*(a + b for a, b in zip(self, other, strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """Means over layers: MaxVio = largest count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
+        """Counts and entropy over all layers; MaxVio = largest count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
         mean = self.counts.mean(-1)
         violation = self.counts.amax(-1) / mean - 1
         return {
             "moe/max_vio": float(violation.mean()),
             "moe/max_vio_worst": float(violation.max()),
+            "moe/expert_tokens_min": float(self.counts.amin()),
+            "moe/expert_tokens_max": float(self.counts.amax()),
             "moe/idle_share": float((self.counts == 0).float().mean()),
             "moe/entropy": float((self.entropy / self.tokens).mean()),
         }

@@ -78,5 +78,13 @@ def test_two_processes_are_one_in_every_zero_stage(folder: Path, tmp_path: Path)
     for result in (*ranks[0], *ranks[1]):
         for name, tensor in expected.items():
             assert float((result[0][name] - tensor).norm() / tensor.norm()) < 1e-3, name
-        for name in ("moe/max_vio", "moe/max_vio_worst", "moe/idle_share", "moe/entropy", "policy/loss"):
+        for name in (
+            "moe/expert_tokens_min",
+            "moe/expert_tokens_max",
+            "moe/max_vio",
+            "moe/max_vio_worst",
+            "moe/idle_share",
+            "moe/entropy",
+            "policy/loss",
+        ):
             assert result[1][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6), name
