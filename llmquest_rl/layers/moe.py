@@ -170,7 +170,7 @@ class RouterLoad(NamedTuple):
         return self if other is None else RouterLoad(*(a + b for a, b in zip(self, other, strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """Counts and entropy over all layers; MaxVio = largest count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
+        """Counts, entropy, and MaxVio = largest count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
         mean = self.counts.mean(-1)
         violation = self.counts.amax(-1) / mean - 1
         return {

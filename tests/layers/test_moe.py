@@ -332,5 +332,7 @@ def test_load_counts_choices_and_entropy() -> None:
         assert float(found.entropy[layer]) == pytest.approx(-(probs * np.log(probs)).sum(), rel=1e-5)
     assert found.tokens.tolist() == [30.0] * 3
     both = found.plus(found)
-    assert both.metrics() == pytest.approx(found.metrics())
+    doubled = {name: 2 * value if "tokens" in name else value for name, value in found.metrics().items()}
+    assert both.metrics() == pytest.approx(doubled)
+    assert found.metrics()["moe/expert_tokens_max"] == float(found.counts.max())
     assert load([]) is None
