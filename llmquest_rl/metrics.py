@@ -29,6 +29,12 @@ DESCRIPTIONS: dict[str, str] = {
     "rollout/completion_tokens_max": "length of the longest completion in tokens",
     "rollout/truncated_share": "share of completions that were cut at the token limit",
     "rollout/empty_samples": "completions without a token: left out",
+    "rollout/rounds": "dynamic sampling: rounds in which the step asked prompts",
+    "rollout/sampled_groups": "dynamic sampling: groups sampled in all rounds, usable or not",
+    "rollout/usable_group_share": "share of them whose rewards teach something",
+    "rollout/surplus_groups": "usable groups beyond prompts_per_step: dropped, since the next step has other weights",
+    "rollout/missing_groups": "groups that the step was short of when batch.max_rounds ended the search",
+    "reward/sampled_mean": "dynamic sampling: total reward, mean over the scored samples of all rounds; not selected",
     "policy/loss": "weighted mean of the token losses; near 0 while ratios are 1, because advantages sum to 0",
     "policy/entropy": "entropy of the next-token distribution in nats, mean over tokens",
     "policy/clip_frac": "share of tokens whose ratio the surrogate cut: those of `clip` have no gradient",
@@ -72,7 +78,7 @@ DESCRIPTIONS: dict[str, str] = {
     "time/learner_prepare_s": "seconds for old and reference log-probs, the slowest process",
     "time/learner_update_s": "seconds for forward and backward passes and optimizer updates, the slowest process",
 }
-"""Every name given by algorithms, objectives and the learner. `<name>` stands for any word."""
+"""Every name given by algorithms, dynamic sampling, objectives and the learner. `<name>` stands for any word."""
 
 DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
     "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: weight**2 / square),

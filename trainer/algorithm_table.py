@@ -5,7 +5,7 @@ from rich.text import Text
 
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
 
-TABLE_WIDTH = 220
+TABLE_WIDTH = 236
 """Columns that keep each row on one line; a narrower terminal wraps them."""
 
 
@@ -21,7 +21,12 @@ def algorithm_table() -> Table:
 
 def _advantage(row: Algorithm) -> str:
     name = f"{row.advantage} (k {row.pass_k})" if row.advantage == "pass_at_k" else row.advantage
-    return name if row.normalization == "none" else f"{name}, {row.normalization}"
+    parts = [
+        name,
+        *([row.normalization] if row.normalization != "none" else []),
+        *(["dynamic sampling"] if row.dynamic_sampling else []),
+    ]
+    return ", ".join(parts)
 
 
 def _ratio(row: Algorithm) -> str:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from llmquest_rl.data.rows import DataError
@@ -12,13 +13,14 @@ from rollout.worker import RolloutWorker
 from trainer.cluster import Cluster, Need, open_cluster
 from trainer.config import Config
 from trainer.config_load import dump
+from trainer.dynamic_sampling import until_full
 from trainer.learner import Learner
 from trainer.learners import LearnerGroup
 from trainer.parts import Parts
 from trainer.replay import check_replay
 from trainer.rollouts import Rollouts
 from trainer.run import Progress, RunFolder, StopSignal
-from trainer.sampler import LiveSampler, ReplayedSampler, Sampler
+from trainer.sampler import Gather, LiveSampler, ReplayedSampler, Sampler, one_round
 from trainer.session import Session, resume
 from trainer.sources import BatchSource, DatasetSource, RolloutSource
 from trainer.tracking import Tracker, check_trackers
@@ -138,7 +140,10 @@ class OpenRollouts:
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         save_to = folder.rollouts if config.rollout.save else None
-        return LiveSampler(rollouts, config.graders.max_unscored_share, config.rollout.sleep, save_to)
+        gather: Gather = one_round
+        if config.algorithm.dynamic_sampling:
+            gather = partial(until_full, algorithm=config.algorithm)
+        return LiveSampler(rollouts, gather, config.graders.max_unscored_share, config.rollout.sleep, save_to)
 
 
 SOURCES: dict[str, type[OpenDataset] | type[OpenRollouts]] = {"dataset": OpenDataset, "rollout": OpenRollouts}

@@ -70,6 +70,13 @@ class BatchConfig(Options):
     """RL: prompts sampled from in each step, over all rollout workers."""
     samples_per_prompt: PositiveInt = 8
     """RL: completions of each prompt, compared with each other (one group)."""
+    oversampling: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.5
+    """RL with `algorithm.dynamic_sampling`: prompts that a round asks, as a multiple of the groups still missing. Above
+    1 there are fewer rounds, and usable groups beyond the step's number are dropped: the next step has other
+    weights."""
+    max_rounds: PositiveInt = 10
+    """RL with `algorithm.dynamic_sampling`: rounds in a step before it makes do with the usable groups that it has,
+    with a warning. If it has none, the run stops and shows the rewards and some completions."""
     sequences_per_step: PositiveInt = 16
     """Supervised: packed sequences in each step, over all learners."""
     tokens_per_sequence: PositiveInt = 512
@@ -100,7 +107,8 @@ class RolloutConfig(Options):
     sampling: Sampling = Sampling()
     """How training completions are drawn."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for one step's completions, in seconds; the message names the worker that did not answer."""
+    """Longest wait for one step's completions, with dynamic sampling for one round's, in seconds; the message names the
+    worker that did not answer."""
     gap_limit: PositiveFloat | None = 0.5
     """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run
     stops: beyond it the two do not have the same weights. null = never stop."""

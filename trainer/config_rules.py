@@ -8,6 +8,7 @@ from rich.table import Table
 from llmquest_rl.algorithms.advantages import WITHOUT_GROUP
 from llmquest_rl.algorithms.surrogates import ON_POLICY
 from trainer.config import Config
+from trainer.dynamic_sampling import prompts_to_ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,13 @@ RULES = [
         "batch.prompts_per_step",
         lambda c: not from_rollouts(c) or _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
         "this algorithm normalises the advantages of a step: one sample cannot be, so take more prompts or samples",
+    ),
+    Rule(
+        "algorithm.dynamic_sampling",
+        lambda c: (
+            not from_rollouts(c) or not c.algorithm.dynamic_sampling or c.algorithm.advantage not in WITHOUT_GROUP
+        ),
+        "this algorithm does not compare within groups, so groups of equal rewards teach it something: set it to false",
     ),
     Rule(
         "algorithm.pass_k",
@@ -206,13 +214,30 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     groups = prompts // batch.updates_per_step
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
-        ("sampled tokens per step", f"<= {completions * longest:,}", f"{longest} tokens each at most"),
+        (
+            "prompts asked per step",
+            f"<= {_most_prompts(config):,}",
+            "more than a step trains on with dynamic sampling only",
+        ),
+        (
+            "sampled tokens per step",
+            f"<= {_most_prompts(config) * samples * longest:,}",
+            f"{longest} tokens each at most",
+        ),
         ("tokens computed per pass", f"<= {computed:,}", "completions, and each prompt once"),
         ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
-        ("prompts in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps"),
+        ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
         ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
         ("grader processes", f"{graders.workers * graders.processes:,}", f"{graders.workers} x {graders.processes}"),
     ]
+
+
+def _most_prompts(config: Config) -> int:
+    """That a step asks: with dynamic sampling, when no round brings a usable group."""
+    batch = config.batch
+    if not config.algorithm.dynamic_sampling:
+        return batch.prompts_per_step
+    return prompts_to_ask(batch, batch.prompts_per_step) * batch.max_rounds
 
 
 def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:

@@ -259,7 +259,7 @@ class Learner:
         self.engine.destroy()
         del self.engine, self.model, self.adamw, self.reference
         _forget_accelerate()
-        if self._owns_group:
+        if self._owns_group and dist.is_initialized():  # a vLLM in this process, closed before, ends every group
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()

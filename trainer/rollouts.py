@@ -43,17 +43,20 @@ class Rollouts:
         self.workers.wait_ready(timeout_s)
         self.graders.wait_ready(timeout_s)
 
-    def run(self, samples: list[Sample], n: int, sampling: Sampling, key: str) -> tuple[list[Group], dict[str, float]]:
+    def run(
+        self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int = 0
+    ) -> tuple[list[Group], dict[str, float]]:
         """Complete each sample `n` times and grade the completions.
 
         Args:
             key: what the random numbers depend on beside the run's seed and the sample's place, e.g. `train/12`.
+            first: the first sample's place among those of this key; the others follow.
 
         Returns:
             Groups in the order of the samples, and metrics of time and throughput.
         """
         started = time.perf_counter()
-        completions = self._generate(samples, n, sampling, key)
+        completions = self._generate(samples, n, sampling, key, first)
         generated = time.perf_counter()
         scores = self._grade(samples, completions)
         graded = time.perf_counter()
@@ -74,9 +77,12 @@ class Rollouts:
         self.workers.close()
         self.graders.close()
 
-    def _generate(self, samples: list[Sample], n: int, sampling: Sampling, key: str) -> list[list[Completion]]:
+    def _generate(
+        self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int
+    ) -> list[list[Completion]]:
         requests = [
-            Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id)) for i, sample in enumerate(samples)
+            Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id))
+            for i, sample in enumerate(samples, start=first)
         ]
         work = [(share, sampling) for share in shares(requests, self.workers.size)]
         answers = self.workers.map("generate", work, timeout_s=self.timeout_s)

@@ -1,25 +1,36 @@
 """Where a step's graded groups come from: live rollout workers and graders, or a folder of saved rollouts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from llmquest_rl.types import Group, Sample, Sampling
-from rewards.failures import check_unscored, failure_counts
+from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
+from trainer.config import BatchConfig
+from trainer.dynamic_sampling import NothingUsableError
 from trainer.learners import LearnerGroup
 from trainer.replay import load_rollouts, save_rollouts
 from trainer.rollouts import Rollouts, grade_item
 
 Sampled = tuple[list[Group], dict[str, float]]
 """Groups, and metrics of how they were made."""
+Draw = Callable[[int], list[Sample]]
+"""Takes so many samples off the stream of prompts."""
+Gather = Callable[[Callable[[int], Sampled], BatchConfig], Sampled]
+"""Makes a step's groups with a function that asks so many further prompts."""
+
+
+def one_round(ask: Callable[[int], Sampled], batch: BatchConfig) -> Sampled:
+    """Every prompt gives a group, whatever its rewards."""
+    return ask(batch.prompts_per_step)
 
 
 class Sampler(Protocol):
     """Answers prompts with graded groups."""
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
+    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
         """Groups for training, and metrics."""
         ...
 
@@ -47,21 +58,35 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
 class LiveSampler:
     """Rollout workers and graders."""
 
-    def __init__(self, rollouts: Rollouts, max_unscored_share: float, sleeps: bool, save_to: Path | None) -> None:
+    def __init__(
+        self, rollouts: Rollouts, gather: Gather, max_unscored_share: float, sleeps: bool, save_to: Path | None
+    ) -> None:
         self.rollouts = rollouts
+        self.gather = gather
         self.max_unscored_share = max_unscored_share
         self.sleeps = sleeps
         self.save_to = save_to
         self.current: tuple[Any, int] | None = None
         rollouts.workers.on_restart = self._restore
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
-        groups, metrics = self.rollouts.run(samples, n, sampling, f"train/{step}")
+    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
+        sampled: list[Group] = []
+
+        def ask(count: int) -> Sampled:
+            n, key = batch.samples_per_prompt, f"train/{step}"
+            groups, metrics = self.rollouts.run(draw(count), n, sampling, key, first=len(sampled))
+            sampled.extend(groups)
+            return groups, metrics | check_groups(sampled, self.max_unscored_share)
+
+        try:
+            groups, metrics = self.gather(ask, batch)
+        except (TooManyUnscoredError, NothingUsableError):
+            self._save(step, sampled)  # all of them: to be looked at
+            raise
         if self.sleeps:
             self._all("sleep")
-        if self.save_to is not None:
-            save_rollouts(self.save_to, step, groups)
-        return groups, metrics | check_groups(groups, self.max_unscored_share)
+        self._save(step, groups)
+        return groups, metrics
 
     def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         # The key does not hold the step: evaluations differ by the weights alone.
@@ -88,6 +113,10 @@ class LiveSampler:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.rollouts.workers.all(method, *args, timeout_s=self.rollouts.timeout_s)
 
+    def _save(self, step: int, groups: Sequence[Group]) -> None:
+        if self.save_to is not None:
+            save_rollouts(self.save_to, step, groups)
+
     def _restore(self, member: int) -> None:
         """A rebuilt worker starts with the initial weights: give it the current ones."""
         if self.current is not None:
@@ -100,8 +129,10 @@ class ReplayedSampler:
 
     folder: Path
 
-    def groups(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
-        return load_rollouts(self.folder, step), {}
+    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
+        groups = load_rollouts(self.folder, step)
+        draw(len(groups))  # the epoch moves on; prompts whose groups were not saved are not known here
+        return groups, {}
 
     def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
         return [], {}

@@ -94,8 +94,7 @@ class RolloutSource:
         self.uniform_steps = 0
 
     def next(self, step: int) -> StepBatch:
-        samples = self.stream.take(self.batch.prompts_per_step)
-        groups, metrics = self.sampler.groups(step, samples, self.batch.samples_per_prompt, self.sampling)
+        groups, metrics = self.sampler.groups(step, self.stream.take, self.batch, self.sampling)
         atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
         metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         uniform = self._is_uniform(atoms, groups)

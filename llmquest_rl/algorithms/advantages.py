@@ -51,9 +51,10 @@ def pass_at_k(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
     C(j - 1, k - 1) subsets, of which C(j - 2, k - 2) hold a given earlier sample.
     """
     n = len(rewards)
-    if k >= n:  # one subset only: nothing to compare with
-        return torch.zeros_like(rewards)
     ascending, order = rewards.sort(stable=True)
+    # One subset only, or the worst best is the best of all: nothing differs, and rounding must not say otherwise.
+    if k >= n or ascending[k - 1] == ascending[-1]:
+        return torch.zeros_like(rewards)
     chosen = _shares([comb(j, k - 1) for j in range(n)], comb(n, k), rewards)
     mean = (chosen * ascending).sum()
     std = (chosen * (ascending - mean).square()).sum().sqrt()

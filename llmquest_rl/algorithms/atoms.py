@@ -23,7 +23,7 @@ class _Compared(NamedTuple):
     group: Group
     completions: list[Completion]
     rewards: Tensor
-    """Float64 [samples], with what their lengths add."""
+    """Float64 [samples]."""
     lengths: Tensor
     """Float64 [samples], in tokens."""
 
@@ -44,7 +44,8 @@ def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -
         The atoms, and metrics on rewards and lengths.
     """
     metrics = _group_metrics(groups)
-    compared = [part for group in groups if (part := _compared(group, algorithm, max_tokens, metrics)) is not None]
+    scored = [part for group in groups if (part := _compared(group)) is not None]
+    compared = [_with_length_penalty(part, algorithm, max_tokens, metrics) for part in scored]
     if not compared:
         return [], metrics
     atoms = (
@@ -52,6 +53,21 @@ def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -
         for part, advantages in zip(compared, _advantages(compared, algorithm), strict=True)
     )
     return [atom for atom in atoms if atom.completions], metrics
+
+
+def is_usable(group: Group, algorithm: Algorithm) -> bool:
+    """Whether the rewards of a group teach anything: some completion of its loss has an advantage other than 0.
+
+    With rewards of 0 and 1 and an advantage that compares, this is 0 < correct completions < all (DAPO, arXiv
+    2503.14476, equation 11), among those with a score and a token. As there, what lengths add to rewards does not
+    count, but `overlong_filter` does: a group of which only cut completions have an advantage teaches nothing.
+    """
+    part = _compared(group)
+    if part is None:
+        return False
+    advantages = _group_advantages(part.rewards, part.lengths, algorithm).tolist()
+    pairs = zip(part.completions, advantages, strict=True)
+    return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
 
 def token_weights(atoms: Sequence[Atom], algorithm: Algorithm, max_tokens: int) -> list[Atom]:
@@ -64,7 +80,7 @@ def token_weights(atoms: Sequence[Atom], algorithm: Algorithm, max_tokens: int) 
     ]
 
 
-def _compared(group: Group, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared | None:
+def _compared(group: Group) -> _Compared | None:
     kept = [
         (completion, score.value)
         for completion, score in zip(group.completions, group.scores, strict=True)
@@ -74,11 +90,15 @@ def _compared(group: Group, algorithm: Algorithm, max_tokens: int, metrics: Metr
         return None
     rewards = torch.tensor([value for _, value in kept], dtype=torch.float64)
     lengths = torch.tensor([len(completion.token_ids) for completion, _ in kept], dtype=torch.float64)
-    penalty = LENGTH_PENALTIES[algorithm.length_penalty](rewards, lengths, max_tokens, algorithm.overlong_buffer)
-    added = algorithm.length_weight * penalty
+    return _Compared(group, [completion for completion, _ in kept], rewards, lengths)
+
+
+def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared:
+    penalty = LENGTH_PENALTIES[algorithm.length_penalty]
+    added = algorithm.length_weight * penalty(part.rewards, part.lengths, max_tokens, algorithm.overlong_buffer)
     if algorithm.length_penalty != "none":
-        metrics.mean("reward/length_penalty", float(added.sum()), len(kept))
-    return _Compared(group, [completion for completion, _ in kept], rewards + added, lengths)
+        metrics.mean("reward/length_penalty", float(added.sum()), len(part.completions))
+    return part._replace(rewards=part.rewards + added)
 
 
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
@@ -105,7 +125,7 @@ def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Ato
     kept = [
         (completion, advantage)
         for completion, advantage in zip(part.completions, advantages, strict=True)
-        if not (algorithm.overlong_filter and completion.finish_reason == "length")
+        if _in_loss(completion, algorithm)
     ]
     return Atom(
         prompt=part.group.sample.prompt_ids,
@@ -115,6 +135,10 @@ def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Ato
             "rollout_logprobs": [completion.logprobs for completion, _ in kept],
         },
     )
+
+
+def _in_loss(completion: Completion, algorithm: Algorithm) -> bool:
+    return not (algorithm.overlong_filter and completion.finish_reason == "length")
 
 
 def _std(values: Sequence[float]) -> float:

@@ -51,6 +51,10 @@ class Algorithm(Options):
     """`soft_overlong`: the last share of `rollout.sampling.max_tokens`, in which the penalty grows from 0 to 1."""
     overlong_filter: bool = False
     """Completions that were cut at the token limit count in the group's baseline, and are left out of the loss."""
+    dynamic_sampling: bool = False
+    """Groups whose rewards teach nothing, mostly because all are equal, are replaced before the step: further prompts
+    are asked until `batch.prompts_per_step` groups are left (DAPO, arXiv 2503.14476, equation 11). See
+    `batch.oversampling` and `batch.max_rounds`."""
     ratio: Annotated[str, AfterValidator(_known(RATIOS))] = "token"
     """Importance ratio of the current to the old policy: `token`, `sequence` (geometric mean), `sequence_token` (its
     value, each token's gradient), `sequence_product`."""

@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "length_penalty": "soft_overlong",
         "overlong_buffer": 0.2,
         "overlong_filter": True,
+        "dynamic_sampling": True,
         "beta": 0.0,
     },
     "gspo": {

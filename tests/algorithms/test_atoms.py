@@ -1,13 +1,14 @@
 """Graded groups to atoms: who counts, and with which weight."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquest_rl.algorithms.atoms import make_atoms, token_weights
+from llmquest_rl.algorithms.atoms import is_usable, make_atoms, token_weights
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import PRESETS, resolve
@@ -158,3 +159,36 @@ def test_every_metric_is_documented() -> None:
     _, metrics = make_atoms([group([1.0, 0.0], [1, 2])], resolve("dapo"), MAX_TOKENS)
     named = set(metrics.to_floats()) - {"reward/exact"}
     assert named <= set(DESCRIPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lengths", "cells", "usable"),
+    [
+        ([1.0, 0.0], [1, 2], {}, True),
+        ([1.0, 1.0], [1, 2], {}, False),
+        ([0.0, 0.0, 0.0], [1, 2, 3], {}, False),
+        ([0.3, 0.3 + 1e-9], [1, 2], {}, True),
+        ([1.0, None, 1.0], [1, 2, 3], {}, False),
+        ([1.0, None], [1, 2], {}, False),
+        ([None, None], [1, 2], {}, False),
+        ([1.0, 0.0], [1, 0], {}, False),
+        ([1.0, 1.0], [1, MAX_TOKENS], {"length_penalty": "soft_overlong"}, False),
+        ([1.0, 1.0, 1.0, 0.0], [1, 2, 3, 4], {"advantage": "pass_at_k", "pass_k": 2}, False),
+        ([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 4], {"advantage": "pass_at_k", "pass_k": 2}, True),
+        ([1.0] * 3 + [0.0] * 3, [1] * 6, {"advantage": "pass_at_k", "pass_k": 4}, False),
+        ([1.0] * 3 + [0.0] * 3, [1] * 6, {"advantage": "pass_at_k", "pass_k": 3}, True),
+    ],
+)
+def test_a_group_is_usable_when_its_rewards_give_an_advantage(
+    rewards: list[float | None], lengths: list[int], cells: dict[str, object], usable: bool
+) -> None:
+    """Equal, unscored and empty ones do not; lengths do not count; with fewer wrong than k, the best of k is right."""
+    assert is_usable(group(rewards, lengths), resolve("grpo", cells)) == usable
+
+
+def test_a_group_of_which_all_that_differs_was_cut_is_not_usable() -> None:
+    made = group([1.0, 0.0], [1, 2])
+    cut = [replace(completion, finish_reason="length") for completion in made.completions]
+    assert not is_usable(replace(made, completions=cut), resolve("dapo"))
+    assert is_usable(replace(made, completions=cut), resolve("dapo", {"overlong_filter": False}))
+    assert is_usable(replace(made, completions=[cut[0], made.completions[1]]), resolve("dapo"))

@@ -65,9 +65,7 @@ def test_what_cannot_be_counted_is_named(tmp_path: Path) -> None:
     file = tmp_path / "odd.json"
     values = json.loads((CONFIGS / "qwen3-0.6b.json").read_text())
     file.write_text(json.dumps({**values, "num_key_value_heads": 3}))
-    with pytest.raises(
-        ValueError, match="odd.json: num_attention_heads 16 is not a multiple of num_key_value_h"
-    ):
+    with pytest.raises(ValueError, match="odd.json: num_attention_heads 16 is not a multiple of num_key_value_h"):
         count_parameters(file)
     file.write_text(json.dumps({**values, "architectures": ["OddForCausalLM"]}))
     with pytest.raises(ValueError, match="'OddForCausalLM', which is not supported: .*Qwen3ForCausalLM"):

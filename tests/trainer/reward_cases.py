@@ -10,6 +10,11 @@ def always_fails(completion: str) -> float:
     raise RuntimeError("this grader is broken")
 
 
+def low_first(completion: str) -> float:
+    """1 where the first character is before `A`, else 0: two samples of the tiny model agree about every other time."""
+    return float(completion[:1] < "A")
+
+
 def constant(completion: str) -> float:
     return 0.5
 

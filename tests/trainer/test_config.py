@@ -202,6 +202,7 @@ BROKEN = [
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
     (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
+    (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
     (changed(RL, "algorithm.name", "rloo"), "batch.updates_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "opo"), "batch.passes_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
@@ -279,11 +280,21 @@ def test_sizes_follow_from_the_configuration() -> None:
     numbers = {what: number for what, number, _ in sizes(config)}
     assert numbers["completions per step"] == "24"
     assert numbers["sampled tokens per step"] == "<= 240"
+    assert numbers["prompts asked per step"] == "<= 6"
     assert numbers["tokens computed per pass"] == f"<= {6 * 50 + 240}"
     assert numbers["completions per update"] == "8"
     assert numbers["optimizer updates per step"] == "6"
     assert numbers["optimizer updates in the run"] == "24"
     assert "rollout workers" not in {what for what, *_ in sizes(parse_config(SUPERVISED))}
+
+
+def test_dynamic_sampling_asks_more_prompts() -> None:
+    batch = {"prompts_per_step": 5, "samples_per_prompt": 4, "oversampling": 1.3, "max_rounds": 3}
+    values = {**RL, "batch": batch, "algorithm": {"name": "dapo"}, "rollout": {"sampling": {"max_tokens": 10}}}
+    numbers = {what: number for what, number, _ in sizes(parse_config(values))}
+    assert numbers["completions per step"] == "20"
+    assert numbers["prompts asked per step"] == "<= 21"
+    assert numbers["sampled tokens per step"] == "<= 840"
 
 
 def test_gpus_are_counted_for_what_the_run_starts() -> None:

@@ -73,3 +73,15 @@ def test_parameters_shared_out_between_processes_change_nothing(architecture: st
         learner.close()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_grpo_with_vllm(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
+    """vLLM samples with what the learner has just trained: experts, the router's bias, latent projections."""
+    pytest.importorskip("vllm")
+    folder = tiny_of("DeepseekV3ForCausalLM", tiny_model, tmp_path / "family")
+    run = runs.train(f"model.path={folder}", "rollout.engine.name=vllm", "cluster.kind=ray", "steps=3")
+    logged = rows(run)
+    assert [row["rollout/weight_version"] for row in logged] == [1, 2, 3]
+    assert all(row["policy/logp_gap_max"] < 1e-4 for row in logged)
