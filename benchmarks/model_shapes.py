@@ -74,7 +74,8 @@ def _qwen3_next(size: str) -> dict[str, Any]:
     shared = {"shared_expert_intermediate_size": EXPERTS[size][1], "full_attention_interval": 4}
     layers = {"20m": 4, "135m": 12}[size]
     mixture = {**_mixture(size), **_grouped(SPARSE_HEADS[size]), "num_hidden_layers": layers}
-    return {**mixture, **linear, **shared, "linear_num_value_heads": value_heads}
+    untied = {"tie_word_embeddings": False}  # vLLM has no tied head for it
+    return {**mixture, **linear, **shared, **untied, "linear_num_value_heads": value_heads}
 
 
 SHAPES = {
