@@ -31,7 +31,7 @@ from model_shapes import MISSING, SHAPES
 from rich.console import Console
 from rich.table import Table
 
-TRAIN_TOKENS = {"20m": 2048, "135m": 1024}
+TRAIN_TOKENS = 2048
 LONG = {"gemma3": 4096, "qwen3_next": 2048}
 PROMPT, NEW = 128, 32
 SEQUENCES = (1, 16, 64)
@@ -197,7 +197,7 @@ def jobs(family: str, size: str, path: str, vocab: int, repeats: int) -> list[di
     base = {"path": path, "vocab": vocab, "repeats": repeats}
     train = [
         {**base, "kind": "train", "who": who, "tokens": tokens, "long": long}
-        for tokens, long in [(TRAIN_TOKENS[size], False), *([(LONG[family], True)] if family in LONG else [])]
+        for tokens, long in [(TRAIN_TOKENS, False), *([(LONG[family], True)] if family in LONG else [])]
         for who in TRAINERS
         if (who != "grouped" or family in ("qwen3_moe", "sparse_moe", "deepseek_v3", "qwen3_next"))
         and (who != "packed" or (family not in ("gpt2", "qwen3_next") and not long))
