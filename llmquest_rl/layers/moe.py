@@ -132,6 +132,16 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits.logsumexp(-1).square().sum() / max(len(routing.logits), 1)
 
 
+def router_losses(routings: Sequence[Routing], balance: float, z: float = 0.0) -> dict[str, Tensor]:
+    """Balance loss and z-loss by name: means over layers times these weights; those of weight 0 are left out."""
+    losses = {"balance": (balance, balance_loss), "router_z": (z, z_loss)}
+    return {
+        name: weight * torch.stack([loss(routing) for routing in routings]).mean()
+        for name, (weight, loss) in losses.items()
+        if weight > 0
+    }
+
+
 def sequence_balance_loss(routing: Routing, layout: Layout) -> Tensor:
     """DeepSeek-V3's balance loss of one layer, without alpha (arXiv:2412.19437, eq. 17-20): `sum_e f_e P_e` within each
     sequence, with `f_e = E / (k T)` x choices of e and P_e the mean of `probs` over its T tokens; mean over sequences.

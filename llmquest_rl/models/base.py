@@ -118,6 +118,11 @@ class CausalLM(Model):
         """Whether a prompt can be computed once for all its completions."""
         return True
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a forward now is part of an update: not in eval, and not without a gradient."""
+        return self.training and torch.is_grad_enabled()
+
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
         """Final hidden states of `tokens` [tokens] at `positions` [tokens], which see what `context` lets them see."""
         raise NotImplementedError
@@ -147,7 +152,7 @@ class CausalLM(Model):
     def count(self, loads: RouterLoad | None, batch: TokenBatch) -> None:
         """Remember what the routers did for a batch that is trained on: not in eval, not without a gradient, and not
         for the batches without weight that only keep processes in step."""
-        if loads is None or not (self.training and torch.is_grad_enabled()):
+        if loads is None or not self.is_trained:
             return
         weights = batch.streams.get("weights")
         counted = 1.0 if weights is None else (weights != 0).any().float()

@@ -125,7 +125,7 @@ class DeepseekV3(CausalLM):
 
         Without effect on the model's own states. Like the routers' loads, only where the model is trained.
         """
-        if not (self._is_trained and self.mtp and self.config.mtp_loss_weight > 0):
+        if not (self.is_trained and self.mtp and self.config.mtp_loss_weight > 0):
             return hidden
         found, total = hidden, hidden.states.new_zeros((), dtype=torch.float32)
         for module, depth in zip(self.mtp, depths(batch, len(self.mtp)), strict=True):
@@ -140,14 +140,10 @@ class DeepseekV3(CausalLM):
         loss = self.config.mtp_loss_weight / len(self.mtp) * total
         return Hidden(hidden.states, {**found.aux, "mtp": loss}, found.loads)
 
-    @property
-    def _is_trained(self) -> bool:
-        return self.training and torch.is_grad_enabled()
-
     def _with_routing(self, states: Tensor, routings: Sequence[Routing | None], layout: Layout) -> Hidden:
         """States with what the layers that have experts did."""
         routed = [routing for routing in routings if routing is not None]
-        if not (routed and self._is_trained):
+        if not (routed and self.is_trained):
             return Hidden(states, {})
         loss = torch.stack([sequence_balance_loss(routing, layout) for routing in routed]).sum()
         return Hidden(states, {"balance": self.config.aux_loss_alpha * loss}, load(routed))

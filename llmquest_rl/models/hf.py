@@ -231,10 +231,9 @@ def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path)
     copies = hf.copies(model.config)
     wanted = {key: piece for key, piece in pieces.items() if piece.ours not in stacked and key not in copies} | whole
     allowed = second_names | whole
-    known = {*allowed, *hf.ignored}
-    unmapped = [key for key in entries if key not in known and not any(fnmatch(key, name) for name in hf.ignored)]
+    unmapped = [key for key in entries if key not in allowed and not any(fnmatch(key, name) for name in hf.ignored)]
     missing = [key for key in wanted if key not in entries]
-    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    weights = _weights_by_any_name(model)
     shapes = {key: tuple(piece.view(weights[piece.ours]).shape) for key, piece in allowed.items() if key in entries}
     wrong = [
         f"{key} is {list(entries[key].shape)}, config.json says {list(shape)}"
@@ -251,6 +250,11 @@ def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path)
     return wanted
 
 
+def _weights_by_any_name(model: Model) -> dict[str, Tensor]:
+    """Every parameter and buffer, a shared one under each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
 def _some(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
@@ -258,7 +262,7 @@ def _some(items: list[str]) -> str:
 def _check_spare(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
     """A weight may be on disk a second time (a tied output layer), if it is the same."""
     pieces = disk_pieces(model, tied=True)
-    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    weights = _weights_by_any_name(model)
     for key, tensor in spare.items():
         if key not in pieces:  # ignored
             continue

@@ -21,7 +21,7 @@ from llmquest_rl.layers.delta_rule import gated_delta_rule, gated_delta_step
 from llmquest_rl.layers.experts import RoutedExperts
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
-from llmquest_rl.layers.moe import Routing, SoftmaxRouter, balance_loss, load
+from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
 from llmquest_rl.layers.norm import OffsetRMSNorm, RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rotate
 from llmquest_rl.layers.short_conv import ShortConv
@@ -196,11 +196,9 @@ class Qwen3Next(CausalLM):
         for block in self.blocks:
             x, routing = self.run_block(block, x, rotary, context)
             routings += [] if routing is None else [routing]
-        if not (routings and self.training and torch.is_grad_enabled()):
+        if not (routings and self.is_trained):
             return Hidden(self.norm(x), {})
-        weight = self.config.router_aux_loss_coef
-        loss = torch.stack([balance_loss(routing) for routing in routings]).mean()
-        return Hidden(self.norm(x), {"balance": weight * loss} if weight > 0 else {}, load(routings))
+        return Hidden(self.norm(x), router_losses(routings, self.config.router_aux_loss_coef), load(routings))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

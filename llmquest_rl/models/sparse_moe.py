@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
 from llmquest_rl.layers.experts import RoutedExperts, expert_capacity
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.moe import Routing, SoftmaxRouter, balance_loss, load, z_loss
+from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
@@ -237,15 +236,9 @@ class Mixtral(CausalLM):
         for block in self.blocks:
             x, routing = self.run_block(block, x, rotary, context)
             routings.append(routing)
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.is_trained:
             return Hidden(self.norm(x), {})
-        balance, z = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
-        losses = {"balance": (balance, balance_loss), "router_z": (z, z_loss)}
-        aux = {
-            name: weight * torch.stack([loss(routing) for routing in routings]).mean()
-            for name, (weight, loss) in losses.items()
-            if weight > 0
-        }
+        aux = router_losses(routings, self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
         return Hidden(self.norm(x), aux, load(routings))
 
 

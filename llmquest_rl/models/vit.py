@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmquest_rl.layers.mlp import ACTIVATIONS, check_activation
+from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import Model
 from llmquest_rl.models.checks import check_sizes
 from llmquest_rl.models.names import HFMap
@@ -169,21 +169,6 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
-    """`down(f(up(x)))`."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, S, D] to the same shape."""
-        out: Tensor = self.down(self.activation(self.up(x)))
-        return out
-
-
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normalised before and added after (eqs. 2 and 3)."""
 
@@ -192,7 +177,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, S, D] to the same shape."""
