@@ -101,6 +101,9 @@ class TokenBatch:
     """Images [n, channels, height, width] of all segments, in their order; None = text only."""
     image_counts: tuple[int, ...] = ()
     """How many of `images` each segment has; empty for text only."""
+    experts: Tensor | None = None
+    """Int16 [layers with experts, tokens, k]: where the old policy's routers sent the tokens; None = not recorded. No
+    stream: every token has them, and targets are fewer."""
 
     @property
     def num_sequences(self) -> int:
@@ -118,6 +121,7 @@ class TokenBatch:
             **moved,
             streams={name: stream.to(device) for name, stream in self.streams.items()},
             images=None if self.images is None else self.images.to(device),
+            experts=None if self.experts is None else self.experts.to(device),
         )
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 from llmquest_rl.data.rows import DataError
@@ -13,14 +12,14 @@ from rollout.worker import RolloutWorker
 from trainer.cluster import Cluster, Need, open_cluster
 from trainer.config import Config
 from trainer.config_load import dump
-from trainer.dynamic_sampling import until_full
+from trainer.dynamic_sampling import UntilFull
 from trainer.learner import Learner
 from trainer.learners import LearnerGroup
 from trainer.parts import Parts
 from trainer.replay import check_replay
 from trainer.rollouts import Rollouts
 from trainer.run import Progress, RunFolder, StopSignal
-from trainer.sampler import Gather, LiveSampler, ReplayedSampler, Sampler, one_round
+from trainer.sampler import Gather, LiveSampler, OneRound, ReplayedSampler, Sampler
 from trainer.session import Session, resume
 from trainer.sources import BatchSource, DatasetSource, RolloutSource
 from trainer.tracking import Tracker, check_trackers
@@ -42,6 +41,7 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
     parts = Parts(config)
     check_trackers(config.tracking.trackers)
     parts.check_model()
+    parts.check_experts()
     open_source = SOURCES[parts.objective.source](parts, replay)
     folder = RunFolder.open(resume_from) if resume_from else RunFolder.create(Path("runs"), config.name)
     with ExitStack() as stack:
@@ -140,9 +140,7 @@ class OpenRollouts:
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         save_to = folder.rollouts if config.rollout.save else None
-        gather: Gather = one_round
-        if config.algorithm.dynamic_sampling:
-            gather = partial(until_full, algorithm=config.algorithm)
+        gather: Gather = UntilFull(config.algorithm) if config.algorithm.dynamic_sampling else OneRound()
         return LiveSampler(rollouts, gather, config.graders.max_unscored_share, config.rollout.sleep, save_to)
 
 

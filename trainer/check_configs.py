@@ -1,23 +1,30 @@
 """Loads every recipe of the given folders (`python -m trainer.check_configs configs`) and names what is wrong."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trainer.config_load import ConfigError, load_config
+from trainer.papers.recipe import load_recipe
 from trainer.recipes import recipes
+
+LOADERS: dict[str, Callable[[Path], object]] = {".": load_config, "papers": load_recipe, "papers/gpu": load_config}
+"""How the files of a folder below the given one are read; folders that do not exist are left out."""
 
 
 def problems(folders: Iterable[Path]) -> list[str]:
     """What is wrong with the recipes in the folders: unsound, or without a first line that says what they show."""
     found = []
-    for path, line in (recipe for folder in folders for recipe in recipes(folder)):
-        if not line:
-            found.append(f"{path}: the first line must be a comment that says what the recipe shows")
-        try:
-            load_config(path)
-        except ConfigError as error:
-            found.append(f"{path}: {error}")
+    for folder, (below, load) in ((folder, item) for folder in folders for item in LOADERS.items()):
+        if below != "." and not (folder / below).is_dir():
+            continue
+        for path, line in recipes(folder / below):
+            if not line:
+                found.append(f"{path}: the first line must be a comment that says what the recipe shows")
+            try:
+                load(path)
+            except ConfigError as error:
+                found.append(f"{path}: {error}")
     return found
 
 

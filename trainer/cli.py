@@ -3,19 +3,19 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 from rich.text import Text
+
+from trainer.cli_tools import printed, tools
 
 if TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.findings import Finding
 
 PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
 USER_ERROR = 2
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(tools)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml; `configs` lists them.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For instance optimizer.lr=1e-5")]
@@ -138,95 +139,6 @@ def plot(
     console.print(f"plot: {plot_runs(runs, metric or (), out, group_seeds)}", soft_wrap=True)
 
 
-@app.command()
-def grade(
-    file: Annotated[Path, typer.Argument(help="JSONL with `completion`, `answer` and any further columns.")],
-    reward: Annotated[
-        list[str], typer.Option(help="A built-in, module:function or path.py:function; options after commas.")
-    ],
-    out: Annotated[Path, typer.Option(help="JSONL to write: score, scores by name, failure, seconds.")],
-    timeout_s: Annotated[float, typer.Option(help="Limit for one reward of one row, in seconds.")] = 5.0,
-    memory_mb: Annotated[int, typer.Option(help="Limit for one row, in MiB.")] = 1024,
-    processes: Annotated[int, typer.Option(help="Worker processes.")] = 2,
-) -> None:
-    """Run rewards over a file: try a reward before it trains anything."""
-    from rewards.config import GraderConfig
-    from rewards.file import grade_file, parse_reward
-
-    limits = GraderConfig(timeout_s=timeout_s, memory_mb=memory_mb, processes=processes)
-    summary = grade_file([parse_reward(text) for text in reward], file, out, limits)
-    console.print(Text(f"{summary}\nwritten: {out}"), soft_wrap=True)
-
-
-@app.command()
-def parity(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or smollm2-135m-instruct.")],
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit that passes.")] = 1e-3,
-) -> None:
-    """Compare our float32 logits with transformers'; exit code 1 above the tolerance."""
-    from llmquest_rl.models.hub import resolve_model
-    from llmquest_rl.models.parity import parity as compare
-
-    report = compare(resolve_model(path))
-    console.print(f"{report.architecture}: {report.positions} positions, largest logit {report.max_abs_logit:.1f}")
-    console.print(
-        f"largest difference: {report.max_abs_diff:.2e}, with a shared prompt: {report.max_abs_diff_shared:.2e}"
-    )
-    if not report.worst <= tolerance:  # also when it is NaN
-        console.print(f"that is above the tolerance of {tolerance:g}")
-        raise typer.Exit(1)
-
-
-@app.command()
-def models(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(help="config.json files or folders; default: configs/models.")
-    ] = None,
-) -> None:
-    """List the architectures, and the parameters that configurations mean, without allocating one."""
-    from llmquest_rl.models.count import config_files, count_parameters
-    from llmquest_rl.models.hf import architectures
-
-    files = Table("architecture", "file", box=None)
-    for name, hf in architectures().items():
-        files.add_row(name, f"{hf.model.__module__.replace('.', '/')}.py")
-    counts = Table("configuration", "architecture", "parameters", "active", "multi-token prediction", box=None)
-    for path in config_files(paths or [Path("configs/models")]):
-        count = count_parameters(path)
-        numbers = (f"{number:,}" for number in (count.total, count.active, count.prediction))
-        counts.add_row(Text(path.stem if path.is_file() else path.name), count.architecture, *numbers)
-    console.print(files, "", counts, width=max(console.width, 120), crop=False)
-
-
-@app.command()
-def algorithms() -> None:
-    """List the policy-gradient algorithms by their cells, each with its paper."""
-    from trainer.algorithm_table import TABLE_WIDTH, algorithm_table
-
-    Console(width=max(console.width, TABLE_WIDTH)).print(algorithm_table())
-
-
-@app.command()
-def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
-    """List the recipes, each with what it shows."""
-    from trainer.recipes import recipes
-
-    table = Table("recipe", "what it shows", box=None)
-    for path, line in recipes(folder):
-        table.add_row(Text(str(path)), Text(line))
-    console.print(table)
-
-
-@app.command()
-def doctor() -> None:
-    """What is installed, which engine and dtype would be used and why, and a self-test of about ten seconds."""
-    from trainer.doctor import examine
-
-    findings = list(_printed(examine()))
-    if not all(findings):
-        raise typer.Exit(1)
-
-
 def _load(path: Path, overrides: Iterable[str] | None) -> "Config":
     from trainer.config_load import load_config
 
@@ -247,17 +159,9 @@ def _load_for_sampling(source: Path, checkpoint: str, overrides: Iterable[str] |
 def _print_checks(config: "Config") -> None:
     from trainer.dry_run import dry_run
 
-    if not all(list(_printed(dry_run(config)))):
+    if not all(list(printed(dry_run(config)))):
         raise typer.Exit(1)
     console.print("dry run: the configuration, the files, the data and the rewards are sound")
-
-
-def _printed(findings: Iterable["Finding"]) -> Iterator[bool]:
-    """Print each finding when it is made; yields whether it is good."""
-    for finding in findings:
-        mark = Text("ok  ", "green") if finding.passed else Text("FAIL", "bold red")
-        console.print(mark, Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
-        yield finding.passed
 
 
 def _report(folder: Path) -> None:

@@ -72,8 +72,8 @@ class BatchConfig(Options):
     """RL: completions of each prompt, compared with each other (one group)."""
     oversampling: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.5
     """RL with `algorithm.dynamic_sampling`: prompts that a round asks, as a multiple of the groups still missing. Above
-    1 there are fewer rounds, and usable groups beyond the step's number are dropped: the next step has other
-    weights."""
+    1 there are fewer rounds; usable groups beyond the step's number serve the next one if it has the same weights
+    (`rollout.push_every`), else they are dropped."""
     max_rounds: PositiveInt = 10
     """RL with `algorithm.dynamic_sampling`: rounds in a step before it makes do with the usable groups that it has,
     with a warning. If it has none, the run stops and shows the rewards and some completions."""
@@ -112,6 +112,10 @@ class RolloutConfig(Options):
     gap_limit: PositiveFloat | None = 0.5
     """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run
     stops: beyond it the two do not have the same weights. null = never stop."""
+    push_every: PositiveInt = 1
+    """Steps after which the learners' weights are pushed to the workers. Above 1 the steps between sample from stale
+    weights, as asynchronous training does; `algorithm.old_policy: engine` takes ratios to what sampled. A resumed run
+    begins with fresh weights."""
     sleep: bool = False
     """Free the engine's memory while the learners work: for workers and learners that share a GPU."""
     save: bool = False

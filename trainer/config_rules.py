@@ -7,6 +7,7 @@ from rich.table import Table
 
 from llmquest_rl.algorithms.advantages import WITHOUT_GROUP
 from llmquest_rl.algorithms.surrogates import ON_POLICY
+from llmquest_rl.objectives import Objective
 from trainer.config import Config
 from trainer.dynamic_sampling import prompts_to_ask
 
@@ -21,11 +22,15 @@ class Rule:
     message: str
 
 
+def _objective(config: Config) -> Objective:
+    section = config.objective
+    objective: Objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
+    return objective
+
+
 def from_rollouts(config: Config) -> bool:
     """Whether the objective learns from rollouts (RL) rather than from given sequences."""
-    section = config.objective
-    objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
-    return bool(objective.source == "rollout")
+    return _objective(config).source == "rollout"
 
 
 def _optimizer_updates(config: Config) -> int:
@@ -34,6 +39,11 @@ def _optimizer_updates(config: Config) -> int:
 
 def _updates_per_step(config: Config) -> int:
     return config.batch.updates_per_step * config.batch.passes_per_step
+
+
+def _computes_old_logprobs(config: Config) -> bool:
+    """And with them records which experts a mixture chose."""
+    return "old_logprobs" in _objective(config).streams(_updates_per_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -123,6 +133,12 @@ RULES = [
         "algorithm.reference_every",
         lambda c: not from_rollouts(c) or c.algorithm.reference_every is None or c.algorithm.beta > 0,
         "without a KL no reference model is held: set algorithm.beta above 0",
+    ),
+    Rule(
+        "algorithm.routing_replay",
+        lambda c: not from_rollouts(c) or not c.algorithm.routing_replay or _computes_old_logprobs(c),
+        "there is nothing to replay: experts are recorded with the learner's old log-probs, which it computes where a "
+        "step has several updates (batch.updates_per_step or passes_per_step above 1), with old_policy: learner",
     ),
     Rule(
         "algorithm.kl_unbiased",

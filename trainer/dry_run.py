@@ -41,6 +41,7 @@ def _trackers(parts: Parts) -> Finding:
 
 
 def _model_files(parts: Parts) -> Finding:
+    parts.check_experts()
     if parts.config.model.init == "random":
         return Finding("model", f"{parts.model_path}: config.json only, weights are drawn at random")
     check_model_files(parts.model_path)

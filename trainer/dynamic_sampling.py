@@ -2,7 +2,7 @@
 
 DAPO, arXiv 2503.14476, section 3.2, equation 11. A round waits for all that it asked, and the usable groups are taken
 in the order of their prompts, so that short completions are not preferred. Usable groups beyond the step's number are
-dropped and counted: with an update in every step, the next one would have them from older weights.
+counted, and kept for the next step as long as the engine's weights are the same (`rollout.push_every` above 1).
 """
 
 import logging
@@ -20,6 +20,8 @@ from trainer.tracking import sample_rows
 
 log = logging.getLogger(__name__)
 
+Ask = Callable[[int], tuple[list[Group], dict[str, float]]]
+
 VALUES_SHOWN = 8
 EXAMPLES_SHOWN = 4
 TEXT_SHOWN = 300
@@ -35,53 +37,69 @@ def prompts_to_ask(batch: BatchConfig, missing: int) -> int:
     return ceil(missing * batch.oversampling)
 
 
-def until_full(
-    ask: Callable[[int], tuple[list[Group], dict[str, float]]], batch: BatchConfig, algorithm: Algorithm
-) -> tuple[list[Group], dict[str, float]]:
-    """Ask round by round until the step has its groups, or `batch.max_rounds` is reached.
+class UntilFull:
+    """Asks round by round until a step has its groups, or `batch.max_rounds` is reached."""
 
-    Args:
-        ask: samples and grades so many further prompts; gives groups, and metrics of `Rollouts.run`.
-        batch: how many groups a step has, and how they are looked for.
-        algorithm: what makes a group usable.
+    def __init__(self, algorithm: Algorithm) -> None:
+        """`algorithm` says what makes a group usable."""
+        self._algorithm = algorithm
+        self._kept: list[Group] = []
 
-    Returns:
-        At most `prompts_per_step` usable groups, at least one; and metrics over all rounds.
+    def forget(self) -> None:
+        """Drop the usable groups that are left: from now on others would have fresher weights."""
+        self._kept = []
 
-    Raises:
-        NothingUsableError: no usable group in any round; shows the distribution of rewards and some completions.
-    """
-    sampled: list[Group] = []
-    usable: list[Group] = []
-    rounds: list[dict[str, float]] = []
-    while len(usable) < batch.prompts_per_step and len(rounds) < batch.max_rounds:
-        groups, metrics = ask(prompts_to_ask(batch, batch.prompts_per_step - len(usable)))
-        sampled += groups
-        usable += [group for group in groups if is_usable(group, algorithm)]
-        rounds.append(metrics)
-    if not usable:
-        raise NothingUsableError(_nothing_usable(sampled, len(rounds)))
-    missing = max(0, batch.prompts_per_step - len(usable))
-    if missing:
+    def __call__(self, ask: Ask, batch: BatchConfig) -> tuple[list[Group], dict[str, float]]:
+        """A step's groups.
+
+        Args:
+            ask: samples and grades so many further prompts; gives groups, and metrics of `Rollouts.run`.
+            batch: how many groups a step has, and how they are looked for.
+
+        Returns:
+            At most `prompts_per_step` usable groups, at least one; and metrics over all rounds.
+
+        Raises:
+            NothingUsableError: no usable group in any round; shows the distribution of rewards and some completions.
+        """
+        reused, wanted = len(self._kept), batch.prompts_per_step
+        usable, self._kept = self._kept, []
+        sampled: list[Group] = []
+        rounds: list[dict[str, float]] = []
+        while len(usable) < wanted and len(rounds) < batch.max_rounds:
+            groups, metrics = ask(prompts_to_ask(batch, wanted - len(usable)))
+            sampled += groups
+            usable += [group for group in groups if is_usable(group, self._algorithm)]
+            rounds.append(metrics)
+        if not usable:
+            raise NothingUsableError(_nothing_usable(sampled, len(rounds)))
+        self._kept = usable[wanted:]
+        _warn_if_missing(wanted, len(usable), len(sampled), len(rounds))
+        return usable[:wanted], _over_all(rounds) | {
+            "rollout/rounds": float(len(rounds)),
+            "rollout/sampled_groups": float(len(sampled)),
+            "rollout/usable_group_share": (len(usable) - reused) / max(1, len(sampled)),
+            "rollout/reused_groups": float(reused),
+            "rollout/surplus_groups": float(max(0, len(usable) - wanted)),
+            "rollout/missing_groups": float(max(0, wanted - len(usable))),
+            "reward/sampled_mean": fmean(_rewards(sampled or usable)),
+        }
+
+
+def _warn_if_missing(wanted: int, usable: int, sampled: int, rounds: int) -> None:
+    if usable < wanted:
         log.warning(
             "dynamic sampling: %d of %d groups were usable in %d rounds, so this step has %d groups fewer than the %d "
             "of batch.prompts_per_step; batch.max_rounds allows more rounds",
-            *(len(usable), len(sampled), len(rounds), missing, batch.prompts_per_step),
+            *(usable, sampled, rounds, wanted - usable, wanted),
         )
-    return usable[: batch.prompts_per_step], _over_all(rounds) | {
-        "rollout/rounds": float(len(rounds)),
-        "rollout/sampled_groups": float(len(sampled)),
-        "rollout/usable_group_share": len(usable) / len(sampled),
-        "rollout/surplus_groups": float(max(0, len(usable) - batch.prompts_per_step)),
-        "rollout/missing_groups": float(missing),
-        "reward/sampled_mean": fmean(_rewards(sampled)),
-    }
 
 
 def _over_all(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Times and tokens are summed; the other metrics count from the start of the step or run: the last ones hold."""
     sums = {name: sum(part[name] for part in rounds) for name in ("time/generate_s", "time/grade_s", "rollout/tokens")}
-    return {**rounds[-1], **sums, "rollout/tokens_per_s": sums["rollout/tokens"] / sums["time/generate_s"]}
+    last = rounds[-1] if rounds else {}  # none where kept groups filled the step
+    return {**last, **sums, "rollout/tokens_per_s": sums["rollout/tokens"] / max(sums["time/generate_s"], 1e-9)}
 
 
 def _rewards(groups: Sequence[Group]) -> list[float]:

@@ -12,6 +12,20 @@ def is_correct(score: Score, reward: str, threshold: float) -> bool:
     return part is not None and part >= threshold
 
 
+def lengths_by_outcome(groups: Sequence[Group], reward: str, threshold: float) -> dict[str, float]:
+    """Mean length in tokens of right and of wrong sampled completions; a kind that there is none of is left out.
+
+    Wrong answers that grow longer than right ones are how a length bias shows (Dr. GRPO, arXiv 2503.20783, figure 5).
+    """
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for group in groups:
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            if score.failure is None:
+                lengths[is_correct(score, reward, threshold)].append(len(completion.token_ids))
+    names = {True: "rollout/right_tokens", False: "rollout/wrong_tokens"}
+    return {names[kind]: sum(found) / len(found) for kind, found in lengths.items() if found}
+
+
 def accuracy_metrics(groups: Sequence[Group], reward: str, threshold: float) -> dict[str, float]:
     """Metrics of one evaluation; unscored completions are left out and counted.
 

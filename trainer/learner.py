@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.layers.routing_replay import replaying
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import load_model, new_model, save_model
@@ -32,7 +33,7 @@ from llmquest_rl.models.names import disk_tensors, named_weights
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import Published, publish
-from trainer.learner_batches import Plan, add_logprobs, num_tokens, plan_microbatches
+from trainer.learner_batches import Plan, add_logprobs, loss_and_changes, num_tokens, plan_microbatches
 from trainer.learner_group import join_group, over_processes, zero_config
 from trainer.learner_setup import LearnerSetup
 from trainer.learner_state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
@@ -126,12 +127,14 @@ class Learner:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         parts = []
-        for i, batch in enumerate(microbatches):
+        for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
-            loss = self.setup.objective.loss(self.engine, batch.to(self.device))
-            # A loss that is not finite can have a finite gradient: make it NaN, so that every process skips the update.
-            poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
-            self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
+            batch = microbatch.to(self.device)
+            with replaying(self.model, batch.experts if self.setup.objective.routing_replay else None):
+                loss = loss_and_changes(self.setup.objective, self.engine, batch)
+                # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
+                poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
+                self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
             parts.append(loss.metrics)
         norm = self._step()
         routing = self.model.after_update(norm is not None, dist.all_reduce)
@@ -164,8 +167,9 @@ class Learner:
         return float(norm)
 
     def _fitting(self, atoms: Sequence[Atom]) -> list[Atom]:
-        """Atoms as this model can compute them."""
-        return list(atoms) if self.model.shares_prompts else [part for atom in atoms for part in atom.expanded()]
+        """Atoms as this model can compute them: a group beyond the budget is cut into its completions."""
+        limit = self.setup.tokens_per_microbatch if self.model.shares_prompts else 0
+        return [part for atom in atoms for part in ([atom] if atom.num_tokens <= limit else atom.expanded())]
 
     def _with_streams(self, plan: Plan, streams: Sequence[str]) -> Plan:
         """The plan with the log-probs that need no gradient: old policy, frozen reference."""
@@ -173,7 +177,8 @@ class Learner:
         for name in streams:
             model = models[name]
             assert model is not None, f"the objective asks for {name} but not for a reference model"
-            plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device)
+            is_policy = model is self.engine
+            plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device, is_policy)
         return plan
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.data.packing import pack
+from llmquest_rl.layers.routing_replay import noted_choices, num_changed, routers
+from llmquest_rl.objectives import Loss, Objective
 
 Plan = list[list[TokenBatch]]
 """[minibatches][microbatches]"""
@@ -54,11 +56,37 @@ def num_tokens(plan: Plan) -> int:
 
 
 @torch.no_grad()
-def add_logprobs(plan: Plan, name: str, model: nn.Module, temperature: float, device: torch.device) -> Plan:
-    """The plan with stream `name`: the model's log-probs of the targets."""
+def add_logprobs(
+    plan: Plan, name: str, model: nn.Module, temperature: float, device: torch.device, record_experts: bool
+) -> Plan:
+    """The plan with stream `name`: the model's log-probs of the targets.
+
+    With `record_experts` also with the experts that computed them, where the model has any. They wait in host memory.
+    """
+    watched = routers(model) if record_experts else []
 
     def with_stream(batch: TokenBatch) -> TokenBatch:
-        logprobs: Tensor = model(batch.to(device), temperature=temperature).logprobs
-        return replace(batch, streams={**batch.streams, name: logprobs.to("cpu", torch.float32)})
+        with noted_choices(watched) as choices:
+            logprobs: Tensor = model(batch.to(device), temperature=temperature).logprobs
+        streams = {**batch.streams, name: logprobs.to("cpu", torch.float32)}
+        return replace(batch, streams=streams, experts=torch.stack(choices).cpu() if choices else batch.experts)
 
     return [[with_stream(batch) for batch in microbatches] for microbatches in plan]
+
+
+def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) -> Loss:
+    """The objective's loss; where experts were recorded, its metrics say how many of the choices are others by now.
+
+    Args:
+        objective: what is minimised.
+        model: the current policy.
+        batch: a microbatch on the model's device.
+    """
+    if batch.experts is None:
+        return objective.loss(model, batch)
+    with noted_choices(routers(model)) as choices:
+        loss = objective.loss(model, batch)
+    is_counted = (batch.streams["weights"] != 0).any()
+    changed = num_changed(batch.experts, choices)
+    loss.metrics.mean("moe/changed_share", changed * is_counted, batch.experts.numel() * is_counted)
+    return loss

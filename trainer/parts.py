@@ -10,6 +10,7 @@ from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.data.task import open_task
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
 from llmquest_rl.hardware import available_cores, choose_dtype
+from llmquest_rl.models.count import count_parameters
 from llmquest_rl.models.hub import check_model_files, resolve_model
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
@@ -45,6 +46,22 @@ class Parts:
         """
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
+
+    def check_experts(self) -> None:
+        """Check that a model whose routing is to be replayed has some.
+
+        Raises:
+            ValueError: it has no experts to choose from; the message names the architecture and what to do.
+        """
+        if not self.objective.routing_replay:
+            return
+        count = count_parameters(self.model_path)
+        if count.active == count.total:
+            raise ValueError(
+                f"algorithm.routing_replay: in {count.architecture} ({self.model_path}) every token passes through "
+                "every weight, so there is no choice of experts to replay: set it to false, or train a mixture of "
+                "experts"
+            )
 
     @cached_property
     def renderer(self) -> PromptRenderer:

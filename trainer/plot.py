@@ -50,7 +50,7 @@ class Curve:
     """One line with, at each step, a band or an interval."""
 
     label: str
-    steps: list[int]
+    steps: Sequence[float]
     values: list[float]
     low: list[float] | None
     high: list[float] | None
@@ -89,9 +89,14 @@ def plot_runs(
         curves = _curves(loaded, key, group_seeds)
         for curve in curves:
             colours.setdefault(curve.label, COLOURS[len(colours) % len(COLOURS)])
-            _draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
-        _dress(axes, key, curves)
-    _legend(figure, panels)
+            draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
+        dress(axes, _title(key, curves), curves)
+    legend(figure, panels)
+    return save(figure, out)
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write a figure; returns its file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # Without a date and a random salt in it, equal runs make equal files.
     with rc_context({"svg.hashsalt": "llmquest_rl"}):
@@ -175,7 +180,8 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return next((labels for labels in candidates if len(set(labels)) == len(runs)), candidates[-1])
 
 
-def _draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
+def draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
+    """A line with its band, or, where many single runs with intervals share the axes, with bars."""
     marker = "o" if len(curve.steps) <= 40 else ""
     axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
     if curve.low and curve.high:
@@ -185,17 +191,22 @@ def _draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
             axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _dress(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
+def _title(key: str, curves: Sequence[Curve]) -> str:
     title = PANELS.get(key, key)
     if len(curves) == 1 and len(curves[0].values) > 1:
         title += f": {curves[0].values[0]:.3g} → {curves[0].values[-1]:.3g}"
+    return title
+
+
+def dress(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
+    """Title, labels, grid and limits of one panel."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     if any(curve.low and curve.num_runs == 1 for curve in curves):
         axes.text(0.98, 0.03, "with 95 % intervals", transform=axes.transAxes, ha="right", fontsize=8, color="#777777")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     values = [value for curve in curves for value in [*curve.values, *(curve.low or ()), *(curve.high or ())]]
-    if min(values) >= 0 and max(values) <= 1 and not key.endswith("/loss"):
+    if min(values) >= 0 and max(values) <= 1 and "loss" not in title:
         axes.set_ylim(-0.02, 1.02)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -204,7 +215,7 @@ def _dress(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     axes.tick_params(colors=INK, labelsize=9)
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend below all panels: a run has the same colour in each."""
     entries: dict[str, Any] = {}
     for axes in panels:

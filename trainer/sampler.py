@@ -18,13 +18,28 @@ Sampled = tuple[list[Group], dict[str, float]]
 """Groups, and metrics of how they were made."""
 Draw = Callable[[int], list[Sample]]
 """Takes so many samples off the stream of prompts."""
-Gather = Callable[[Callable[[int], Sampled], BatchConfig], Sampled]
-"""Makes a step's groups with a function that asks so many further prompts."""
+Ask = Callable[[int], Sampled]
+"""Samples and grades so many further prompts."""
 
 
-def one_round(ask: Callable[[int], Sampled], batch: BatchConfig) -> Sampled:
+class Gather(Protocol):
+    """Makes a step's groups with a function that asks prompts."""
+
+    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled: ...
+
+    def forget(self) -> None:
+        """The weights that sample have changed."""
+        ...
+
+
+class OneRound:
     """Every prompt gives a group, whatever its rewards."""
-    return ask(batch.prompts_per_step)
+
+    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
+        return ask(batch.prompts_per_step)
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
 
 class Sampler(Protocol):
@@ -99,6 +114,7 @@ class LiveSampler:
         started = time.perf_counter()
         if self.sleeps:
             self._all("wake")
+        self.gather.forget()
         self.current = None  # a worker that dies while it loads gets these weights when its work is redone
         current = (learners.weights(), version)
         reports = self._all("load_weights", *current)

@@ -13,7 +13,7 @@ from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.objectives import Objective
 from llmquest_rl.types import Group
 from trainer.config import BatchConfig, Config
-from trainer.evaluate import accuracy_metrics
+from trainer.evaluate import accuracy_metrics, lengths_by_outcome
 from trainer.learners import LearnerGroup, StepBatch
 from trainer.sampler import Sampler
 from trainer.tracking import completions_table, sample_rows
@@ -90,13 +90,16 @@ class RolloutSource:
         self.eval = config.eval
         self.eval_sampling = config.eval_sampling
         self.correct = config.correct_if
+        self.push_every = config.rollout.push_every
+        self.resumed = False
         self.held_out = stream.held_out(config.data.eval_samples)
         self.uniform_steps = 0
 
     def next(self, step: int) -> StepBatch:
         groups, metrics = self.sampler.groups(step, self.stream.take, self.batch, self.sampling)
         atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
-        metrics |= group_metrics.to_floats() | _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
+        metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
+        metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         uniform = self._is_uniform(atoms, groups)
         metrics["reward/uniform_steps"] = float(self.uniform_steps)
         minibatches = updates(atoms, self.objective, self.batch)
@@ -105,7 +108,9 @@ class RolloutSource:
         return StepBatch(minibatches, self.batch.passes_per_step, metrics, groups)
 
     def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        return self.sampler.push(learners, version)
+        due = version % self.push_every == 0 or self.resumed
+        self.resumed = False
+        return self.sampler.push(learners, version) if due else {}
 
     def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
         groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, self.eval_sampling)
@@ -117,6 +122,7 @@ class RolloutSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.uniform_steps = state["uniform_steps"]
+        self.resumed = True  # the workers have the weights that the run began with
 
     def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
         """Without groups whose advantages are all 0: they count in the mean and give the policy loss no gradient."""
@@ -143,6 +149,12 @@ class RolloutSource:
 
 def _has_signal(atom: Atom) -> bool:
     return any(value for values in atom.streams["advantages"] for value in values)
+
+
+def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """Steps that the learners were ahead of the oldest weights that sampled."""
+    versions = [completion.weight_version for group in groups for completion in group.completions]
+    return {"rollout/staleness": float(step - 1 - min(versions))} if versions else {}
 
 
 def _counters(counters: dict[str, int]) -> dict[str, float]:

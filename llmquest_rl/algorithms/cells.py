@@ -58,6 +58,14 @@ class Algorithm(Options):
     ratio: Annotated[str, AfterValidator(_known(RATIOS))] = "token"
     """Importance ratio of the current to the old policy: `token`, `sequence` (geometric mean), `sequence_token` (its
     value, each token's gradient), `sequence_product`."""
+    old_policy: Literal["learner", "engine"] = "learner"
+    """Whose log-probs the ratio is taken to: those that the learner computes before a step's first update, corrected
+    for the engine's rounding (`mismatch`), or the engine's own, which saves a forward pass, counts rounding and stale
+    weights (`rollout.push_every`) in the ratio, and leaves nothing to correct."""
+    routing_replay: bool = False
+    """Mixtures of experts: all updates of a step send each token to the experts that it went to when the learner
+    computed the old policy's log-probs, with weights from the current router (Routing Replay, arXiv 2507.18071, section
+    5.3). Without it, changed choices make ratios of tokens jump: `moe/changed_share` says how many there are."""
     surrogate: Annotated[str, AfterValidator(_known(SURROGATES))] = "clip"
     """What is minimised for each token: `clip`, `soft_gate`, `clipped_weight`; `log_prob` takes no ratio."""
     clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2

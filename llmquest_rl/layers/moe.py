@@ -35,6 +35,9 @@ class SoftmaxRouter(nn.Module):
     The products are in the dtype of the weights, as Qwen and Mixtral were trained, the softmax in float32.
     """
 
+    replayed: Tensor | None = None
+    """Long [T, k]: experts that the tokens go to instead of those of its own choice (`layers/routing_replay.py`)."""
+
     def __init__(self, size: int, num_experts: int, num_chosen: int, normalize: bool) -> None:
         """With `normalize` a token's weights sum to 1, otherwise they are the probabilities themselves."""
         super().__init__()
@@ -46,10 +49,19 @@ class SoftmaxRouter(nn.Module):
         """Route `x` [T, D]."""
         logits = F.linear(x, self.weight).float()
         probs = logits.softmax(-1)
-        weights, experts = probs.topk(self.num_chosen, dim=-1)
+        experts = self._best(probs) if self.replayed is None else self.replayed
+        weights = probs.gather(1, experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(experts, weights, probs, logits)
+
+    def preferred(self, routing: Routing) -> Tensor:
+        """The experts [T, k] that it would have chosen in place of replayed ones."""
+        return self._best(routing.probs)
+
+    def _best(self, probs: Tensor) -> Tensor:
+        experts: Tensor = probs.detach().topk(self.num_chosen, dim=-1).indices
+        return experts
 
 
 class SigmoidRouter(nn.Module):
@@ -58,6 +70,9 @@ class SigmoidRouter(nn.Module):
 
     `e_score_correction_bias` has no gradient: `balance` of the model moves it (Wang et al. 2024, arXiv:2408.15664).
     """
+
+    replayed: Tensor | None = None
+    """As that of `SoftmaxRouter`."""
 
     def __init__(
         self,
@@ -87,12 +102,20 @@ class SigmoidRouter(nn.Module):
         """Route `x` [T, D]; `probs` are the affinities divided by their sum (eq. 19)."""
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid()
-        choices = self._within_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
-        experts = choices.topk(self.num_chosen, dim=-1, sorted=False).indices
+        experts = self._best(scores) if self.replayed is None else self.replayed
         weights = scores.gather(1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scale, scores / (scores.sum(-1, keepdim=True) + 1e-20), logits)
+
+    def preferred(self, routing: Routing) -> Tensor:
+        """The experts [T, k] that it would have chosen in place of replayed ones."""
+        return self._best(routing.logits.sigmoid())
+
+    def _best(self, scores: Tensor) -> Tensor:
+        choices = self._within_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
+        experts: Tensor = choices.topk(self.num_chosen, dim=-1, sorted=False).indices
+        return experts
 
     def _within_groups(self, choices: Tensor) -> Tensor:
         """-inf outside of the groups whose two best experts have the largest sums."""

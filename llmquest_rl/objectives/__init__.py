@@ -63,6 +63,11 @@ class Objective(Protocol):
         """Steps after which that copy becomes the current model; None = it stays the initial one."""
         ...
 
+    @property
+    def routing_replay(self) -> bool:
+        """Whether a mixture's updates use the experts that were recorded with `old_logprobs` (`TokenBatch.experts`)."""
+        ...
+
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
         """Set stream `weights` on all atoms of one optimizer update, before they are shared out to processes."""
         ...

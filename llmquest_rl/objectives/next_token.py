@@ -26,6 +26,7 @@ class NextToken:
     temperature: float = 1.0
     needs_reference: bool = False
     reference_every: int | None = None
+    routing_replay: bool = False
 
     def streams(self, updates: int) -> tuple[str, ...]:
         return ()

@@ -1,5 +1,6 @@
 """Policy gradient on graded rollouts: one loss for every row of the algorithm table."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,9 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+
+RARE = math.log(0.1)
+"""Log-prob under the old policy below which a token counts as rare: where reasoning forks (arXiv 2506.13585, 3.1)."""
 
 
 class Config(Options):
@@ -53,12 +57,16 @@ class Policy:
         return self.algorithm.reference_every
 
     @property
+    def routing_replay(self) -> bool:
+        return self.algorithm.routing_replay
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the loss itself asks for it."""
         return self.algorithm.entropy_bonus > 0 or self.algorithm.entropy_share < 1
 
     def streams(self, updates: int) -> tuple[str, ...]:
-        old = ("old_logprobs",) if updates > 1 else ()
+        old = ("old_logprobs",) if updates > 1 and self.algorithm.old_policy == "learner" else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
 
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
@@ -86,22 +94,28 @@ class Policy:
             entropies: of the distributions that the targets were drawn from [targets]; needed where `needs_entropy`.
         """
         algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
-        old = batch.streams.get("old_logprobs", logprobs.detach())
+        old = self._old(logprobs, batch)
         counted = batch.streams["weights"] != 0
         advantages = self._advantages(old, batch)
         ratio = RATIOS[algorithm.ratio](logprobs, old, ids)
         losses = SURROGATES[algorithm.surrogate](ratio, logprobs, advantages, algorithm.bounds)
-        losses = losses * self._correction(old, batch, metrics)
+        losses = losses * self._correction(logprobs.detach(), old, batch, metrics)
         for kept in self._masks(logprobs, advantages, entropies, batch, metrics):
             losses = losses * kept
         if algorithm.beta > 0:
             losses = losses + self._kl(logprobs, old, batch, metrics)
         if algorithm.entropy_bonus > 0 and entropies is not None:
             losses = losses - algorithm.entropy_bonus * entropies
-        self._ratio_metrics(metrics, ratio.detach()[counted], advantages[counted])
+        self._ratio_metrics(metrics, ratio.detach()[counted], advantages[counted], old[counted])
         metrics.mean("policy/approx_kl", k3(old, logprobs.detach())[counted].sum(), counted.sum())
         metrics.sum("policy/tokens", counted.sum())
         return losses, metrics
+
+    def _old(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        """Log-probs [targets] of the policy that the ratio is taken to."""
+        if self.algorithm.old_policy == "engine":
+            return batch.streams["rollout_logprobs"]
+        return batch.streams.get("old_logprobs", logprobs.detach())
 
     def _advantages(self, old: Tensor, batch: TokenBatch) -> Tensor:
         """Those of the batch, less what the KL from each token to the end takes off."""
@@ -111,14 +125,15 @@ class Policy:
         kl = KL_ESTIMATORS[algorithm.kl](old, batch.streams["ref_logprobs"])
         return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
 
-    def _correction(self, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
-        """The factor [targets] that makes up for the engine's rounding."""
+    def _correction(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
+        """The factor [targets] that makes up for the engine's rounding; 1 where the ratio is taken to the engine."""
         algorithm, rollout = self.algorithm, batch.streams["rollout_logprobs"]
         counted = batch.streams["weights"] != 0
-        log_gap = old - rollout
+        ours = logprobs if algorithm.old_policy == "engine" else old
+        log_gap = ours - rollout
         _mean_and_max(metrics, "policy/logp_gap", log_gap[counted].abs())
-        metrics.mean("policy/logp_gap_k3", k3(rollout, old)[counted].sum(), counted.sum())
-        if algorithm.tis_cap is None:
+        metrics.mean("policy/logp_gap_k3", k3(rollout, ours)[counted].sum(), counted.sum())
+        if algorithm.tis_cap is None or algorithm.old_policy == "engine":
             return torch.ones_like(log_gap)
         correct = MISMATCHES[algorithm.mismatch]
         weights, cut = correct(log_gap, batch.sequence_ids, algorithm.tis_floor, algorithm.tis_cap)
@@ -153,10 +168,13 @@ class Policy:
         weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0
         return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
 
-    def _ratio_metrics(self, metrics: Metrics, ratio: Tensor, advantages: Tensor) -> None:
+    def _ratio_metrics(self, metrics: Metrics, ratio: Tensor, advantages: Tensor, old: Tensor) -> None:
         if self.algorithm.surrogate in CUTS:
             low, high = CUTS[self.algorithm.surrogate](ratio, advantages, self.algorithm.bounds)
+            rare = old < RARE
             metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
+            metrics.mean("policy/clip_frac_rare", (low | high)[rare].sum(), rare.sum())
+            metrics.mean("policy/clip_frac_common", (low | high)[~rare].sum(), (~rare).sum())
             metrics.mean("policy/clip_low_frac", low.sum(), ratio.numel())
             metrics.mean("policy/clip_high_frac", high.sum(), ratio.numel())
         _mean_and_max(metrics, "policy/ratio", ratio)

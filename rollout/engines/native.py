@@ -15,6 +15,7 @@ from torch import Tensor
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packing import can_pack, pack_model, packed_bytes, unpack_model
+from llmquest_rl.generation.quantize import round_weights
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.hf import find_architecture, load_model, new_model
 from llmquest_rl.models.names import disk_pieces, named_weights
@@ -34,6 +35,9 @@ class Config(Options):
     pack_weights: bool = True
     """Keep a second copy of the weights in the order of the CPU's kernels: less time for more memory. Of no effect on a
     GPU."""
+    weight_bits: int | None = Field(default=None, ge=2, le=8)
+    """Round the weights to so many bits, as a quantised engine would hold them, whenever they are loaded; null = not.
+    For experiments on the mismatch between engine and learner: neither memory nor time is saved."""
 
 
 def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
@@ -75,8 +79,8 @@ class NativeEngine:
             texts=decoder.texts if decoder.tokenizer is not None else None,
         )
         self._packs = config.pack_weights and can_pack(model)
-        if self._packs:
-            pack_model(model)
+        self._weight_bits = config.weight_bits
+        self._prepare_weights()
         self._awake = True
 
     @property
@@ -110,8 +114,7 @@ class NativeEngine:
         with torch.no_grad():
             for name, tensor in given:
                 targets[name].copy_(tensor)
-        if self._packs:
-            pack_model(self._model)
+        self._prepare_weights()
         self._generator.version = version
 
     def sleep(self) -> None:
@@ -142,10 +145,18 @@ class NativeEngine:
             "threads": self._setup.threads,
             "max_sequences": self._setup.max_sequences,
             "context_tokens": self._setup.context_tokens,
+            "weight_bits": self._weight_bits or "as loaded",
             "packed_bytes": packed_bytes(self._model),
             "cache_tokens": self._generator.cache_tokens,
             "cache_bytes": self._generator.cache_bytes,
         }
+
+    def _prepare_weights(self) -> None:
+        """What is done to weights once they are loaded."""
+        if self._weight_bits is not None:
+            round_weights(self._model, self._weight_bits)
+        if self._packs:
+            pack_model(self._model)
 
     def _check_awake(self) -> None:
         if not self._awake:

@@ -264,3 +264,37 @@ def test_the_entropy_is_computed_when_the_loss_needs_it(cells: dict[str, float],
     policy = build(Config(entropy=False), resolve("dapo", cells), Sampling())
     _, _, metrics = run(policy, Bigram(), random_atoms(0))
     assert ("policy/entropy" in metrics.to_floats()) == asked
+
+
+def test_the_ratio_may_be_taken_to_the_engine() -> None:
+    """No old policy is computed then, and nothing is left to correct: the loss is that of old = rollout log-probs."""
+    model, atoms = Bigram(), random_atoms(5)
+    engine = build(Config(), resolve("grpo", {"beta": 0.0, "old_policy": "engine"}), Sampling(max_tokens=MAX_TOKENS))
+    learner = build(Config(), resolve("grpo", {"beta": 0.0, "tis_cap": None}), Sampling(max_tokens=MAX_TOKENS))
+    assert engine.streams(2) == () and learner.streams(2) == ("old_logprobs",)
+    given = [atom.with_stream("old_logprobs", atom.streams["rollout_logprobs"]) for atom in atoms]
+    value, gradients, metrics = run(engine, model, atoms)
+    expected, expected_gradients, _ = run(learner, model, given)
+    assert value == pytest.approx(expected)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+    assert metrics.to_floats()["policy/logp_gap"] > 0.01
+
+
+def test_rare_tokens_are_cut_apart_from_others() -> None:
+    policy = build(Config(), resolve("grpo", {"beta": 0.0}), Sampling(max_tokens=4))
+    atom = Atom(
+        [0],
+        [[1, 2, 3, 4]],
+        {
+            "advantages": [[1.0] * 4],
+            "old_logprobs": [[-3.0, -3.0, -0.1, -0.1]],
+            "rollout_logprobs": [[-3.0, -3.0, -0.1, -0.1]],
+        },
+    )
+    [batch] = [collate(policy.weigh([atom]))]
+    logprobs = torch.tensor([-2.0, -3.0, -0.1, -0.11])
+    metrics = policy.token_losses(logprobs, batch)[1].to_floats()
+    assert metrics["policy/clip_frac_rare"] == 0.5
+    assert metrics["policy/clip_frac_common"] == 0.0
+    assert metrics["policy/clip_frac"] == 0.25

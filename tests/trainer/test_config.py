@@ -208,6 +208,7 @@ BROKEN = [
     (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
     (RL, "algorithm.reference_every", 4, "algorithm.reference_every"),
+    (RL, "algorithm.routing_replay", True, "algorithm.routing_replay"),
     (RL, "batch.updates_per_step", 3, "batch.updates_per_step"),
     (SUPERVISED, "batch.updates_per_step", 5, "batch.updates_per_step"),
     (RL, "batch.tokens_per_microbatch", 700, "batch.tokens_per_microbatch"),

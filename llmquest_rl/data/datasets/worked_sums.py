@@ -1,0 +1,75 @@
+"""Sums with their working, digit by digit: what a small model is taught before reinforcement learning.
+
+A reply is the answer at once (`#93`), or the columns from the right with their carries and then the answer
+(`7+6=13;1+7+1=9;#93`). Columns are wrong now and then, and what follows is consistent with the error, so that a model
+of this text is right only part of the time, has several ways to answer, and room to choose the better one.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from llmquest_rl.data.dataset import DatasetContext, SupervisedData, rows_data
+from llmquest_rl.data.files import PlacedRow
+from llmquest_rl.data.rows import Rows
+from llmquest_rl.data.tasks import arithmetic
+from llmquest_rl.options import Options
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Config(Options):
+    """Which sums, and how they are worked."""
+
+    digits: PositiveInt = 3
+    """Decimal digits of both operands."""
+    template: str = "{question}="
+    """The prompt, as that of the task `arithmetic`."""
+    held_out: PositiveInt = 100
+    """As of the task `arithmetic`: problems that are not trained on; they are the validation set."""
+    rows: PositiveInt = 20000
+    """Training rows."""
+    direct_share: Share = 0.3
+    """Share of the replies that are the answer at once."""
+    error_rate: Share = 0.1
+    """Share of the worked columns that are off by one."""
+    pause: BelowOne = 0.0
+    """Chance that a worked reply pauses (`.`) before its answer, and once more after each pause: lengths that have
+    nothing to do with the answer."""
+    pause_after_error: BelowOne = 0.0
+    """The same where a column was wrong: a writer who hesitates."""
+
+
+def load(config: Config, context: DatasetContext) -> SupervisedData:
+    """The data set: its problems are those of the task `arithmetic` with the same seed and sizes."""
+    options = arithmetic.Config(digits=config.digits, template=config.template, held_out=config.held_out)
+    task = arithmetic.load(options, context.seed, context.malformed)
+    train = _rows(task.train, config.rows, config)
+    held_out = _rows(task.held_out, task.held_out.size or 0, config)
+    return rows_data("worked_sums", train, held_out, True, context)
+
+
+def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedRow]:
+    for row in map(rows.row, range(count)):
+        left, right = str(row.prompt).removesuffix("=").split(" + ")
+        yield row.id, {"prompt": row.prompt, "completion": reply(left, right, random.Random(row.id), config)}
+
+
+def reply(left: str, right: str, rng: random.Random, config: Config) -> str:
+    """One way of answering `left + right`."""
+    if rng.random() < config.direct_share:
+        return f"#{int(left) + int(right)}"
+    columns, answer, carry, erred = "", "", 0, False
+    for a, b in zip(reversed(left), reversed(right), strict=True):
+        total = int(a) + int(b) + carry
+        if rng.random() < config.error_rate:
+            total, erred = total + (-1 if total and rng.random() < 0.5 else 1), True
+        columns += f"{a}+{b}{'+1' if carry else ''}={total};"
+        answer, carry = f"{total % 10}{answer}", total // 10
+    pauses, chance = 0, config.pause_after_error if erred else config.pause
+    while rng.random() < chance:
+        pauses += 1
+    return f"{columns}{'.' * pauses}#{'1' if carry else ''}{answer}"

@@ -1,0 +1,76 @@
+"""What a claim decides, on numbers made by hand."""
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from trainer.papers.claims import Claim, check
+from trainer.papers.series import Results, points, smooth, statistic, with_sums
+
+CLAIM: TypeAdapter[Any] = TypeAdapter(Claim)
+
+
+def results(**arms: list[list[float]]) -> Results:
+    """Arm to the values of each seed, one a step."""
+    return {
+        arm: {
+            seed: [{"step": i, "score": value} for i, value in enumerate(values)] for seed, values in enumerate(seeds)
+        }
+        for arm, seeds in arms.items()
+    }
+
+
+def holds(data: Results, **claim: Any) -> bool:
+    return check(CLAIM.validate_python({"says": "so", "metric": "score", **claim}), data).holds
+
+
+FLAT, RISING, HIGH = [0.1] * 10, [0.1 * i for i in range(10)], [0.5] * 10
+
+
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [
+        ({"kind": "rises", "arm": "rising", "by": 0.8}, True),
+        ({"kind": "rises", "arm": "rising", "by": 0.9}, False),
+        ({"kind": "rises", "arm": "mixed", "by": 0.1}, False),
+        ({"kind": "above", "arm": "high", "than": "flat"}, True),
+        ({"kind": "above", "arm": "flat", "than": "high"}, False),
+        ({"kind": "above", "arm": "mixed", "than": "flat"}, False),
+        ({"kind": "above", "arm": "high", "than": "flat", "times": 4.9}, True),
+        ({"kind": "above", "arm": "high", "than": "flat", "times": 5.1}, False),
+        ({"kind": "above", "arm": "high", "than": "flat", "by": 0.41}, False),
+        ({"kind": "close", "arm": "high", "than": "flat", "within": 0.41}, True),
+        ({"kind": "close", "arm": "high", "than": "flat", "within": 0.39}, False),
+        ({"kind": "inside", "arm": "high", "low": 0.4, "high": 0.6}, True),
+        ({"kind": "inside", "arm": "high", "high": 0.4}, False),
+        ({"kind": "inside", "arm": "rising", "over": [0.0, 0.1], "high": 0.1}, True),
+    ],
+)
+def test_a_claim_is_decided_seed_by_seed(claim: dict[str, Any], expected: bool) -> None:
+    data = results(flat=[FLAT] * 3, rising=[RISING] * 3, high=[HIGH] * 3, mixed=[RISING, FLAT, HIGH])
+    assert holds(data, **claim) is expected
+
+
+def test_the_verdict_shows_mean_and_range() -> None:
+    data = results(one=[[1.0], [2.0], [3.0]], other=[[0.5], [0.6], [0.7]])
+    claim = {"says": "one is larger", "kind": "above", "arm": "one", "than": "other", "metric": "score"}
+    verdict = check(CLAIM.validate_python(claim), data)
+    assert "one 2 [1, 3] above other 0.6 [0.5, 0.7]" in verdict.numbers and "1 in 20" in verdict.numbers
+
+
+def test_what_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nobody"):
+        holds(results(one=[HIGH]), kind="inside", arm="nobody")
+    with pytest.raises(ValueError, match="missing has no value"):
+        holds(results(one=[HIGH]), kind="inside", arm="one", metric="missing")
+
+
+def test_statistics_take_their_share_of_the_run() -> None:
+    rows = [{"step": i, "a": float(i), "sparse": float(i) if i % 5 == 0 else None} for i in range(11)]
+    assert statistic(rows, "a", (0.8, 1.0)) == 9.0
+    assert statistic(rows, "sparse", (0.0, 0.5)) == 2.5
+    assert points(rows, "sparse") == [(0.0, 0.0), (5.0, 5.0), (10.0, 10.0)]
+    assert smooth([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
+    summed = with_sums([{"step": 0}, {"step": 1, "rollout/tokens": 10.0}, {"step": 2, "rollout/tokens": 5.0}])
+    assert [row["generated tokens"] for row in summed] == [0.0, 10.0, 15.0]

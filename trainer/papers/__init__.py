@@ -1,0 +1,1 @@
+"""Papers' curves as recipes: what `llmquest-rl reproduce` runs."""

@@ -1,0 +1,136 @@
+"""Claims that a recipe checks by itself: statements on a metric of its arms, decided seed by seed.
+
+Arms are compared by the exact permutation test in its plainest form: every seed of the one lies above every seed of the
+other. With three seeds each that happens by chance once in C(6, 3) = 20 times, with five once in 252.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import comb
+from statistics import fmean
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmquest_rl.options import Options
+from trainer.papers.series import Results, Window, statistic
+
+
+class _Claim(Options):
+    """What every claim has."""
+
+    says: str
+    """The claim in words, as the paper makes it."""
+    metric: str
+    over: Window = (0.8, 1.0)
+    """The share of each run over which the metric is averaged."""
+
+
+class Rises(_Claim):
+    """In every seed the metric changes by at least `by` from the run's beginning to `over`."""
+
+    kind: Literal["rises"]
+    arm: str
+    by: float
+    start: Window = (0.0, 0.1)
+    """The share of the run that counts as its beginning."""
+
+
+class Above(_Claim):
+    """Every seed of `arm` lies above every seed of `than`, and the mean by at least `by`, or `times` as high."""
+
+    kind: Literal["above"]
+    arm: str
+    than: str
+    by: float = 0.0
+    times: float = 1.0
+
+
+class Close(_Claim):
+    """The means of two arms differ by at most `within`."""
+
+    kind: Literal["close"]
+    arm: str
+    than: str
+    within: float
+
+
+class Inside(_Claim):
+    """Every seed of `arm` lies between two bounds."""
+
+    kind: Literal["inside"]
+    arm: str
+    low: float = float("-inf")
+    high: float = float("inf")
+
+
+Claim = Annotated[Rises | Above | Close | Inside, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a claim holds, and the numbers."""
+
+    says: str
+    holds: bool
+    numbers: str
+
+
+def check(claim: Claim, results: Results) -> Verdict:
+    """Decide one claim.
+
+    Raises:
+        ValueError: an arm or a metric does not exist.
+    """
+    holds, numbers = _DECIDE[claim.kind](claim, results)
+    return Verdict(claim.says, holds, f"{claim.metric}: {numbers}")
+
+
+def _values(claim: _Claim, arm: str, results: Results, window: Window | None = None) -> list[float]:
+    """The statistic of each seed."""
+    if arm not in results:
+        raise ValueError(f"a claim is on {arm!r}, but there are only: {', '.join(results)}")
+    return [statistic(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
+
+
+def _rises(claim: Rises, results: Results) -> tuple[bool, str]:
+    before, after = (_values(claim, claim.arm, results, window) for window in (claim.start, claim.over))
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return min(changes) >= claim.by, f"{claim.arm} {_range(before)} -> {_range(after)}, wanted {claim.by:+g} or more"
+
+
+def _above(claim: Above, results: Results) -> tuple[bool, str]:
+    high, low = (_values(claim, arm, results) for arm in (claim.arm, claim.than))
+    apart, difference = min(high) > max(low), fmean(high) - fmean(low)
+    holds = apart and difference >= claim.by and fmean(high) >= claim.times * fmean(low)
+    wanted = f", wanted {claim.by:+g}" * (claim.by != 0) + f", wanted {claim.times:g} times" * (claim.times != 1)
+    chance = (
+        f"; every seed apart, 1 in {comb(len(high) + len(low), len(low))} by chance" if apart else "; seeds overlap"
+    )
+    return holds, f"{claim.arm} {_range(high)} above {claim.than} {_range(low)}{wanted}{chance}"
+
+
+def _close(claim: Close, results: Results) -> tuple[bool, str]:
+    one, other = (_values(claim, arm, results) for arm in (claim.arm, claim.than))
+    difference = fmean(one) - fmean(other)
+    numbers = f"{claim.arm} {_range(one)}, {claim.than} {_range(other)}, wanted within {claim.within:g}"
+    return abs(difference) <= claim.within, numbers
+
+
+def _inside(claim: Inside, results: Results) -> tuple[bool, str]:
+    values = _values(claim, claim.arm, results)
+    holds = claim.low <= min(values) and max(values) <= claim.high
+    return holds, f"{claim.arm} {_range(values)}, wanted {claim.low:g} to {claim.high:g}"
+
+
+def _range(values: list[float]) -> str:
+    """Mean, lowest and highest."""
+    return f"{fmean(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
+
+
+_DECIDE: dict[str, Callable[..., tuple[bool, str]]] = {
+    "rises": _rises,
+    "above": _above,
+    "close": _close,
+    "inside": _inside,
+}

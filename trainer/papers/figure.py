@@ -1,0 +1,87 @@
+"""A recipe's figure: one panel for each metric, one line for each arm, the mean of its seeds within their range."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator
+from pydantic import PositiveInt
+
+from llmquest_rl.options import Options
+from trainer.papers.series import Results, Rows, points, smooth
+from trainer.plot import COLOURS, Curve, draw, dress, legend, save
+
+
+class Panel(Options):
+    """One panel."""
+
+    metric: str
+    title: str
+    x: str = "step"
+    """The abscissa: `step`, `generated tokens`, or a key that a measure gave."""
+    arms: tuple[str, ...] = ()
+    """Those drawn; none = all that have the metric."""
+    smooth: PositiveInt = 1
+    """Values averaged with those before: training metrics jump."""
+    scale: Literal["linear", "log", "symlog"] = "linear"
+    """Of the ordinate."""
+
+
+def draw_figure(panels: Sequence[Panel], results: Results, columns: int, out: Path) -> Path:
+    """Draw and write the figure; returns its file.
+
+    Raises:
+        ValueError: no arm has a panel's metric.
+    """
+    rows = -(-len(panels) // columns)
+    columns = min(columns, len(panels))
+    figure = Figure(figsize=(0.4 + 4.6 * columns, 0.4 + 3.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(results)}
+    for place, panel in zip(axes, panels, strict=False):
+        _draw_panel(place, panel, results, colours)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    legend(figure, axes[: len(panels)])
+    return save(figure, out)
+
+
+def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str, str]) -> None:
+    chosen = {arm: seeds for arm, seeds in results.items() if not panel.arms or arm in panel.arms}
+    curves = [curve for arm, seeds in chosen.items() if (curve := _curve(arm, seeds, panel)) is not None]
+    if not curves:
+        raise ValueError(f"a panel shows {panel.metric} over {panel.x}, which no arm has")
+    for curve in curves:
+        draw(axes, curve, colours[curve.label], crowded=False)
+    dress(axes, panel.title, curves, panel.x)
+    if panel.x != "step":
+        axes.xaxis.set_major_locator(AutoLocator())
+    if panel.scale != "linear":
+        axes.set_ylim(auto=True)
+        axes.set_yscale(panel.scale)
+
+
+def _curve(arm: str, seeds: Mapping[int, Rows], panel: Panel) -> Curve | None:
+    """The mean over seeds at the abscissas that all have; sums differ by seed, so they are averaged by position."""
+    runs = [points(rows, panel.metric, panel.x) for rows in seeds.values()]
+    if not all(runs):
+        return None
+    if panel.x == "step":
+        common = set.intersection(*({x for x, _ in run} for run in runs))
+        runs = [[(x, y) for x, y in run if x in common] for run in runs]
+    shortest = min(map(len, runs))
+    values = [smooth([y for _, y in run[:shortest]], panel.smooth) for run in runs]
+    columns = list(zip(*values, strict=True))
+    return Curve(
+        arm,
+        [fmean(run[i][0] for run in runs) for i in range(shortest)],
+        [fmean(column) for column in columns],
+        [min(column) for column in columns] if len(runs) > 1 else None,
+        [max(column) for column in columns] if len(runs) > 1 else None,
+        len(runs),
+    )

@@ -1,0 +1,25 @@
+"""What recipes compute on trained models, one file each with a function `measure`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.papers.series import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a measure is given."""
+
+    seed: int
+    start: Path
+    """The start model."""
+    configs: dict[str, Config]
+    """By arm, of this seed."""
+    runs: dict[str, Path]
+    """Run folders by arm, of this seed."""
+
+
+Measure = Callable[[Trained], dict[str, Rows]]
+"""`measure` of a file in `trainer/papers/measures/`: rows by label."""

@@ -1,0 +1,75 @@
+"""Noise of the policy gradient by algorithm and size of groups, at one policy and a fixed number of completions.
+
+For a batch's gradient g the noise is tr Cov(g) / |E g|^2, the reciprocal of a signal-to-noise ratio: how many batches
+must be averaged until signal and noise are equal. It does not depend on the scale of the advantages. Both parts are
+estimated from the same batches, the bias of the squared mean taken off (McCandlish et al. 2018, arXiv:1812.06162, A.1).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.algorithms.atoms import make_atoms
+from llmquest_rl.algorithms.presets import Algorithm, resolve
+from llmquest_rl.batch import collate
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import load_model
+from llmquest_rl.objectives.policy import Policy
+from llmquest_rl.types import Group
+from trainer.inference import running
+from trainer.papers.measures import Trained
+from trainer.papers.series import Rows
+
+SIZES = (2, 4, 8, 16)
+"""Completions of each prompt."""
+COMPLETIONS = 64
+"""Of a batch, whatever the size of its groups."""
+BATCHES = 48
+AGGREGATION = {"aggregation": "sequence_sum", "beta": 0.0}
+"""The same for all: what is compared is the baseline."""
+ALGORITHMS: dict[str, Algorithm] = {
+    "no baseline": resolve("reinforce", AGGREGATION),
+    "rloo": resolve("rloo", AGGREGATION),
+    "grpo": resolve("grpo", AGGREGATION),
+    "dr_grpo": resolve("dr_grpo", AGGREGATION),
+}
+
+
+def measure(trained: Trained) -> dict[str, Rows]:
+    """Rows by algorithm: `group size` and `gradient noise`."""
+    config = next(iter(trained.configs.values()))
+    model = load_model(trained.start, torch.float32)
+    rows: dict[str, Rows] = {f"{name} gradient": [] for name in ALGORITHMS}
+    with running(config) as sampling:
+        for step, size in enumerate(SIZES):
+            groups = []
+            for batch in range(BATCHES):
+                samples = sampling.parts.prompts.take(COMPLETIONS // size)
+                groups.append(sampling.rollouts.run(samples, size, config.rollout.sampling, f"{size}/{batch}")[0])
+            for name, algorithm in ALGORITHMS.items():
+                noise = gradient_noise(model, groups, algorithm, config.rollout.sampling.max_tokens)
+                rows[f"{name} gradient"].append({"step": step, "group size": size, "gradient noise": noise})
+    return rows
+
+
+def gradient_noise(model: CausalLM, batches: Sequence[Sequence[Group]], algorithm: Algorithm, max_tokens: int) -> float:
+    """tr Cov(g) / |E g|^2 over the gradients of these batches; infinite where no signal is left."""
+    total = square = torch.zeros(())
+    for groups in batches:
+        gradient = _gradient(model, groups, algorithm, max_tokens)
+        total, square = total + gradient, square + gradient.square().sum()
+    count = len(batches)
+    mean_square = (total / count).square().sum()
+    noise = (square / count - mean_square) * count / (count - 1)
+    signal = mean_square - noise / count
+    return float(noise / signal) if signal > 0 else float("inf")
+
+
+def _gradient(model: CausalLM, groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Tensor:
+    """Of one batch, flat float64."""
+    objective = Policy(algorithm, 1.0, max_tokens, entropy=False)
+    atoms = objective.weigh(make_atoms(groups, algorithm, max_tokens)[0])
+    model.zero_grad()
+    objective.loss(model, collate(atoms)).value.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])

@@ -1,0 +1,120 @@
+"""Bias and variance of the KL estimators, in value and in gradient, against the exact KL.
+
+A vocabulary of a few characters makes expectations over the next token exact sums: no sample is drawn but the texts in
+which the policies are compared. Policies further and further from the start model lie on the line, in weights, from the
+start model to a trained one and beyond.
+
+With p the policy, q the reference and k(a) an estimator's value for token a, gradients are those with respect to the
+logits, where grad log p(a) = e_a - p:
+
+* exact: sum_a p(a) log(p(a) / q(a)) grad log p(a)
+* an estimator in the loss: k'(a) grad log p(a), expected over a ~ p, with k' its derivative by log p(a)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
+from llmquest_rl.algorithms.log_ratios import bounded_exp
+from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import load_model
+from trainer.inference import running, trained_model
+from trainer.papers.measures import Trained
+from trainer.papers.series import Rows
+
+STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+"""Places on the line: 0 is the start model, 1 the trained one."""
+
+
+def _weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return bounded_exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": KL_ESTIMATORS["k1"],
+    "k2": KL_ESTIMATORS["k2"],
+    "k3": KL_ESTIMATORS["k3"],
+    "k3, ratio-weighted": _weighted_k3,
+}
+
+
+def measure(trained: Trained) -> dict[str, Rows]:
+    """Rows by estimator: `kl` in nats per token; biases and deviations as shares of the exact value or gradient."""
+    arm, run = next(iter(trained.runs.items()))
+    config = trained.configs[arm]
+    with running(config) as sampling:
+        prompts = sampling.parts.prompts.held_out(config.data.eval_samples)
+        groups, _ = sampling.rollouts.run(prompts, 1, config.rollout.sampling, "measure")
+    atoms = [Atom(g.sample.prompt_ids, [c.token_ids for c in g.completions]) for g in groups]
+    batch = collate(atoms)
+    start = load_model(trained.start, torch.float32)
+    end = load_model(trained_model(str(run)), torch.float32)
+    reference = next_token_logprobs(start, batch)
+    rows: dict[str, Rows] = {name: [] for name in ESTIMATORS}
+    for i, share in enumerate(STEPS):
+        policy = next_token_logprobs(_between(start, end, share, trained), batch)
+        for name, estimator in ESTIMATORS.items():
+            rows[name].append({"step": i, **compare(estimator, policy, reference)})
+    return rows
+
+
+@torch.no_grad()
+def next_token_logprobs(model: CausalLM, batch: TokenBatch) -> Tensor:
+    """Float64 [targets, vocab]: the whole distribution at each target's place, by asking for every token in turn."""
+    size = model.config.vocab_size
+    asked = replace(
+        batch,
+        sources=batch.sources.repeat_interleave(size),
+        targets=torch.arange(size).repeat(len(batch.targets)),
+        sequence_ids=batch.sequence_ids.repeat_interleave(size),
+    )
+    logprobs: Tensor = model(asked).logprobs
+    return logprobs.view(-1, size).double().log_softmax(-1)
+
+
+def compare(estimator: Callable[[Tensor, Tensor], Tensor], policy: Tensor, reference: Tensor) -> dict[str, float]:
+    """Bias and deviation of one estimator, over places weighed alike.
+
+    Args:
+        estimator: (log-probs of the policy, of the reference) to values, differentiable by the first.
+        policy: Log-probs [places, vocab].
+        reference: The same of the reference.
+    """
+    probs, logs = policy.exp(), policy.clone().requires_grad_()
+    values = estimator(logs, reference)
+    [slopes] = torch.autograd.grad(values.sum(), logs)
+    values = values.detach()
+    exact = (probs * (policy - reference)).sum(-1)  # [places]
+    expected = (probs * values).sum(-1)
+    variance = (probs * (values - expected[:, None]).square()).sum(-1)
+    exact_gradient = _expected_gradient(policy - reference, probs)
+    gradient = _expected_gradient(slopes, probs)
+    # |e_a - p|^2 = 1 - 2 p_a + |p|^2
+    norms = 1 - 2 * probs + probs.square().sum(-1, keepdim=True)
+    gradient_variance = (probs * slopes.square() * norms).sum(-1) - gradient.square().sum(-1)
+    size = exact_gradient.square().sum(-1).mean().sqrt()
+    return {
+        "kl": float(exact.mean()),
+        "value bias": float((expected - exact).mean() / exact.mean()),
+        "value deviation": float(variance.mean().sqrt() / exact.mean()),
+        "gradient bias": float((gradient - exact_gradient).square().sum(-1).mean().sqrt() / size),
+        "gradient deviation": float(gradient_variance.clamp(min=0).mean().sqrt() / size),
+    }
+
+
+def _expected_gradient(slopes: Tensor, probs: Tensor) -> Tensor:
+    """sum_a p(a) slope(a) (e_a - p): [places, vocab]."""
+    weighed = probs * slopes
+    return weighed - probs * weighed.sum(-1, keepdim=True)
+
+
+def _between(start: CausalLM, end: CausalLM, share: float, trained: Trained) -> CausalLM:
+    model = load_model(trained.start, torch.float32)
+    with torch.no_grad():
+        for weight, a, b in zip(model.parameters(), start.parameters(), end.parameters(), strict=True):
+            weight.copy_(a + share * (b - a))
+    return model

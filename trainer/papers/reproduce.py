@@ -1,0 +1,98 @@
+"""One command from a recipe to its figure, its numbers and a verdict."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trainer.papers.claims import Verdict, check
+from trainer.papers.figure import draw_figure
+from trainer.papers.measures import Measure, Trained
+from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
+from trainer.papers.runs import run_all
+from trainer.papers.series import Results, summary, with_sums
+from trainer.papers.start import start_model
+from trainer.tracking import JsonLines
+
+WORK = Path("runs/papers")
+"""Where start models and the runs of arms are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came out."""
+
+    verdicts: list[Verdict]
+    figure: Path
+    numbers: Path
+
+    @property
+    def holds(self) -> bool:
+        return all(verdict.holds for verdict in self.verdicts)
+
+
+def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], None], work: Path = WORK) -> Report:
+    """Run what is missing of a recipe, measure, draw, and check its claims.
+
+    Args:
+        path: the recipe.
+        seeds: runs of each arm, with seeds 0, 1, ...
+        out: folder for `<name>.png` and `<name>.json`; None = `work`/<name>.
+        report: called with a line for each run that is there.
+        work: folder for start models and runs; what lies there is used again.
+
+    Raises:
+        ConfigError: the recipe is unsound.
+        ArmError: a run failed.
+        ValueError: a claim or a panel names what no arm has.
+    """
+    recipe, origin = load_recipe(path), str(path)
+    out = out or work / path.stem
+    out.mkdir(parents=True, exist_ok=True)
+    start = start_model(recipe, work, origin)
+    report(f"start model: {start}")
+    results = _with_runs(recipe, seeds, start.resolve(), work / path.stem, origin, report)
+    verdicts = [check(claim, results) for claim in recipe.claims]
+    figure = draw_figure(recipe.panels, results, recipe.columns, out / f"{path.stem}.png")
+    metrics = sorted({panel.metric for panel in recipe.panels} | {claim.metric for claim in recipe.claims})
+    numbers = out / f"{path.stem}.json"
+    content = {"paper": recipe.paper, "seeds": seeds, "claims": [asdict(verdict) for verdict in verdicts]}
+    numbers.write_text(_json(content | {"curves": summary(results, metrics)}), encoding="utf-8")
+    return Report(verdicts, figure, numbers)
+
+
+def _with_runs(
+    recipe: Recipe, seeds: int, start: Path, folder: Path, origin: str, report: Callable[[str], None]
+) -> Results:
+    """Train every arm and seed, and measure."""
+    configs = {(arm, seed): arm_config(recipe, arm, seed, start, origin) for arm, seed in jobs(recipe, seeds)}
+    names = {job: f"{job[0]}, seed {job[1]}" for job in configs}
+    by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
+    results: Results = defaultdict(dict)
+    for (arm, seed), name in names.items():
+        results[arm][seed] = with_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
+    if recipe.measure is not None:
+        measure: Measure = import_module(f"trainer.papers.measures.{recipe.measure}").measure
+        for seed in range(seeds):
+            own = {arm: configs[arm, seed] for arm in recipe.arms}
+            trained = Trained(seed, start, own, {arm: by_name[names[arm, seed]] for arm in recipe.arms})
+            for label, rows in measure(trained).items():
+                results[label][seed] = rows
+            report(f"measured, seed {seed}")
+    return dict(results)
+
+
+def _json(content: dict[str, Any]) -> str:
+    """Indented, but each curve on a line of its own: a file that a person can read and a diff can show."""
+    curves = content.pop("curves")
+    lines = [
+        f"    {json.dumps(metric)}: {{\n"
+        + ",\n".join(f"      {json.dumps(arm)}: {json.dumps(seeds)}" for arm, seeds in arms.items())
+        + "\n    }"
+        for metric, arms in curves.items()
+    ]
+    head = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n  "curves": {{\n' + ",\n".join(lines) + "\n  }\n}\n"

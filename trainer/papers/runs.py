@@ -1,0 +1,108 @@
+"""Runs side by side: each in a worker process with one thread, because small models gain nothing from more."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, chdir, contextmanager
+from hashlib import blake2b
+from multiprocessing import get_context
+from pathlib import Path
+
+from llmquest_rl.hardware import available_cores
+from trainer.config import Config
+from trainer.config_load import dump
+from trainer.run import RunFolder, RunFolderError
+from trainer.tracking import JsonLines
+
+
+class ArmError(RuntimeError):
+    """A run of a recipe failed; the message names it and its log."""
+
+
+def run_training(config: Config, folder: Path, log: Path) -> Path:
+    """Train in this process, below `folder`, printing into the file `log`; returns the run folder."""
+    from trainer.loop import train
+
+    with _printing_into(log), chdir(folder):
+        return train(config)
+
+
+@contextmanager
+def _printing_into(log: Path) -> Iterator[None]:
+    """Let this process and what it starts (graders, compilers) write to a file instead of the terminal."""
+    with log.open("ab") as file, ExitStack() as stack:
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            terminal = os.dup(number)
+            stack.callback(os.close, terminal)
+            stack.callback(os.dup2, terminal, number)
+            stack.callback(stream.flush)
+            os.dup2(file.fileno(), number)
+        yield
+
+
+def finished(config: Config, folder: Path) -> Path | None:
+    """The run folder of an equal run that went to its end below `folder`, or None."""
+    try:
+        run = RunFolder.open(folder / "runs" / config.name)
+    except RunFolderError:
+        return None
+    done = run.metrics.is_file() and [row["step"] for row in JsonLines(run.metrics).read()][-1:] == [config.steps]
+    return run.path if done and run.config.read_text() == dump(config) else None
+
+
+def place_of(config: Config, folder: Path) -> Path:
+    """Where runs of this very configuration lie: they are found again, and those of another do not mix in."""
+    return folder / f"{config.name}-seed{config.seed}-{blake2b(dump(config).encode(), digest_size=4).hexdigest()}"
+
+
+def run_all(configs: dict[str, Config], folder: Path, report: Callable[[str], None]) -> dict[str, Path]:
+    """Train every configuration that was not trained before; name to run folder.
+
+    Args:
+        report: called with a name when its run is there.
+
+    Raises:
+        ArmError: a run failed. Those that ended stay and are not run again.
+    """
+    places = {name: place_of(config, folder) for name, config in configs.items()}
+    done = {name: run for name, config in configs.items() if (run := finished(config, places[name])) is not None}
+    for name in done:
+        report(name)
+    waiting = [name for name in configs if name not in done]
+    for name, run in _in_processes(waiting, configs, places):
+        report(name)
+        done[name] = run
+    return {name: done[name] for name in configs}
+
+
+def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+    if not names:
+        return
+    for name in names:
+        places[name].mkdir(parents=True, exist_ok=True)
+    # Spawned, not forked: threads of torch do not survive a fork.
+    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _one_thread)
+    with pool:
+        futures = {pool.submit(run_training, configs[n], places[n], places[n].resolve() / "log.txt"): n for n in names}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], _result(future, futures[future], places)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _result(future: "Future[Path]", name: str, places: dict[str, Path]) -> Path:
+    try:
+        return places[name] / future.result().relative_to(places[name].resolve())
+    except BrokenProcessPool as error:
+        raise ArmError(f"{name}: the process died (out of memory?); log: {places[name] / 'log.txt'}") from error
+    except Exception as error:
+        raise ArmError(f"{name}: {type(error).__name__}: {error}; log: {places[name] / 'log.txt'}") from error
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"

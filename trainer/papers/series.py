@@ -1,0 +1,69 @@
+"""Numbers by arm and seed: what figures are drawn from and claims are checked on."""
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from statistics import fmean
+from typing import Any
+
+Rows = list[dict[str, Any]]
+"""Of one run: its metrics by step; or what a measure gave, with `step` or another key as the abscissa."""
+Results = dict[str, dict[int, Rows]]
+"""Arm to seed to rows."""
+Window = tuple[float, float]
+"""Which share of a run, e.g. (0.8, 1.0): its last fifth."""
+
+SUMS = {"generated tokens": "rollout/tokens"}
+"""Abscissas that add up a metric over the steps."""
+
+
+def with_sums(rows: Rows) -> Rows:
+    """The rows with every abscissa of `SUMS`."""
+    for name, key in SUMS.items():
+        totals = accumulate(row.get(key) or 0.0 for row in rows)
+        rows = [row | {name: total} for row, total in zip(rows, totals, strict=True)]
+    return rows
+
+
+def points(rows: Rows, metric: str, x: str = "step") -> list[tuple[float, float]]:
+    """(abscissa, value) where both exist and are finite."""
+    pairs = ((row.get(x), row.get(metric)) for row in rows)
+    return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and math.isfinite(b)]
+
+
+def statistic(rows: Rows, metric: str, window: Window, x: str = "step") -> float:
+    """The mean of a metric over a share of the run's abscissas.
+
+    Raises:
+        ValueError: it has no value there.
+    """
+    found = points(rows, metric, x)
+    ends = [point for point, _ in points(rows, x, x)]
+    low, high = (ends[0] + share * (ends[-1] - ends[0]) for share in window)
+    values = [value for point, value in found if low <= point <= high]
+    if not values:
+        raise ValueError(f"{metric} has no value between {x} {low:g} and {high:g}: is it measured in this recipe?")
+    return fmean(values)
+
+
+def smooth(values: list[float], width: int) -> list[float]:
+    """The mean of each value and up to `width - 1` before it."""
+    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def summary(results: Mapping[str, Mapping[int, Rows]], metrics: Iterable[str]) -> dict[str, Any]:
+    """Curves by metric, arm and seed as lists that JSON keeps, rounded to six figures."""
+    return {
+        metric: {
+            arm: {
+                str(seed): [[_rounded(a), _rounded(b)] for a, b in points(rows, metric)] for seed, rows in seeds.items()
+            }
+            for arm, seeds in results.items()
+            if any(points(rows, metric) for rows in seeds.values())
+        }
+        for metric in metrics
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,49 @@
+"""The model that a recipe's arms start from: a small one, pretrained by our own trainer, kept for the next time."""
+
+import json
+import os
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import mkdtemp
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trainer.inference import export
+from trainer.papers.recipe import Recipe, StartModel, start_config
+from trainer.papers.runs import run_training
+
+END = "<end>"
+
+
+def start_model(recipe: Recipe, folder: Path, origin: str) -> Path:
+    """The start model's folder below `folder`; made now unless an equal one lies there."""
+    values = recipe.start.model_dump_json().encode()
+    place = folder / f"start-{blake2b(values, digest_size=6).hexdigest()}"
+    if (place / "model").is_dir():
+        return place / "model"
+    place.mkdir(parents=True, exist_ok=True)
+    shape = place / "shape"
+    write_shape(recipe.start.model, shape)
+    run = run_training(start_config(recipe, shape.resolve(), origin), place, place / "log.txt")
+    # Under another name first: a folder `model` is always whole.
+    work = Path(mkdtemp(prefix=".model-", dir=place))
+    try:
+        export(str(run), work)
+        os.rename(work, place / "model")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return place / "model"
+
+
+def write_shape(model: StartModel, folder: Path) -> None:
+    """Write config.json and a tokenizer whose tokens are characters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate([END, *dict.fromkeys(model.characters)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
+    own = {"vocab_size": len(vocabulary), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps({**model.config, **own}, indent=2) + "\n", encoding="utf-8")
