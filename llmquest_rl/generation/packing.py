@@ -5,11 +5,14 @@ that copy costs up to half of the time, so here it is made once and kept beside 
 made again when they change.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmquest_rl.layers.experts import RoutedExperts, added_up, sorted_pairs
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models.base import CausalLM
 
@@ -25,6 +28,11 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self._packed: Tensor | None = None
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed copy."""
+        return [] if self._packed is None else [self._packed]
 
     def pack(self) -> None:
         """Take over the weight as it is now."""
@@ -46,6 +54,11 @@ class PackedHead(LMHead):
         super().__init__(0, 0, tied_to=head.weight, softcap=head.softcap)
         self._packed: Tensor | None = None
 
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed copy."""
+        return [] if self._packed is None else [self._packed]
+
     def pack(self) -> None:
         """Take over the weight as it is now."""
         self._packed = _reorder(self.weight)
@@ -59,6 +72,54 @@ class PackedHead(LMHead):
         return self.capped(_product(states, self._packed, None))
 
 
+class PackedExperts(RoutedExperts):
+    """Routed experts without gradient that share `experts`' parameters and keep every matrix packed."""
+
+    def __init__(self, experts: RoutedExperts) -> None:
+        super().__init__(0, 1, 1)
+        self.gate_up, self.down = experts.gate_up, experts.down
+        self._gate_up: list[Tensor] | None = None
+        self._down: list[Tensor] | None = None
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed copies."""
+        return [*(self._gate_up or ()), *(self._down or ())]
+
+    def pack(self) -> None:
+        """Take over the weights as they are now."""
+        self._gate_up, self._down = (list(map(_reorder, weights)) for weights in (self.gate_up, self.down))
+
+    def unpack(self) -> None:
+        """Give the copies' memory back; `pack` comes before the next use."""
+        self._gate_up = self._down = None
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor, capacity: int | None = None) -> Tensor:
+        """See `RoutedExperts.forward`."""
+        assert self._gate_up is not None and self._down is not None, "pack() comes first"
+        if len(x) == 1:  # matrices are read once, in any order: fewer steps count
+            return super().forward(x, experts, weights, capacity)
+        sorted_experts, order = sorted_pairs(experts, capacity)
+        rows, scales = x.index_select(0, order // weights.shape[1]), weights.flatten()[order, None]
+        numbers, counts = sorted_experts.unique_consecutive(return_counts=True)
+        outputs = []
+        for expert, part, scale in zip(
+            numbers.tolist(), rows.split(counts.tolist()), scales.split(counts.tolist()), strict=True
+        ):
+            gate, up = _product(part, self._gate_up[expert], None).chunk(2, -1)
+            outputs.append(_product(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
+        return added_up(torch.cat([*outputs, x[:0]]), order, weights.shape)
+
+
+PACKED: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
+    nn.Linear: PackedLinear,
+    LMHead: PackedHead,
+    RoutedExperts: PackedExperts,
+}
+"""What is packed, by its exact type."""
+PackedModule = PackedLinear | PackedHead | PackedExperts
+
+
 def can_pack(model: CausalLM) -> bool:
     """Whether the kernels are there: a CPU model in float32 or bfloat16, and a torch build with oneDNN."""
     weight = next(model.parameters())
@@ -67,16 +128,14 @@ def can_pack(model: CausalLM) -> bool:
 
 
 def pack_model(model: CausalLM) -> None:
-    """Replace every linear layer and the head by packed ones, or pack anew after weights have changed.
+    """Replace linear layers, experts and the head by packed ones, or pack anew after weights have changed.
 
     Parameters keep their names.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
-            elif type(child) is LMHead:
-                setattr(parent, name, PackedHead(child))
+            if type(child) in PACKED:
+                setattr(parent, name, PACKED[type(child)](child))
     for module in _packed_modules(model):
         module.pack()
 
@@ -89,11 +148,11 @@ def unpack_model(model: CausalLM) -> None:
 
 def packed_bytes(model: CausalLM) -> int:
     """Memory of the packed copies."""
-    return sum(module._packed.nbytes for module in _packed_modules(model) if module._packed is not None)
+    return sum(copy.nbytes for module in _packed_modules(model) for copy in module.packed)
 
 
-def _packed_modules(model: CausalLM) -> list[PackedLinear | PackedHead]:
-    return [module for module in model.modules() if isinstance(module, PackedLinear | PackedHead)]
+def _packed_modules(model: CausalLM) -> list[PackedModule]:
+    return [module for module in model.modules() if isinstance(module, PackedModule)]
 
 
 def _reorder(weight: Tensor) -> Tensor:

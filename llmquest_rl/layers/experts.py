@@ -36,13 +36,19 @@ class RoutedExperts(nn.Module):
             weights: [T, k], any floating dtype.
             capacity: Most pairs that an expert computes, the first ones in the order of tokens; None = all.
         """
-        sorted_experts, order = experts.flatten().sort(stable=True)
-        if capacity is not None:
-            ranks = torch.arange(len(order), device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
-            sorted_experts, order = sorted_experts[ranks < capacity], order[ranks < capacity]
+        sorted_experts, order = sorted_pairs(experts, capacity)
         slices = products(sorted_experts, (self.gate_up, self.down))
         out: Tensor = _Dispatch.apply(x, weights, self.gate_up, self.down, order, slices)  # type: ignore[no-untyped-call]
         return out
+
+
+def sorted_pairs(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+    """The expert of each pair, ascending, and which of the T k pairs it is: [P] each, without those beyond capacity."""
+    sorted_experts, order = experts.flatten().sort(stable=True)
+    if capacity is not None:
+        ranks = torch.arange(len(order), device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
+        sorted_experts, order = sorted_experts[ranks < capacity], order[ranks < capacity]
+    return sorted_experts, order
 
 
 def expert_capacity(factor: float, routed: Tensor, num_experts: int) -> int:
@@ -71,7 +77,7 @@ class _Dispatch(torch.autograd.Function):
         hidden = F.silu(gate).mul_(up).mul_(weights.flatten()[order, None])  # [P, I]
         ctx.save_for_backward(x, weights, gate_up, down, order, inner)
         ctx.slices = slices
-        return _added(slices.outputs(hidden, down), order, weights.shape)
+        return added_up(slices.outputs(hidden, down), order, weights.shape)
 
     @staticmethod
     @once_differentiable
@@ -100,11 +106,11 @@ class _Dispatch(torch.autograd.Function):
         if needs_gate_up:
             gate_up_gradient = slices.weight_gradient(inner_gradient, x.index_select(0, tokens), len(gate_up))
         if needs_x:
-            x_gradient = _added(slices.input_gradient(inner_gradient, gate_up), order, weights.shape)
+            x_gradient = added_up(slices.input_gradient(inner_gradient, gate_up), order, weights.shape)
         return x_gradient, weights_gradient, gate_up_gradient, down_gradient, None, None
 
 
-def _added(rows: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
+def added_up(rows: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     """Rows of pairs [P, D], sorted by expert, added up for each token [T, D].
 
     Each token gathers its own rows, in the order of its choices and in float32: on GPUs index_add adds in an order of
