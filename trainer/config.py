@@ -86,7 +86,9 @@ class BatchConfig(Options):
     passes_per_step: PositiveInt = 1
     """Times that a step's data is gone through (mu, the inner updates of GRPO)."""
     tokens_per_microbatch: PositiveInt = 8192
-    """Tokens of one forward and backward pass of one learner. A memory knob only: results do not depend on it."""
+    """Most tokens of one forward and backward pass of a learner; a larger group is cut into its completions, each with
+    its prompt. A memory knob only: results do not depend on it, but for losses that the model itself adds (`aux/...`),
+    which are means over each pass."""
     uniform_rewards: Literal["skip", "take"] = "skip"
     """Groups with equal rewards have no advantages. `skip` leaves them out of the forward and backward passes (the
     gradient is the same; with a KL term or an entropy bonus they are computed all the same), and a step of such groups
@@ -114,8 +116,8 @@ class RolloutConfig(Options):
     stops: beyond it the two do not have the same weights. null = never stop."""
     push_every: PositiveInt = 1
     """Steps after which the learners' weights are pushed to the workers. Above 1 the steps between sample from stale
-    weights, as asynchronous training does; `algorithm.old_policy: engine` takes ratios to what sampled. A resumed run
-    begins with fresh weights."""
+    weights, as asynchronous training does, which `gap_limit` sees too; `algorithm.old_policy: engine` takes ratios to
+    what sampled. A resumed run begins with fresh weights."""
     sleep: bool = False
     """Free the engine's memory while the learners work: for workers and learners that share a GPU."""
     save: bool = False

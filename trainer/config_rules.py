@@ -118,6 +118,12 @@ RULES = [
         "batch.passes_per_step to 1, or take clip or clipped_weight",
     ),
     Rule(
+        "algorithm.old_policy",
+        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or c.algorithm.old_policy == "learner",
+        "log_prob has no importance ratio to the engine, so nothing would make up for its rounding: take learner, with "
+        "a correction by tis_cap, or clip or clipped_weight",
+    ),
+    Rule(
         "algorithm.kl",
         lambda c: (
             not from_rollouts(c)

@@ -25,4 +25,5 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     """`weight` [..., rows, columns] on the grid of its rows."""
     largest = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(weight.dtype).tiny)
-    return (weight / scale).round().clamp(-largest, largest) * scale
+    nearest: Tensor = (weight / scale).round().clamp(-largest, largest) * scale
+    return nearest

@@ -24,6 +24,7 @@ PER_TARGET = ("new", "old_logprobs", "ref_logprobs", "entropies")
 rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "ratio": st.sampled_from(sorted(RATIOS)),
+        "old_policy": st.sampled_from(["learner", "engine"]),
         "surrogate": st.sampled_from(sorted(SURROGATES)),
         "clip_low": st.sampled_from([0.0, 3e-4, 0.2, 1.0]),
         "clip_high": st.sampled_from([0.0, 4e-4, 0.28, 4.0]),

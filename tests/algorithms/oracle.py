@@ -4,7 +4,7 @@ Wherever an equation stops the gradient, `fixed` log-probs are used instead of `
 in `new` are the gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ def token_weights(lengths: list[list[int]], aggregation: str, max_tokens: int) -
 
 def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
     """The loss of each token."""
+    if algorithm.old_policy == "engine":
+        s = replace(s, old=s.rollout)
     advantages = [float(a) for a in s.advantages]
     if algorithm.beta > 0 and algorithm.kl_in == "reward":
         for t in range(len(advantages)):
@@ -110,9 +112,9 @@ def kl(name: str, policy: float, reference: float) -> float:
 
 
 def correction(s: Sequence, algorithm: Algorithm) -> list[float]:
-    """The factor of each token for the engine's rounding."""
+    """The factor of each token for the engine's rounding, which a ratio to the engine holds already."""
     n, low, high = len(s.old), algorithm.tis_floor, algorithm.tis_cap
-    if high is None:
+    if high is None or algorithm.old_policy == "engine":
         return [1.0] * n
     tokens = [float(np.exp(a) / np.exp(b)) for a, b in zip(s.old, s.rollout, strict=True)]
     whole = float(np.prod(tokens))

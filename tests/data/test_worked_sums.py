@@ -36,6 +36,15 @@ def test_the_answer_follows_from_the_columns(seed: int) -> None:
     assert text.endswith(f"#{'1' if totals[-1] > 9 else ''}{digits}")
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_doubt_marks_the_wrong_columns_and_no_other(seed: int) -> None:
+    config = Config(direct_share=0.0, error_rate=0.5, doubt=1.0)
+    columns = re.findall(r"(\d)\+(\d)(\+1)?=(\d+)(\??);", reply("345", "278", random.Random(seed), config))
+    assert len(columns) == 3
+    for a, b, carry, total, mark in columns:
+        assert bool(mark) == (int(total) != int(a) + int(b) + bool(carry))
+
+
 def test_errors_and_pauses_come_as_often_as_asked_for() -> None:
     config = Config(direct_share=0.25, error_rate=0.1, pause=0.5, pause_after_error=0.8)
     replies = [reply("123", "456", random.Random(i), config) for i in range(4000)]

@@ -13,6 +13,7 @@ import yaml
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS
 from trainer.cli import main
 from trainer.config_load import ConfigError
+from trainer.recipes import first_comment
 
 ROOT = Path(__file__).parents[2]
 RunCommand = Callable[..., "Result"]
@@ -75,11 +76,29 @@ def test_configs_lists_every_recipe_with_what_it_shows(run: RunCommand) -> None:
     assert "GRPO teaches SmolLM2" in result.out
 
 
+def test_reproduce_without_a_name_lists_the_recipes_with_what_they_show(run: RunCommand) -> None:
+    result = run("reproduce")
+    assert result.code == 0, result.err
+    papers = list((ROOT / "configs" / "papers").glob("*.yaml"))
+    listed = [line for line in result.out.splitlines() if "configs/papers/" in line]
+    assert len(listed) == len(papers) > 5
+    for path in papers:
+        [line] = [line for line in listed if f"configs/papers/{path.name} " in line]
+        assert first_comment(path)[:20] in line
+
+
+def test_an_unknown_paper_is_an_error_that_lists_the_known_ones(run: RunCommand) -> None:
+    result = run("reproduce", "grpo_curves")
+    assert result.code == 2
+    assert "no recipe 'grpo_curves'" in result.err and "grpo_curve," in result.err and "Traceback" not in result.err
+
+
 def test_help_names_every_command_without_loading_torch(run: RunCommand) -> None:
     code = "import sys, trainer.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     text = run("--help").out
-    for command in ("train", "eval", "generate", "rollout", "grade", "parity", "export", "plot", "configs", "doctor"):
+    training = ("train", "eval", "generate", "rollout", "export", "plot")
+    for command in (*training, "grade", "parity", "models", "algorithms", "configs", "reproduce", "doctor"):
         assert f" {command} " in text
 
 

@@ -194,6 +194,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 
 ONE_SAMPLE = {"prompts_per_step": 1, "samples_per_prompt": 1}
 WHITENED: dict[str, Any] = {**RL, "algorithm": {"name": "reinforce_pp"}}
+REPLAYED = changed(changed(RL, "batch.passes_per_step", 2), "algorithm.routing_replay", True)
 BROKEN = [
     (RL, "data.task", None, "data.task"),
     (SUPERVISED, "data.dataset", None, "data.dataset"),
@@ -205,10 +206,12 @@ BROKEN = [
     (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
     (changed(RL, "algorithm.name", "rloo"), "batch.updates_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "opo"), "batch.passes_per_step", 2, "algorithm.surrogate"),
+    (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
     (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
     (RL, "algorithm.reference_every", 4, "algorithm.reference_every"),
     (RL, "algorithm.routing_replay", True, "algorithm.routing_replay"),
+    (REPLAYED, "algorithm.old_policy", "engine", "algorithm.routing_replay"),
     (RL, "batch.updates_per_step", 3, "batch.updates_per_step"),
     (SUPERVISED, "batch.updates_per_step", 5, "batch.updates_per_step"),
     (RL, "batch.tokens_per_microbatch", 700, "batch.tokens_per_microbatch"),

@@ -27,13 +27,13 @@ def new_run(root: Path, rows: list[dict[str, Any]], name: str = "a", seed: int =
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The panels of every figure that is drawn from here on."""
     panels: list[Any] = []
-    legend = trainer.plot._legend
+    legend = trainer.plot.legend
 
     def watch(figure: Any, axes: Any) -> None:
         panels.extend(axes)
         legend(figure, axes)
 
-    monkeypatch.setattr(trainer.plot, "_legend", watch)
+    monkeypatch.setattr(trainer.plot, "legend", watch)
     return panels
 
 

@@ -38,7 +38,7 @@ def test_a_resumed_run_starts_with_fresh_weights(runs: Runs) -> None:
 def test_groups_left_over_serve_the_next_step_while_the_weights_are_the_same(runs: Runs) -> None:
     runs.values["rewards"] = [{"function": f"{REWARDS}:low_first"}]
     runs.values["batch"]["samples_per_prompt"] = 2
-    options = ("algorithm.dynamic_sampling=true", "batch.oversampling=1.9", "batch.max_rounds=50", "eval.every=0")
+    options = ("algorithm.dynamic_sampling=true", "batch.oversampling=3", "batch.max_rounds=50", "eval.every=0")
     run = runs.train(*options, "rollout.push_every=2", "steps=6", "rollout.gap_limit=null", "rollout.save=true")
     found = rows(run)
     surplus, reused = ([row[f"rollout/{name}_groups"] for row in found] for name in ("surplus", "reused"))

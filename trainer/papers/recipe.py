@@ -30,7 +30,7 @@ class StartModel(Options):
 
     config: dict[str, Any]
     """As config.json of the architecture; the vocabulary's size and the end token are filled in."""
-    characters: str = "0123456789+=;.# "
+    characters: str = "0123456789+=;.?# "
     """The tokenizer's vocabulary: one token a character."""
 
 

@@ -36,6 +36,8 @@ class Config(Options):
     """Share of the replies that are the answer at once."""
     error_rate: Share = 0.1
     """Share of the worked columns that are off by one."""
+    doubt: Share = 0.0
+    """Chance that a wrong column is marked with `?`: the writer has seen it, and goes on all the same."""
     pause: BelowOne = 0.0
     """Chance that a worked reply pauses (`.`) before its answer, and once more after each pause: lengths that have
     nothing to do with the answer."""
@@ -65,9 +67,11 @@ def reply(left: str, right: str, rng: random.Random, config: Config) -> str:
     columns, answer, carry, erred = "", "", 0, False
     for a, b in zip(reversed(left), reversed(right), strict=True):
         total = int(a) + int(b) + carry
+        mark = ""
         if rng.random() < config.error_rate:
             total, erred = total + (-1 if total and rng.random() < 0.5 else 1), True
-        columns += f"{a}+{b}{'+1' if carry else ''}={total};"
+            mark = "?" * (rng.random() < config.doubt)
+        columns += f"{a}+{b}{'+1' if carry else ''}={total}{mark};"
         answer, carry = f"{total % 10}{answer}", total // 10
     pauses, chance = 0, config.pause_after_error if erred else config.pause
     while rng.random() < chance:

@@ -2,35 +2,37 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.trainer.conftest import REWARDS, ROOT
 from trainer.cli import main
 from trainer.config_tree import ConfigError
+from trainer.papers.measures import gradient_noise
 from trainer.papers.recipe import find_recipe, load_recipe
-from trainer.papers.reproduce import reproduce
+from trainer.papers.reproduce import WORK, Report, reproduce
 from trainer.papers.runs import ArmError
 
-ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "papers").glob("*.yaml"))
-BASE = yaml.safe_load((ROOT / "configs" / "papers" / "parts" / "sums.yaml").read_text())
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two arms of two steps from a model of one step, below a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    start = BASE["start"]
+def values() -> dict[str, Any]:
+    """Two arms of two steps from a model of one step."""
+    base = yaml.safe_load((ROOT / "configs" / "papers" / "parts" / "sums.yaml").read_text())
+    start, run = base["start"], base["run"]
     start["run"] |= {"steps": 1, "batch": {"sequences_per_step": 4, "tokens_per_sequence": 96}}
-    start["run"]["data"] = {**start["run"]["data"], "eval_samples": 4}
+    start["run"]["data"]["eval_samples"] = 4
     start["run"]["optimizer"] = {"lr": 1.0e-3}
-    run = {**BASE["run"], "steps": 2, "batch": {"prompts_per_step": 2, "samples_per_prompt": 2}}
-    run["data"] = {**run["data"], "eval_samples": 4}
+    run |= {"steps": 2, "batch": {"prompts_per_step": 2, "samples_per_prompt": 4}}
+    run["data"]["eval_samples"] = 4
+    run["rewards"] = [{"name": "length", "max": 8, "cache": 8}]  # an untrained model gets some of it
     run["rollout"] = {"dtype": "float32", "sampling": {"max_tokens": 8}}
-    values = {
+    return {
         "paper": "nobody's",
         "start": start,
         "run": run,
@@ -38,53 +40,100 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "panels": [{"metric": "rollout/completion_tokens", "title": "tokens", "x": "generated tokens"}],
         "claims": [{"says": "few tokens", "kind": "inside", "arm": "one", "metric": "rollout/tokens", "high": 1000}],
     }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(values))
+
+
+def write(folder: Path, **changes: object) -> Path:
+    """A recipe in a file `small.yaml`: where its runs are kept depends on the file's name alone."""
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values() | changes))
     return path
 
 
-def rewrite(path: Path, **changes: object) -> None:
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+@dataclass(frozen=True)
+class Done:
+    """A recipe that was run once, for all tests of this file: what they change in it needs no new run."""
+
+    folder: Path
+    report: Report
+    lines: list[str]
+
+    @property
+    def work(self) -> Path:
+        return self.folder / WORK
+
+    def times(self) -> dict[Path, int]:
+        """When each run was last written to."""
+        return {path: path.stat().st_mtime_ns for path in self.work.glob("small/*/runs/*/*/metrics.jsonl")}
 
 
-def test_a_recipe_runs_once_draws_and_decides(recipe: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    report = reproduce(recipe, 2, None, lines.append)
-    assert report.holds and report.figure.read_bytes().startswith(b"\x89PNG")
-    numbers = json.loads(report.numbers.read_text())
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    folder, lines = tmp_path_factory.mktemp("recipe"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        report = reproduce(write(folder), 2, None, lines.append, folder / WORK)
+        yield Done(folder, report, lines)
+
+
+def test_a_recipe_runs_draws_and_decides(done: Done) -> None:
+    assert done.report.holds and done.report.figure.read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads(done.report.numbers.read_text())
     assert [claim["holds"] for claim in numbers["claims"]] == [True]
     curve = numbers["curves"]["rollout/completion_tokens"]
     assert {arm: sorted(seeds) for arm, seeds in curve.items()} == {"one": ["0", "1"], "two": ["0", "1"]}
     assert curve["one"]["0"] != curve["one"]["1"], "seeds differ"
-    runs = sorted(tmp_path.glob("runs/papers/small/*/runs/*/*/metrics.jsonl"))
-    assert len(runs) == 4 and len(lines) == 5
-    times = [path.stat().st_mtime_ns for path in runs]
-    again = reproduce(recipe, 2, tmp_path / "elsewhere", lines.append)
-    assert [path.stat().st_mtime_ns for path in runs] == times, "nothing is run twice"
-    assert json.loads(again.numbers.read_text()) == numbers
+    assert len(done.times()) == 4 and len(done.lines) == 5
+
+
+def test_what_was_run_is_not_run_again(done: Done, tmp_path: Path) -> None:
+    before = done.times()
+    again = reproduce(write(tmp_path), 2, tmp_path / "elsewhere", print, done.work)
+    assert done.times() == before
+    assert again.numbers.read_text() == done.report.numbers.read_text()
     assert again.figure.parent == tmp_path / "elsewhere"
 
 
 def test_the_command_fails_with_the_claim(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim = {"says": "many tokens", "kind": "inside", "arm": "one", "metric": "rollout/tokens", "low": 1000}
-    rewrite(recipe, claims=[claim])
-    monkeypatch.setattr(sys, "argv", ["llmquest-rl", "reproduce", str(recipe), "--seeds", "1"])
+    path = write(tmp_path, claims=[claim])
+    monkeypatch.chdir(done.folder)
+    monkeypatch.setattr(sys, "argv", ["llmquest-rl", "reproduce", str(path), "--seeds", "1", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr().out
-    assert ended.value.code == 1 and "does not hold" in printed and "many tokens" in printed
+    assert ended.value.code == 1 and "does not hold  many tokens" in printed and "1 of 1 claims" in printed
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(recipe: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load(recipe.read_text())
-    values["arms"]["two"]["rewards"] = [{"function": "nowhere.py:nothing"}]
-    rewrite(recipe, arms=values["arms"])
-    with pytest.raises(ArmError, match="two, seed 0: .*nowhere.py.*log.txt"):
-        reproduce(recipe, 1, None, print)
-    [kept] = tmp_path.glob("runs/papers/small/arm-one-*/runs/*/*/metrics.jsonl")
-    assert len(kept.read_text().splitlines()) == 3
+@pytest.mark.parametrize(
+    ("measure", "label", "metric"),
+    [("kl_estimators", "k3", "gradient bias"), ("gradient_noise", "rloo gradient", "gradient noise")],
+)
+def test_what_is_measured_on_the_trained_models_is_drawn_and_decided(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, label: str, metric: str
+) -> None:
+    monkeypatch.setattr(gradient_noise, "BATCHES", 3)
+    before = done.times()
+    panel = {"metric": metric, "title": metric, "x": "kl" if measure == "kl_estimators" else "group size"}
+    claim = {"says": "it is there", "kind": "inside", "arm": label, "metric": metric, "low": 0.0, "over": [0.0, 1.0]}
+    path = write(tmp_path, measure=measure, panels=[panel], claims=[claim])
+    report = reproduce(path, 1, tmp_path / "out", print, done.work)
+    curve = json.loads(report.numbers.read_text())["curves"][metric][label]["0"]
+    assert report.holds and report.figure.is_file() and curve
+    assert done.times() == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(done: Done, tmp_path: Path) -> None:
+    arms = values()["arms"]
+    arms["one"]["steps"] = 1
+    arms["two"]["rewards"] = [{"function": f"{REWARDS}:always_fails"}]
+    path = write(tmp_path, arms=arms).rename(tmp_path / "failing.yaml")
+    with pytest.raises(ArmError, match=r"two, seed 0: (.|\n)*this grader is broken(.|\n)*arm-two-seed0-.*/log.txt"):
+        reproduce(path, 1, tmp_path, print, done.work)
+    [kept] = done.work.glob("failing/arm-one-*/runs/*/*/metrics.jsonl")
+    assert json.loads(kept.read_text().splitlines()[-1])["step"] == 1
+    assert not list(done.work.glob("failing/arm-two-*/runs/*/*/checkpoints/*"))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +147,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(recipe: Path, tmp_pat
         ({"measure": "nothing"}, "nothing"),
     ],
 )
-def test_an_unsound_recipe_is_refused(recipe: Path, changes: dict[str, object], message: str) -> None:
-    rewrite(recipe, **changes)
+def test_an_unsound_recipe_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_recipe(recipe)
+        load_recipe(write(tmp_path, **changes))
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:

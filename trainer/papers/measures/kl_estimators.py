@@ -28,6 +28,7 @@ from trainer.papers.series import Rows
 
 STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 """Places on the line: 0 is the start model, 1 the trained one."""
+ABSCISSA = "exact KL (nats per token)"
 
 
 def _weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
-    """Rows by estimator: `kl` in nats per token; biases and deviations as shares of the exact value or gradient."""
+    """Rows by estimator: the exact KL, and biases and deviations as shares of the exact value or gradient."""
     arm, run = next(iter(trained.runs.items()))
     config = trained.configs[arm]
     with running(config) as sampling:
@@ -58,7 +59,8 @@ def measure(trained: Trained) -> dict[str, Rows]:
     for i, share in enumerate(STEPS):
         policy = next_token_logprobs(_between(start, end, share, trained), batch)
         for name, estimator in ESTIMATORS.items():
-            rows[name].append({"step": i, **compare(estimator, policy, reference)})
+            found = compare(estimator, policy, reference)
+            rows[name].append({"step": i, ABSCISSA: found["kl"], **found})
     return rows
 
 

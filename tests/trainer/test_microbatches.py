@@ -1,0 +1,85 @@
+"""Groups that are larger than a microbatch may be: cut into their completions, with the same result."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.objectives import Loss
+from llmquest_rl.objectives.policy import Policy
+from tests.trainer.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
+from trainer.config import LearnerConfig
+from trainer.learner import Learner
+
+PROMPT, LONGEST = 4, 11
+"""Tokens in a prompt, and in the longest completion, of `minibatches`."""
+BATCHES: list[TokenBatch] = []
+"""The microbatches that a `Watched` objective was given."""
+
+
+class Watched(Policy):
+    """Keeps what it is asked to compute."""
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
+        BATCHES.append(batch)
+        return super().loss(model, batch)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    BATCHES.clear()
+    yield
+    BATCHES.clear()
+
+
+def trained(folder: Path, tokens_per_microbatch: int, stage: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights and metrics after two steps of two updates and two passes, with old and reference log-probs."""
+    objective = Watched(POLICY.algorithm, POLICY.temperature, POLICY.max_tokens)
+    learner_config = LearnerConfig.model_validate({"zero_stage": stage, "timeout_s": 60})
+    setup = make_setup(folder, objective=objective, learner=learner_config, tokens_per_microbatch=tokens_per_microbatch)
+    with closing(Learner(setup)) as learner:
+        for step in range(2):
+            metrics = learner.update((minibatches(step), 2))
+        return whole_weights(learner), metrics
+
+
+def num_completions(batch: TokenBatch) -> int:
+    return len(batch.sequence_ids.unique())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("budget", [PROMPT + LONGEST, PROMPT + LONGEST - 3])
+def test_a_group_beyond_the_budget_is_cut_and_nothing_else_changes(tmp_path: Path, stage: int, budget: int) -> None:
+    """The smaller budget does not hold every completion: one that is too long is computed alone."""
+    folder = make_folder(tmp_path / "model")
+    expected, whole = trained(folder, 10_000, stage)
+    groups = [atom.num_tokens for step in range(2) for atoms in minibatches(step) for atom in atoms]
+    assert max(len(batch.tokens) for batch in BATCHES) > max(groups) > PROMPT + LONGEST, "groups were computed whole"
+
+    BATCHES.clear()
+    weights, cut = trained(folder, budget, stage)
+    over = [batch for batch in BATCHES if len(batch.tokens) > budget]
+    assert all(num_completions(batch) == 1 for batch in over)
+    assert bool(over) == (budget < PROMPT + LONGEST)
+    assert max(map(num_completions, BATCHES)) > 1, "short completions still share a microbatch"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+    for name in ("learner/grad_norm", "policy/loss", "policy/kl", "policy/ratio", "policy/tokens"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7), name
+
+
+def test_a_group_within_the_budget_stays_whole(tmp_path: Path) -> None:
+    """Its prompt is computed once: three completions of one prompt fit where three prompts would not."""
+    group = Atom([7, 8, 9, 10], [[1, 2], [3, 4], [5, 6]])
+    streams = {"advantages": [[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]], "rollout_logprobs": [[-5.0, -5.0]] * 3}
+    [atom] = POLICY.weigh([Atom(group.prompt, group.completions, streams)])
+    objective = Watched(POLICY.algorithm, POLICY.temperature, POLICY.max_tokens)
+    setup = make_setup(make_folder(tmp_path / "model"), objective=objective, tokens_per_microbatch=atom.num_tokens)
+    with closing(Learner(setup)) as learner:
+        learner.update(([[atom]], 1))
+    assert [num_completions(batch) for batch in BATCHES] == [3]
+    assert len(BATCHES[0].tokens) <= atom.num_tokens < 3 * len(group.prompt)
