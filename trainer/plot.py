@@ -95,12 +95,12 @@ def plot_runs(
     return save(figure, out)
 
 
-def save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path, dpi: int = 160) -> Path:
     """Write a figure; returns its file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # Without a date and a random salt in it, equal runs make equal files.
     with rc_context({"svg.hashsalt": "llmquest_rl"}):
-        figure.savefig(out, dpi=160, metadata={"Date": None} if out.suffix == ".svg" else None)
+        figure.savefig(out, dpi=dpi, metadata={"Date": None} if out.suffix == ".svg" else None)
     return out
 
 

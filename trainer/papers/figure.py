@@ -1,6 +1,7 @@
 """A recipe's figure: one panel for each metric, one line for each arm, the mean of its seeds within their range."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -14,6 +15,10 @@ from pydantic import PositiveInt
 from llmquest_rl.options import Options
 from trainer.papers.series import Results, Rows, points, smooth
 from trainer.plot import COLOURS, Curve, draw, dress, legend, save
+
+
+SMALL = 0.3
+"""Shares below this are not drawn on an axis from 0 to 1."""
 
 
 class Panel(Options):
@@ -48,7 +53,7 @@ def draw_figure(panels: Sequence[Panel], results: Results, columns: int, out: Pa
     for place in axes[len(panels) :]:
         place.set_axis_off()
     legend(figure, axes[: len(panels)])
-    return save(figure, out)
+    return save(figure, out, dpi=90)
 
 
 def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str, str]) -> None:
@@ -61,14 +66,22 @@ def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str
     dress(axes, panel.title, curves, panel.x)
     if panel.x != "step":
         axes.xaxis.set_major_locator(AutoLocator())
-    if panel.scale != "linear":
-        axes.set_ylim(auto=True)
-        axes.set_yscale(panel.scale)
+    _scale(axes, panel, curves)
+
+
+def _scale(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+    low = min(min(curve.low or curve.values) for curve in curves)
+    high = max(max(curve.high or curve.values) for curve in curves)
+    axes.set_yscale(panel.scale)
+    if panel.scale == "log" and low > 0:
+        axes.set_ylim(low / 1.25, high * 1.25)
+    elif panel.scale != "linear" or 0 <= low <= high < SMALL:
+        axes.set_ylim(low, high * 1.1)
 
 
 def _curve(arm: str, seeds: Mapping[int, Rows], panel: Panel) -> Curve | None:
     """The mean over seeds at the abscissas that all have; sums differ by seed, so they are averaged by position."""
-    runs = [points(rows, panel.metric, panel.x) for rows in seeds.values()]
+    runs = [[(x, y) for x, y in points(rows, panel.metric, panel.x) if isfinite(y)] for rows in seeds.values()]
     if not all(runs):
         return None
     if panel.x == "step":

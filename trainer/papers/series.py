@@ -26,9 +26,9 @@ def with_sums(rows: Rows) -> Rows:
 
 
 def points(rows: Rows, metric: str, x: str = "step") -> list[tuple[float, float]]:
-    """(abscissa, value) where both exist and are finite."""
+    """(abscissa, value) where both exist; a value may be infinite."""
     pairs = ((row.get(x), row.get(metric)) for row in rows)
-    return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and math.isfinite(b)]
+    return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and not math.isnan(b)]
 
 
 def statistic(rows: Rows, metric: str, window: Window, x: str = "step") -> float:
@@ -56,7 +56,8 @@ def summary(results: Mapping[str, Mapping[int, Rows]], metrics: Iterable[str]) -
     return {
         metric: {
             arm: {
-                str(seed): [[_rounded(a), _rounded(b)] for a, b in points(rows, metric)] for seed, rows in seeds.items()
+                str(seed): [[_rounded(a), _rounded(b)] for a, b in points(rows, metric) if math.isfinite(b)]
+                for seed, rows in seeds.items()
             }
             for arm, seeds in results.items()
             if any(points(rows, metric) for rows in seeds.values())

@@ -71,6 +71,7 @@ def test_statistics_take_their_share_of_the_run() -> None:
     assert statistic(rows, "a", (0.8, 1.0)) == 9.0
     assert statistic(rows, "sparse", (0.0, 0.5)) == 2.5
     assert points(rows, "sparse") == [(0.0, 0.0), (5.0, 5.0), (10.0, 10.0)]
+    assert statistic([{"step": 0, "a": 1.0}, {"step": 1, "a": float("inf")}], "a", (0.0, 1.0)) == float("inf")
     assert smooth([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
     summed = with_sums([{"step": 0}, {"step": 1, "rollout/tokens": 10.0}, {"step": 2, "rollout/tokens": 5.0}])
     assert [row["generated tokens"] for row in summed] == [0.0, 10.0, 15.0]
