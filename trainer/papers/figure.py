@@ -16,7 +16,6 @@ from llmquest_rl.options import Options
 from trainer.papers.series import Results, Rows, points, smooth
 from trainer.plot import COLOURS, Curve, draw, dress, legend, save
 
-
 SMALL = 0.3
 """Shares below this are not drawn on an axis from 0 to 1."""
 
@@ -32,7 +31,7 @@ class Panel(Options):
     """Those drawn; none = all that have the metric."""
     smooth: PositiveInt = 1
     """Values averaged with those before: training metrics jump."""
-    scale: Literal["linear", "log", "symlog"] = "linear"
+    scale: Literal["linear", "log"] = "linear"
     """Of the ordinate."""
 
 

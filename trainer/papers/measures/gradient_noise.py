@@ -6,6 +6,7 @@ estimated from the same batches, the bias of the squared mean taken off (McCandl
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,32 +26,40 @@ SIZES = (2, 4, 8, 16)
 """Completions of each prompt."""
 COMPLETIONS = 64
 """Of a batch, whatever the size of its groups."""
-BATCHES = 48
+BATCHES = 32
 AGGREGATION = {"aggregation": "sequence_sum", "beta": 0.0}
 """The same for all: what is compared is the baseline."""
-ALGORITHMS: dict[str, Algorithm] = {
-    "no baseline": resolve("reinforce", AGGREGATION),
-    "rloo": resolve("rloo", AGGREGATION),
-    "grpo": resolve("grpo", AGGREGATION),
-    "dr_grpo": resolve("dr_grpo", AGGREGATION),
+ALGORITHMS: dict[str, tuple[Algorithm, float]] = {
+    "no baseline, rewards 0 and 1": (resolve("reinforce", AGGREGATION), 0.0),
+    "no baseline, rewards -1/2 and 1/2": (resolve("reinforce", AGGREGATION), -0.5),
+    "rloo baseline": (resolve("rloo", AGGREGATION), 0.0),
+    "grpo baseline": (resolve("grpo", AGGREGATION), 0.0),
 }
+"""By label, with what is added to every reward: a baseline from the group takes it out again."""
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
     """Rows by algorithm: `group size` and `gradient noise`."""
     config = next(iter(trained.configs.values()))
     model = load_model(trained.start, torch.float32)
-    rows: dict[str, Rows] = {f"{name} gradient": [] for name in ALGORITHMS}
+    rows: dict[str, Rows] = {name: [] for name in ALGORITHMS}
     with running(config) as sampling:
         for step, size in enumerate(SIZES):
             groups = []
-            for batch in range(BATCHES):
+            for number in range(BATCHES):
                 samples = sampling.parts.prompts.take(COMPLETIONS // size)
-                groups.append(sampling.rollouts.run(samples, size, config.rollout.sampling, f"{size}/{batch}")[0])
-            for name, algorithm in ALGORITHMS.items():
-                noise = gradient_noise(model, groups, algorithm, config.rollout.sampling.max_tokens)
-                rows[f"{name} gradient"].append({"step": step, "group size": size, "gradient noise": noise})
+                groups.append(sampling.rollouts.run(samples, size, config.rollout.sampling, f"{size}/{number}")[0])
+            for name, (algorithm, added) in ALGORITHMS.items():
+                shifted = [[_shifted(group, added) for group in batch] for batch in groups]
+                noise = gradient_noise(model, shifted, algorithm, config.rollout.sampling.max_tokens)
+                rows[name].append({"step": step, "group size": size, "gradient noise": noise})
     return rows
+
+
+def _shifted(group: Group, added: float) -> Group:
+    """The group with something added to every reward."""
+    scores = [score if score.value is None else replace(score, value=score.value + added) for score in group.scores]
+    return replace(group, scores=scores)
 
 
 def gradient_noise(model: CausalLM, batches: Sequence[Sequence[Group]], algorithm: Algorithm, max_tokens: int) -> float:
