@@ -108,7 +108,7 @@ def test_the_command_fails_with_the_claim(
 
 @pytest.mark.parametrize(
     ("measure", "label", "metric"),
-    [("kl_estimators", "k3", "gradient bias"), ("gradient_noise", "rloo gradient", "gradient noise")],
+    [("kl_estimators", "k3", "gradient bias"), ("gradient_noise", "rloo baseline", "gradient noise")],
 )
 def test_what_is_measured_on_the_trained_models_is_drawn_and_decided(
     done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, label: str, metric: str
