@@ -26,8 +26,8 @@ PANELS = {
 }
 """What is drawn unless told otherwise: those of these that the runs have."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""The palette of Okabe and Ito: distinct also to the colour-blind."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""The palette of Okabe and Ito, distinct also to the colour-blind, with grey for its yellow."""
 
 INK = "#333333"
 
