@@ -185,7 +185,7 @@ def draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
     marker = "o" if len(curve.steps) <= 40 else ""
     axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
     if curve.low and curve.high:
-        if crowded and curve.num_runs == 1:
+        if (crowded and curve.num_runs == 1) or len(curve.steps) == 1:
             axes.vlines(curve.steps, curve.low, curve.high, color=colour, alpha=0.35, linewidth=1.2)
         else:
             axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
