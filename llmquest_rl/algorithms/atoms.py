@@ -115,10 +115,12 @@ def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Ten
 
 
 def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
-    nothing_differs = len(rewards) < 2 or bool((rewards == rewards[0]).all())
+    phantom = [] if algorithm.phantom_reward is None else [algorithm.phantom_reward]
+    compared = torch.cat((rewards, rewards.new_tensor(phantom)))
+    nothing_differs = len(rewards) < 2 or bool((compared == compared[0]).all())
     if nothing_differs and algorithm.advantage not in WITHOUT_GROUP:
         return torch.zeros_like(rewards)
-    return ADVANTAGES[algorithm.advantage](rewards, lengths, algorithm.pass_k)
+    return ADVANTAGES[algorithm.advantage](compared, lengths, algorithm.pass_k)[: len(rewards)]
 
 
 def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Atom:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES
+from llmquest_rl.algorithms.advantages import ADVANTAGES, BY_MEAN
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
@@ -33,6 +33,10 @@ class Algorithm(Options):
     `pass_at_k`; `reward` does not compare."""
     pass_k: PositiveInt = 4
     """The k of `pass_at_k`: fewer than the samples of a group."""
+    phantom_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """A reward that joins the group's mean and deviation without a completion, best the largest that there is: groups
+    in which all are wrong then have negative advantages (NGRPO, arXiv 2509.18851, advantage calibration). null = none;
+    for `group_mean_std`, `group_mean` and `leave_one_out`."""
     normalization: Annotated[str, AfterValidator(_known(NORMALIZATIONS))] = "none"
     """What is done to the advantages of a whole step: `none`, `whiten` (mean 0 and deviation 1 over its tokens),
     `batch_std` (in units of the deviation of its rewards), `valid_groups` (made up for groups of equal rewards)."""
@@ -109,6 +113,15 @@ class Algorithm(Options):
     """Its lower bound."""
     tis_cap: PositiveFloat | None = 2.0
     """Its upper bound; null = no correction (the gap is logged all the same)."""
+
+    @model_validator(mode="after")
+    def _phantom_has_a_mean_to_join(self) -> Self:
+        if self.phantom_reward is not None and self.advantage not in BY_MEAN:
+            raise ValueError(
+                f"phantom_reward joins a group's mean, which {self.advantage!r} does not have: take one of "
+                f"{', '.join(sorted(BY_MEAN))}, or no phantom_reward"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:

@@ -59,6 +59,42 @@ def test_nothing_to_compare_with_gives_zero_advantages(rewards: list[float | Non
     assert metrics.to_floats()["reward/uniform_group_share"] == 1.0
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=8),
+    st.sampled_from(["group_mean_std", "group_mean", "leave_one_out"]),
+    st.sampled_from([1.0, 2.0]),
+)
+def test_a_phantom_reward_joins_the_groups_mean_and_deviation(
+    rewards: list[float], advantage: str, phantom: float
+) -> None:
+    """As one more sample of the group that is not trained on."""
+    row = resolve("grpo", {"advantage": advantage, "phantom_reward": phantom})
+    atoms, _ = make_atoms([group(list(rewards), [2] * len(rewards))], row, MAX_TOKENS)
+    joined = np.array([*rewards, phantom])
+    centred = joined - joined.mean()
+    expected = {
+        "group_mean": centred,
+        "group_mean_std": centred / (joined.std(ddof=1) + 1e-6),
+        "leave_one_out": joined - (joined.sum() - joined) / len(rewards),
+    }[advantage][:-1]
+    if (joined == joined[0]).all():
+        expected = np.zeros(len(rewards))
+    ours = [values[0] for values in atoms[0].streams["advantages"]]
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_with_a_phantom_reward_a_group_of_wrong_answers_teaches() -> None:
+    wrong, right = group([0.0, 0.0, 0.0], [2, 2, 2]), group([1.0, 1.0, 1.0], [2, 2, 2])
+    row = resolve("grpo", {"phantom_reward": 1.0})
+    assert (is_usable(wrong, GRPO), is_usable(wrong, row), is_usable(right, row)) == (False, True, False)
+    atoms, _ = make_atoms([wrong, right], row, MAX_TOKENS)
+    assert all(value < 0 for values in atoms[0].streams["advantages"] for value in values)
+    assert not any(value for values in atoms[1].streams["advantages"] for value in values)
+    with pytest.raises(ValueError, match="phantom_reward.*pass_at_k.*group_mean"):
+        resolve("pass_at_k", {"phantom_reward": 1.0})
+
+
 def test_a_group_without_any_token_gives_no_atom() -> None:
     atoms, metrics = make_atoms([group([None, None], [2, 2]), group([1.0], [0])], GRPO, MAX_TOKENS)
     assert atoms == []
