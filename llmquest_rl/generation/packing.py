@@ -18,6 +18,9 @@ from llmquest_rl.models.base import CausalLM
 
 ROWS_HINT = 128
 """Rows for which the order is chosen; any number can be multiplied."""
+SMALLEST_EXPERT = 2**18
+"""Weights of an expert's first matrix below which one kernel call for all experts (`layers/grouped.py`) is faster than
+one for each of them, whatever their order."""
 
 
 class PackedLinear(nn.Linear):
@@ -134,7 +137,7 @@ def pack_model(model: CausalLM) -> None:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in PACKED:
+            if type(child) in PACKED and not _is_small(child):
                 setattr(parent, name, PACKED[type(child)](child))
     for module in _packed_modules(model):
         module.pack()
@@ -149,6 +152,10 @@ def unpack_model(model: CausalLM) -> None:
 def packed_bytes(model: CausalLM) -> int:
     """Memory of the packed copies."""
     return sum(copy.nbytes for module in _packed_modules(model) for copy in module.packed)
+
+
+def _is_small(module: nn.Module) -> bool:
+    return isinstance(module, RoutedExperts) and module.gate_up[0].numel() < SMALLEST_EXPERT
 
 
 def _packed_modules(model: CausalLM) -> list[PackedModule]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmquest_rl.batch import Atom, collate
+from llmquest_rl.generation import packing
 from llmquest_rl.generation.packing import PackedExperts, can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.layers.experts import RoutedExperts
 from llmquest_rl.models.hf import architectures, new_model
@@ -34,12 +35,15 @@ def test_packed_experts_equal_plain_ones(tokens: int, capacity: int | None, dtyp
 
 
 @pytest.mark.parametrize("architecture", SPARSE)
-def test_a_packed_mixture_is_the_same_model(architecture: str, tmp_path: Path) -> None:
+def test_a_packed_mixture_is_the_same_model(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(architectures()[architecture].config.tiny().to_hf()))
     model = new_model(tmp_path, torch.float32, seed=1).requires_grad_(False).eval()
     batch = collate([Atom([3, 4, 5], [[6, 7, 8, 9], [1, 2]]), Atom([9], [[8, 7, 6]])])
     before, names = model(batch).logprobs, [name for name, _ in model.named_parameters()]
     assert can_pack(model) and packed_bytes(model) == 0
+    pack_model(model)
+    assert not any(isinstance(module, PackedExperts) for module in model.modules()), "small experts stay as they are"
+    monkeypatch.setattr(packing, "SMALLEST_EXPERT", 1)
     pack_model(model)
     assert any(isinstance(module, PackedExperts) for module in model.modules())
     assert [name for name, _ in model.named_parameters()] == names
