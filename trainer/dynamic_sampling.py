@@ -20,7 +20,10 @@ from trainer.tracking import sample_rows
 
 log = logging.getLogger(__name__)
 
-Ask = Callable[[int], tuple[list[Group], dict[str, float]]]
+Sampled = tuple[list[Group], dict[str, float]]
+"""Groups, and metrics of how they were made."""
+Ask = Callable[[int], Sampled]
+"""Samples and grades so many further prompts."""
 
 VALUES_SHOWN = 8
 EXAMPLES_SHOWN = 4
@@ -49,7 +52,7 @@ class UntilFull:
         """Drop the usable groups that are left: from now on others would have fresher weights."""
         self._kept = []
 
-    def __call__(self, ask: Ask, batch: BatchConfig) -> tuple[list[Group], dict[str, float]]:
+    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
         """A step's groups.
 
         Args:

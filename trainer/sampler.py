@@ -9,17 +9,13 @@ from typing import Any, Protocol
 from llmquest_rl.types import Group, Sample, Sampling
 from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
 from trainer.config import BatchConfig
-from trainer.dynamic_sampling import NothingUsableError
+from trainer.dynamic_sampling import Ask, NothingUsableError, Sampled
 from trainer.learners import LearnerGroup
 from trainer.replay import load_rollouts, save_rollouts
 from trainer.rollouts import Rollouts, grade_item
 
-Sampled = tuple[list[Group], dict[str, float]]
-"""Groups, and metrics of how they were made."""
 Draw = Callable[[int], list[Sample]]
 """Takes so many samples off the stream of prompts."""
-Ask = Callable[[int], Sampled]
-"""Samples and grades so many further prompts."""
 
 
 class Gather(Protocol):

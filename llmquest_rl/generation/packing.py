@@ -23,52 +23,44 @@ SMALLEST_EXPERT = 2**18
 one for each of them, whatever their order."""
 
 
-class PackedLinear(nn.Linear):
+class _OneWeight:
+    """A layer whose `weight` is kept packed."""
+
+    weight: nn.Parameter | Tensor
+    _packed: Tensor | None = None
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed copy."""
+        return [] if self._packed is None else [self._packed]
+
+    def pack(self) -> None:
+        """Take over the weight as it is now."""
+        self._packed = _reorder(self.weight)
+
+    def unpack(self) -> None:
+        """Give the copy's memory back; `pack` comes before the next use."""
+        self._packed = None
+
+
+class PackedLinear(_OneWeight, nn.Linear):
     """A linear layer without gradient that shares `linear`'s parameters and keeps its weight packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
-        self._packed: Tensor | None = None
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The packed copy."""
-        return [] if self._packed is None else [self._packed]
-
-    def pack(self) -> None:
-        """Take over the weight as it is now."""
-        self._packed = _reorder(self.weight)
-
-    def unpack(self) -> None:
-        """Give the copy's memory back; `pack` comes before the next use."""
-        self._packed = None
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [rows, in_features] to [rows, out_features]."""
         return _product(input, self._packed, self.bias)
 
 
-class PackedHead(LMHead):
+class PackedHead(_OneWeight, LMHead):
     """An output layer that shares `head`'s weight; packed for `logits` alone."""
 
     def __init__(self, head: LMHead) -> None:
         super().__init__(0, 0, tied_to=head.weight, softcap=head.softcap)
-        self._packed: Tensor | None = None
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The packed copy."""
-        return [] if self._packed is None else [self._packed]
-
-    def pack(self) -> None:
-        """Take over the weight as it is now."""
-        self._packed = _reorder(self.weight)
-
-    def unpack(self) -> None:
-        """Give the copy's memory back; `pack` comes before the next use."""
-        self._packed = None
 
     def logits(self, states: Tensor) -> Tensor:
         """See `LMHead.logits`."""

@@ -72,9 +72,9 @@ def _scale(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
     low = min(min(curve.low or curve.values) for curve in curves)
     high = max(max(curve.high or curve.values) for curve in curves)
     axes.set_yscale(panel.scale)
-    if panel.scale == "log" and low > 0:
-        axes.set_ylim(low / 1.25, high * 1.25)
-    elif panel.scale != "linear" or 0 <= low <= high < SMALL:
+    if panel.scale == "log":
+        axes.set_ylim(low / 1.25 if low > 0 else None, high * 1.25)
+    elif 0 <= low <= high < SMALL:
         axes.set_ylim(low, high * 1.1)
 
 

@@ -31,18 +31,17 @@ def points(rows: Rows, metric: str, x: str = "step") -> list[tuple[float, float]
     return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and not math.isnan(b)]
 
 
-def statistic(rows: Rows, metric: str, window: Window, x: str = "step") -> float:
-    """The mean of a metric over a share of the run's abscissas.
+def statistic(rows: Rows, metric: str, window: Window) -> float:
+    """The mean of a metric over a share of the run's steps.
 
     Raises:
         ValueError: it has no value there.
     """
-    found = points(rows, metric, x)
-    ends = [point for point, _ in points(rows, x, x)]
-    low, high = (ends[0] + share * (ends[-1] - ends[0]) for share in window)
-    values = [value for point, value in found if low <= point <= high]
+    first, last = rows[0]["step"], rows[-1]["step"]
+    low, high = (first + share * (last - first) for share in window)
+    values = [value for step, value in points(rows, metric) if low <= step <= high]
     if not values:
-        raise ValueError(f"{metric} has no value between {x} {low:g} and {high:g}: is it measured in this recipe?")
+        raise ValueError(f"{metric} has no value between step {low:g} and {high:g}: is it measured in this recipe?")
     return fmean(values)
 
 

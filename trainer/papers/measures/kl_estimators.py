@@ -12,6 +12,7 @@ logits, where grad log p(a) = e_a - p:
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -57,7 +58,7 @@ def measure(trained: Trained) -> dict[str, Rows]:
     reference = next_token_logprobs(start, batch)
     rows: dict[str, Rows] = {name: [] for name in ESTIMATORS}
     for i, share in enumerate(STEPS):
-        policy = next_token_logprobs(_between(start, end, share, trained), batch)
+        policy = next_token_logprobs(_between(start, end, share), batch)
         for name, estimator in ESTIMATORS.items():
             found = compare(estimator, policy, reference)
             rows[name].append({"step": i, ABSCISSA: found["kl"], **found})
@@ -114,8 +115,8 @@ def _expected_gradient(slopes: Tensor, probs: Tensor) -> Tensor:
     return weighed - probs * weighed.sum(-1, keepdim=True)
 
 
-def _between(start: CausalLM, end: CausalLM, share: float, trained: Trained) -> CausalLM:
-    model = load_model(trained.start, torch.float32)
+def _between(start: CausalLM, end: CausalLM, share: float) -> CausalLM:
+    model = deepcopy(start)
     with torch.no_grad():
         for weight, a, b in zip(model.parameters(), start.parameters(), end.parameters(), strict=True):
             weight.copy_(a + share * (b - a))
