@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquest_rl.layers.experts import RoutedExperts, added_up, sorted_pairs
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models.base import CausalLM
 
@@ -107,7 +108,7 @@ class PackedExperts(RoutedExperts):
 
 
 PACKED: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
-    nn.Linear: PackedLinear,
+    Linear: PackedLinear,
     LMHead: PackedHead,
     RoutedExperts: PackedExperts,
 }

@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmquest_rl.layers.linear import multiply, worthwhile
+
 SPARSE_GROUPS = 8
 """With this many groups for each row, a loop over the few groups that have rows is faster on a CPU: F.grouped_mm spends
 a microsecond on each group, with or without rows."""
+
+LOOP_SHARE = 2
+"""A loop over groups also pays where their average product is this many times `linear.WORTHWHILE`: F.grouped_mm has
+PyTorch's kernels only."""
 
 
 class Products(Protocol):
@@ -41,7 +47,9 @@ def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
     """
     num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
     sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
-    return Looped(groups) if sparse or not all(map(_has_kernel, weights)) else Grouped(groups, num_groups)
+    average = len(groups) * sum(weight[0].numel() for weight in weights) // (num_groups * len(weights))
+    looped = sparse or worthwhile(average // LOOP_SHARE, *weights) or not all(map(_has_kernel, weights))
+    return Looped(groups) if looped else Grouped(groups, num_groups)
 
 
 def _has_kernel(weight: Tensor) -> bool:
@@ -82,19 +90,19 @@ class Looped:
         """See `Products`."""
         out = x.new_empty(len(x), weight.shape[1])
         for group, start, stop in self._slices:
-            torch.mm(x[start:stop], weight[group].t(), out=out[start:stop])
+            multiply(x[start:stop], weight[group].t(), out=out[start:stop])
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Products`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for group, start, stop in self._slices:
-            torch.mm(gradient[start:stop], weight[group], out=out[start:stop])
+            multiply(gradient[start:stop], weight[group], out=out[start:stop])
         return out
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
         """See `Products`."""
         out = x.new_zeros(num_groups, gradient.shape[1], x.shape[1])
         for group, start, stop in self._slices:
-            torch.mm(gradient[start:stop].t(), x[start:stop], out=out[group])
+            multiply(gradient[start:stop].t(), x[start:stop], out=out[group])
         return out

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+from llmquest_rl.layers.linear import multiply, product, worthwhile
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Logits held at once, by device: on a CPU what fits its last cache, on a GPU enough to fill it."""
 
 MIN_CHUNK_COLUMNS = 256
@@ -119,7 +121,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_states is not None:
                 _add_product(grad_states, errors, weight[chunk.columns])
             if grad_weight is not None:
-                torch.mm(errors.t(), scaled, out=grad_weight[chunk.columns])
+                multiply(errors.t(), scaled, out=grad_weight[chunk.columns])
         if grad_states is not None:
             grad_states = grad_states.mul_(scale).to(states.dtype)
         return grad_states, grad_weight, None, None, None, None
@@ -154,16 +156,16 @@ def _chunks(
     for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
         columns = slice(start, min(start + width, vocab))
         shape = (n, columns.stop - start)
-        product, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide))
-        torch.mm(states, weight[columns].t(), out=product)
+        chunk, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide))
+        multiply(states, weight[columns].t(), out=chunk)
         if wide is not products:
-            logits.copy_(product)
+            logits.copy_(chunk)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if temperature != 1.0:
             logits.div_(temperature)
         rows = order[first:last]
-        yield _Chunk(columns, product, logits, rows, targets[rows] - start)
+        yield _Chunk(columns, chunk, logits, rows, targets[rows] - start)
 
 
 def _errors(logprobs: Tensor, chunk: _Chunk) -> Tensor:
@@ -192,7 +194,9 @@ def _slopes(logits: Tensor, temperature: float, softcap: float | None, room: Ten
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, where the float32 total may be wider than the factors."""
-    if total.dtype == left.dtype:
+    if worthwhile(left.numel() * right.shape[1], left, right):
+        total += product(left, right)
+    elif total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import Rotary, rotate, rotate_interleaved
 
@@ -62,10 +63,10 @@ class LatentAttention(nn.Module):
         self.rotate = rotate_interleaved if shape.interleaved else rotate
         heads, size, latent = shape.num_heads, shape.hidden_size, shape.kv_lora_rank
         self.query = _query(shape)
-        self.latent_down = nn.Linear(size, latent + shape.qk_rope_head_dim, bias=shape.bias)
+        self.latent_down = Linear(size, latent + shape.qk_rope_head_dim, bias=shape.bias)
         self.latent_norm = RMSNorm(latent, LATENT_EPS)
-        self.latent_up = nn.Linear(latent, heads * (shape.qk_nope_head_dim + shape.v_head_dim), bias=False)
-        self.output = nn.Linear(heads * shape.v_head_dim, size, bias=shape.bias)
+        self.latent_up = Linear(latent, heads * (shape.qk_nope_head_dim + shape.v_head_dim), bias=False)
+        self.output = Linear(heads * shape.v_head_dim, size, bias=shape.bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""
@@ -102,10 +103,10 @@ def _query(shape: LatentShape) -> nn.Module:
     """From the hidden size to all heads' queries, straight or through a normalised latent."""
     width = shape.num_heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
     if shape.q_lora_rank is None:
-        return nn.Linear(shape.hidden_size, width, bias=False)
+        return Linear(shape.hidden_size, width, bias=False)
     layers: dict[str, nn.Module] = {
-        "down": nn.Linear(shape.hidden_size, shape.q_lora_rank, bias=shape.bias),
+        "down": Linear(shape.hidden_size, shape.q_lora_rank, bias=shape.bias),
         "norm": RMSNorm(shape.q_lora_rank, LATENT_EPS),
-        "up": nn.Linear(shape.q_lora_rank, width, bias=False),
+        "up": Linear(shape.q_lora_rank, width, bias=False),
     }
     return nn.Sequential(OrderedDict(layers))

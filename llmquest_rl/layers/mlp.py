@@ -6,6 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmquest_rl.layers.linear import Linear
+
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,9 +37,9 @@ class GatedMLP(nn.Module):
     def __init__(self, size: int, inner: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate = nn.Linear(size, inner, bias=bias)
-        self.up = nn.Linear(size, inner, bias=bias)
-        self.down = nn.Linear(inner, size, bias=bias)
+        self.gate = Linear(size, inner, bias=bias)
+        self.up = Linear(size, inner, bias=bias)
+        self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [tokens, size] to the same shape."""
@@ -51,8 +53,8 @@ class MLP(nn.Module):
     def __init__(self, size: int, inner: int, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.up = nn.Linear(size, inner)
-        self.down = nn.Linear(inner, size)
+        self.up = Linear(size, inner)
+        self.down = Linear(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [tokens, size] to the same shape."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Layout, TokenBatch
 from llmquest_rl.layers.attention import AttentionContext, PackedAttention
 from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mla import LatentAttention
 from llmquest_rl.layers.mlp import GatedMLP
@@ -79,7 +80,7 @@ class FurtherBlock(nn.Module):
         super().__init__()
         self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.projection = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, layer)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

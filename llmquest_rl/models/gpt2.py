@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import CausalLM, Hidden
@@ -124,8 +125,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.scale = (config.hidden_size // config.num_heads) ** -0.5 if config.scaled_by_head else 1.0
         self.scale /= layer + 1 if config.scaled_by_layer else 1
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
@@ -133,10 +134,10 @@ class Attention(nn.Module):
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.key = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.value = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.output = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.query = Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.key = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.value = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.output = Linear(width, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""

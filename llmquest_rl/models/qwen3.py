@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
@@ -169,10 +170,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.window if config.layer_types[layer] == SLIDING else None
-        self.query = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.key = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.value = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.output = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.query = Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.key = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.value = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.output = Linear(width, config.hidden_size, bias=config.attention_bias)
         self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmquest_rl.layers.attention import AttentionContext
 from llmquest_rl.layers.delta_rule import gated_delta_rule, gated_delta_step
 from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
@@ -44,13 +45,13 @@ class GatedDeltaNet(nn.Module):
         self.shared = config.linear_num_value_heads // self.num_key_heads  # J
         self.value_dim = config.linear_value_head_dim
         keys, values = self.num_key_heads * self.key_dim, config.linear_num_value_heads * self.value_dim
-        self.in_qkvz = nn.Linear(config.hidden_size, 2 * keys + 2 * values, bias=False)
-        self.in_ba = nn.Linear(config.hidden_size, 2 * config.linear_num_value_heads, bias=False)
+        self.in_qkvz = Linear(config.hidden_size, 2 * keys + 2 * values, bias=False)
+        self.in_ba = Linear(config.hidden_size, 2 * config.linear_num_value_heads, bias=False)
         self.conv = ShortConv(2 * keys + values, config.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(config.linear_num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads))
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
-        self.output = nn.Linear(values, config.hidden_size, bias=False)
+        self.output = Linear(values, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""
@@ -98,10 +99,10 @@ class GatedAttention(nn.Module):
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.hidden_size, 2 * width, bias=config.attention_bias)
-        self.key = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.value = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.output = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.query = Linear(config.hidden_size, 2 * width, bias=config.attention_bias)
+        self.key = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.value = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.output = Linear(width, config.hidden_size, bias=config.attention_bias)
         self.query_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -124,7 +125,7 @@ class MixtureOfExperts(nn.Module):
         self.router = SoftmaxRouter(size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
         self.experts = RoutedExperts(config.num_experts, size, config.moe_intermediate_size)
         self.shared = GatedMLP(size, config.shared_expert_intermediate_size)
-        self.shared_gate = nn.Linear(size, 1, bias=False)
+        self.shared_gate = Linear(size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`x` [T, D] to the same shape, and who was chosen."""
@@ -167,7 +168,7 @@ class FurtherPrediction(nn.Module):
         super().__init__()
         self.embedding_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.projection = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
         self.blocks = nn.ModuleList(Block(config, layer, FULL, is_sparse=True) for layer in layers)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)

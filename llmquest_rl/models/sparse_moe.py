@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmquest_rl.layers.attention import AttentionContext
 from llmquest_rl.layers.experts import RoutedExperts, expert_capacity
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
 from llmquest_rl.layers.norm import RMSNorm
@@ -166,10 +167,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.window
-        self.query = nn.Linear(config.hidden_size, width, bias=False)
-        self.key = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.value = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, width, bias=False)
+        self.key = Linear(config.hidden_size, kv_width, bias=False)
+        self.value = Linear(config.hidden_size, kv_width, bias=False)
+        self.output = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """`x` [T, D] to the same shape."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import Model
 from llmquest_rl.models.checks import check_sizes
@@ -154,10 +155,10 @@ class Attention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.head_dim = size // config.num_heads
-        self.query = nn.Linear(size, size, bias=config.qkv_bias)
-        self.key = nn.Linear(size, size, bias=config.qkv_bias)
-        self.value = nn.Linear(size, size, bias=config.qkv_bias)
-        self.output = nn.Linear(size, size)
+        self.query = Linear(size, size, bias=config.qkv_bias)
+        self.key = Linear(size, size, bias=config.qkv_bias)
+        self.value = Linear(size, size, bias=config.qkv_bias)
+        self.output = Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, S, D] to the same shape."""
@@ -198,7 +199,7 @@ class ViT(Model):
         self.patches = nn.Conv2d(config.num_channels, size, config.patch_size, config.patch_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.classifier = nn.Linear(size, config.num_labels) if config.num_labels else nn.Identity()
+        self.classifier = Linear(size, config.num_labels) if config.num_labels else nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
         """What the model sees in each patch.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Layout, TokenBatch
 from llmquest_rl.layers.attention import AttentionContext
 from llmquest_rl.layers.fused_embedding import FusedEmbedding
+from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
 from llmquest_rl.models.base import CausalLM, Hidden, Model, Output
@@ -33,8 +34,8 @@ class MLPAdapter(nn.Module):
 
     def __init__(self, vision_size: int, size: int) -> None:
         super().__init__()
-        self.up = nn.Linear(vision_size, size)
-        self.down = nn.Linear(size, size)
+        self.up = Linear(vision_size, size)
+        self.down = Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., vision_size] to [..., size]."""
@@ -42,7 +43,7 @@ class MLPAdapter(nn.Module):
         return out
 
 
-ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "mlp": MLPAdapter}
+ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": Linear, "mlp": MLPAdapter}
 """From the width of the vision tower to that of the decoder."""
 
 

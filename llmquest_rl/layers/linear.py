@@ -1,0 +1,79 @@
+"""Linear layers and matrix products by the fastest kernel of this processor.
+
+PyTorch multiplies float32 matrices on CPUs with MKL. On AMD processors MKL leaves half of the AVX-512 units idle (110
+against 240 GFLOP/s for each core of a Zen 5), and oneDNN, which PyTorch brings as well, does not. oneDNN makes a kernel
+for each new shape of operands, so small products stay with MKL. The choice follows from the processor and the shapes
+alone: an interrupted and resumed run chooses the same.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+WORTHWHILE = 2**24
+"""Multiplications from which a product by oneDNN pays for making its kernel, about 0.2 ms, even if used once."""
+
+
+class Linear(nn.Linear):
+    """`y = x W^T + b`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., in_features] to [..., out_features]."""
+        if not worthwhile(input.numel() * self.out_features, input, self.weight):
+            return super().forward(input)
+        out: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return out
+
+
+def worthwhile(multiplications: int, *operands: Tensor) -> bool:
+    """Whether oneDNN computes a product of these operands faster than what PyTorch calls."""
+    fits = all(operand.dtype == torch.float32 and operand.device.type == "cpu" for operand in operands)
+    return multiplications >= WORTHWHILE and fits and _mkl_is_slow()
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`left @ right + bias` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]. Transposed views are fine."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    return result
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`out = left @ right` for matrices, by whichever is faster, without gradient."""
+    if worthwhile(left.numel() * right.shape[1], left, right):
+        out.copy_(product(left, right))
+    else:
+        torch.mm(left, right, out=out)
+
+
+class _Linear(torch.autograd.Function):
+    """The weight is kept as the parameter that it is: ZeRO-3 frees and fetches it between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            product(gradient, weight) if needs_x else None,
+            product(rows.t(), x.flatten(0, -2)) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """An AMD processor with AVX-512, and a PyTorch that has oneDNN."""
+    cpuinfo = Path("/proc/cpuinfo")
+    is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    has_kernels = torch.backends.mkldnn.is_available()
+    return is_amd and "AVX512" in torch.backends.cpu.get_cpu_capability() and bool(has_kernels)
