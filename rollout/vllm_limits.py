@@ -38,6 +38,7 @@ PROVEN = (
     "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
     "Qwen3NextForCausalLM",
@@ -188,8 +189,10 @@ def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
     for field, value in COMPUTES_ONLY.get(family, {}).items():
         if shape.get(field, value) != value:
             yield f"{field} is {json.dumps(shape[field])}, and it computes {json.dumps(value)} only"
-    if family == "qwen3" and {SLIDING, FULL} <= set(layer_kinds(shape)):
+    if family in ("qwen2", "qwen3") and {SLIDING, FULL} <= set(layer_kinds(shape)):
         yield "layer_types mixes full and sliding attention"
+    if family == "qwen2" and _head_size(shape) * shape["num_attention_heads"] != shape["hidden_size"]:
+        yield f"head_dim is {_head_size(shape)}, and it computes hidden_size / num_attention_heads only"
     if family == "deepseek_v3" and shape.get("rms_norm_eps", 0) > 1e-5:
         yield f"rms_norm_eps is {shape['rms_norm_eps']}, which it takes for the latents' norms, too (theirs is 1e-6)"
 

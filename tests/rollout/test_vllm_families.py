@@ -117,6 +117,12 @@ def test_logprobs_are_those_of_transformers_and_ours_before_and_after_a_live_upd
         ("gpt2", {"n_head": 4}, "heads of size 16"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false"),
         ("gpt2", {"n_positions": 95}, "knows 95 positions"),
+        ("qwen2", {"head_dim": 64}, "head_dim is 64, and it computes hidden_size"),
+        (
+            "qwen2",
+            {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1},
+            "layer_types mixes full and sliding",
+        ),
         ("qwen3", {"architectures": ["VisionLanguageForCausalLM"]}, "VisionLanguageForCausalLM"),
         ("qwen3", {"attention_bias": True}, "attention_bias is true"),
         (
@@ -155,6 +161,7 @@ def test_the_tiny_shapes_are_not_refused(name: str, tmp_path: Path) -> None:
     ("name", "page_bytes", "pages_of_a_sequence"),
     [
         ("gpt2", 32 * 4 * 2 * 2 * 32, 4 + 4),
+        ("qwen2 with YaRN and a window, tied", 32 * 4 * 2 * 1 * 32, 5 + 5),
         ("qwen3", 32 * 4 * 2 * 2 * 32, 4 + 4),
         ("gemma3", 32 * 4 * 2 * 2 * 32, 5 + 4),
         ("sparse_moe", 32 * 4 * 2 * 2 * 32, 5 + 5),

@@ -34,6 +34,13 @@ YARN = {
 
 LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
+QWEN2 = COMMON | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_attention_heads": 2,  # vLLM has no other head size than hidden_size / num_attention_heads
+    "num_key_value_heads": 1,
+}
+
 EXPERTS = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
@@ -95,6 +102,15 @@ TINY: dict[str, dict[str, Any]] = {
         },
     },
     "llama with YaRN": LLAMA | {"rope_scaling": YARN},
+    "qwen2": QWEN2,
+    "qwen2 with YaRN and a window, tied": QWEN2
+    | {
+        "tie_word_embeddings": True,
+        "rope_scaling": YARN,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 0,
+    },
     "qwen3": COMMON | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "qwen3_moe": COMMON | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
     "sparse_moe": COMMON

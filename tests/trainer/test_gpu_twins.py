@@ -23,8 +23,10 @@ PAPERS = CONFIGS / "papers"
 TWINS = sorted((PAPERS / "gpu").glob("*.yaml"))
 
 SHAPES = {
-    "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
-    "Qwen/Qwen3-14B-Base": "qwen3-14b",
+    "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
+    "Qwen/Qwen2.5-32B": "qwen2.5-32b",
+    "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
+    "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
