@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.data.packing import pack
+from llmquest_rl.layers import linear
 from llmquest_rl.models.hf import load_model
 from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.objectives import policy
@@ -39,16 +40,22 @@ TOKENS_PER_MICROBATCH, ROWS_PER_MICROBATCH = 2048, 32
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Floating-point operations by second of a matrix product of the model's own kind of shape."""
+    """Floating-point operations by second of a product of the model's own kind of shape, by the faster library."""
     a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+    kernels: list[Callable[[], Tensor]] = [lambda: a @ b.T, lambda: linear.product(a, b.T)]
+    return 2 * 1024 * 576 * 1536 * max(rate(kernel, seconds) for kernel in kernels)
+
+
+def rate(run: Callable[[], Any], seconds: float) -> float:
+    """Calls by second."""
     for _ in range(5):
-        a @ b.T
+        run()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         for _ in range(10):
-            a @ b.T
+            run()
         count += 10
-    return 2 * 1024 * 576 * 1536 * count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started)
 
 
 def atoms(groups: int, prompt: int, completion: int) -> list[Atom]:

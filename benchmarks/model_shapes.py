@@ -81,6 +81,7 @@ def _qwen3_next(size: str) -> dict[str, Any]:
 SHAPES = {
     "gpt2": ("GPT2", _gpt2),
     "llama": ("Llama", _llama),
+    "qwen2": ("Qwen2", _llama),
     "qwen3": ("Qwen3", _llama),
     "gemma3": ("Gemma3", _gemma3),
     "qwen3_moe": ("Qwen3Moe", _qwen3_moe),

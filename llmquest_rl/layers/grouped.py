@@ -11,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquest_rl.layers.linear import multiply, worthwhile
+from llmquest_rl.layers.linear import in_blocks, product, weight_gradient, worthwhile
 
 SPARSE_GROUPS = 8
 """With this many groups for each row, a loop over the few groups that have rows is faster on a CPU: F.grouped_mm spends
 a microsecond on each group, with or without rows."""
-
-LOOP_SHARE = 2
-"""A loop over groups also pays where their average product is this many times `linear.WORTHWHILE`: F.grouped_mm has
-PyTorch's kernels only."""
 
 
 class Products(Protocol):
@@ -48,7 +44,7 @@ def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
     num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
     sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
     average = len(groups) * sum(weight[0].numel() for weight in weights) // (num_groups * len(weights))
-    looped = sparse or worthwhile(average // LOOP_SHARE, *weights) or not all(map(_has_kernel, weights))
+    looped = sparse or worthwhile(average, *weights) or not all(map(_has_kernel, weights))
     return Looped(groups) if looped else Grouped(groups, num_groups)
 
 
@@ -90,19 +86,27 @@ class Looped:
         """See `Products`."""
         out = x.new_empty(len(x), weight.shape[1])
         for group, start, stop in self._slices:
-            multiply(x[start:stop], weight[group].t(), out=out[start:stop])
+            _multiply(x[start:stop], weight[group].t(), out[start:stop])
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Products`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for group, start, stop in self._slices:
-            multiply(gradient[start:stop], weight[group], out=out[start:stop])
+            _multiply(gradient[start:stop], weight[group], out[start:stop])
         return out
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
         """See `Products`."""
         out = x.new_zeros(num_groups, gradient.shape[1], x.shape[1])
         for group, start, stop in self._slices:
-            multiply(gradient[start:stop].t(), x[start:stop], out=out[group])
+            out[group] = weight_gradient(gradient[start:stop], x[start:stop])
         return out
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`out = left @ right`."""
+    whole = in_blocks(len(left), right.numel(), left)
+    if whole:
+        out[:whole] = product(left[:whole], right)
+    torch.mm(left[whole:], right, out=out[whole:])

@@ -6,6 +6,7 @@ for each new shape of operands, so small products stay with MKL. The choice foll
 alone: an interrupted and resumed run chooses the same.
 """
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from torch.autograd.function import once_differentiable
 
 WORTHWHILE = 2**24
 """Multiplications from which a product by oneDNN pays for making its kernel, about 0.2 ms, even if used once."""
+
+BLOCK = 64
+"""oneDNN takes whole blocks of so many rows where their number would differ from call to call, PyTorch the rest: a
+kernel that is used once costs its time, and memory that it keeps apart."""
+
+KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+"""How many kernels PyTorch and oneDNN keep, read when the first is made: a training step needs 20 to 60, and others for
+other numbers of tokens. By default 1,024, which had cost gigabytes: kernels lie between the tensors of their time."""
+for _name, _number in KERNELS_KEPT.items():
+    os.environ.setdefault(_name, _number)
 
 
 class Linear(nn.Linear):
@@ -31,8 +42,11 @@ class Linear(nn.Linear):
 
 def worthwhile(multiplications: int, *operands: Tensor) -> bool:
     """Whether oneDNN computes a product of these operands faster than what PyTorch calls."""
-    fits = all(operand.dtype == torch.float32 and operand.device.type == "cpu" for operand in operands)
-    return multiplications >= WORTHWHILE and fits and _mkl_is_slow()
+    return (
+        multiplications >= WORTHWHILE
+        and all(operand.dtype == torch.float32 and operand.device.type == "cpu" for operand in operands)
+        and _mkl_is_slow()
+    )
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,6 +61,26 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.copy_(product(left, right))
     else:
         torch.mm(left, right, out=out)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """`gradient^T x` for rows [R, out] and [R, in], without gradient: whole blocks of rows by oneDNN."""
+    whole = in_blocks(len(x), gradient.shape[1] * x.shape[1], x)
+    if not whole:
+        return gradient.t() @ x
+    return product(gradient[:whole].t(), x[:whole]).addmm_(gradient[whole:].t(), x[whole:])
+
+
+def in_blocks(rows: int, multiplications: int, operand: Tensor) -> int:
+    """How many of some rows oneDNN should take.
+
+    Args:
+        rows: All of them.
+        multiplications: For each row.
+        operand: Of the product's kind.
+    """
+    whole = rows - rows % BLOCK
+    return whole if worthwhile(whole * multiplications, operand) else 0
 
 
 class _Linear(torch.autograd.Function):
@@ -65,7 +99,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         return (
             product(gradient, weight) if needs_x else None,
-            product(rows.t(), x.flatten(0, -2)) if needs_weight else None,
+            weight_gradient(rows, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
 

@@ -1,5 +1,8 @@
 """Linear layers by oneDNN: exact values and gradients, and the choice of the kernel."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,18 +98,21 @@ def test_only_large_products_leave_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
 def test_experts_are_looped_over_where_their_average_product_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, groups = (torch.ones(4, 8, 8), torch.ones(4, 8, 8)), torch.arange(4).repeat_interleave(10)
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
-    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8 // 2)
+    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8)
     assert isinstance(products(groups, weights), Looped)
-    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8 // 2 + 1)
+    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8 + 1)
     assert isinstance(products(groups, weights), Grouped)
 
 
 @needs_onednn
 @pytest.mark.usefixtures("always")
 def test_experts_by_onednn_equal_grouped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK", 4)
     torch.manual_seed(0)
-    layer, x = RoutedExperts(4, 16, 8), torch.randn(30, 16)
-    experts, weights = torch.randint(4, (30, 2)), torch.rand(30, 2)
+    layer, x = RoutedExperts(5, 16, 8), torch.randn(30, 16)
+    experts, weights = torch.randint(4, (30, 2)), torch.rand(30, 2)  # the last one is never chosen
+    counts = experts.flatten().bincount()
+    assert (counts % 4 != 0).any() and (counts >= 4).all()
     found = []
     for slow in (True, False):
         monkeypatch.setattr(linear, "_mkl_is_slow", lambda slow=slow: slow)
@@ -118,3 +124,22 @@ def test_experts_by_onednn_equal_grouped_ones(monkeypatch: pytest.MonkeyPatch) -
         found.append([out, inputs.grad, *gradients])
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right)
+
+
+@needs_onednn
+def test_few_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = """
+import torch
+from llmquest_rl.layers.linear import product
+
+x, weight = torch.ones(140, 4), torch.ones(4, 4)
+for rows in [*range(1, 141), 140, 1]:
+    product(x[:rows], weight)
+"""
+    for name in linear.KERNELS_KEPT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ONEDNN_VERBOSE", "profile_create")
+    done = subprocess.run([sys.executable, "-c", many], capture_output=True, text=True, check=True)
+    made = [line for line in done.stdout.splitlines() if "create:cache_" in line and "mb" in line]
+    assert "cache_hit" in made[-2] and "mb140" in made[-2]
+    assert "cache_miss" in made[-1] and "mb1i" in made[-1]
