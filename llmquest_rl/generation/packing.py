@@ -19,9 +19,9 @@ from llmquest_rl.models.base import CausalLM
 
 ROWS_HINT = 128
 """Rows for which the order is chosen; any number can be multiplied."""
-SMALLEST_EXPERT = 2**18
-"""Weights of an expert's first matrix below which one kernel call for all experts (`layers/grouped.py`) is faster than
-one for each of them, whatever their order."""
+FEW, MANY = 8, 64
+"""Rows of an expert are filled up to multiples of this: a kernel is made for each number of rows, which takes longer
+than a small product does."""
 
 
 class _OneWeight:
@@ -96,15 +96,23 @@ class PackedExperts(RoutedExperts):
         if len(x) == 1:  # matrices are read once, in any order: fewer steps count
             return super().forward(x, experts, weights, capacity)
         sorted_experts, order = sorted_pairs(experts, capacity)
-        rows, scales = x.index_select(0, order // weights.shape[1]), weights.flatten()[order, None]
         numbers, counts = sorted_experts.unique_consecutive(return_counts=True)
-        outputs = []
-        for expert, part, scale in zip(
-            numbers.tolist(), rows.split(counts.tolist()), scales.split(counts.tolist()), strict=True
-        ):
+        blocks = _in_blocks(counts)
+        shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # rows filled in before each expert's
+        places = torch.arange(len(order)) + shifts.repeat_interleave(counts)
+        rows, scales = x.new_zeros(int(blocks.sum()), x.shape[1]), weights.new_zeros(int(blocks.sum()), 1)
+        rows[places], scales[places] = x[order // weights.shape[1]], weights.flatten()[order, None]
+        sizes, outputs = blocks.tolist(), [x[:0]]
+        for expert, part, scale in zip(numbers.tolist(), rows.split(sizes), scales.split(sizes), strict=True):
             gate, up = _product(part, self._gate_up[expert], None).chunk(2, -1)
             outputs.append(_product(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
-        return added_up(torch.cat([*outputs, x[:0]]), order, weights.shape)
+        return added_up(torch.cat(outputs)[places], order, weights.shape)
+
+
+def _in_blocks(counts: Tensor) -> Tensor:
+    """Numbers of rows, each filled up to a multiple of `FEW`, or of `MANY` where it is larger."""
+    step = torch.where(counts > MANY, MANY, FEW)
+    return (counts + step - 1) // step * step
 
 
 PACKED: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
@@ -130,7 +138,7 @@ def pack_model(model: CausalLM) -> None:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in PACKED and not _is_small(child):
+            if type(child) in PACKED:
                 setattr(parent, name, PACKED[type(child)](child))
     for module in _packed_modules(model):
         module.pack()
@@ -145,10 +153,6 @@ def unpack_model(model: CausalLM) -> None:
 def packed_bytes(model: CausalLM) -> int:
     """Memory of the packed copies."""
     return sum(copy.nbytes for module in _packed_modules(model) for copy in module.packed)
-
-
-def _is_small(module: nn.Module) -> bool:
-    return isinstance(module, RoutedExperts) and module.gate_up[0].numel() < SMALLEST_EXPERT
 
 
 def _packed_modules(model: CausalLM) -> list[PackedModule]:
