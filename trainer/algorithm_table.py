@@ -4,6 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
+from llmquest_rl.algorithms.surrogates import CUTS, ON_POLICY
 
 TABLE_WIDTH = 236
 """Columns that keep each row on one line; a narrower terminal wraps them."""
@@ -30,16 +31,23 @@ def _advantage(row: Algorithm) -> str:
 
 
 def _ratio(row: Algorithm) -> str:
-    return "none" if row.surrogate == "log_prob" else row.ratio
+    if row.surrogate in ON_POLICY:
+        return "none"
+    return row.ratio if row.old_policy == "learner" else f"{row.ratio} to engine"
 
 
 def _surrogate(row: Algorithm) -> str:
+    power, decay = _pair(row.power_positive, row.power_negative), _pair(row.decay_positive, row.decay_negative)
     numbers = {
-        "clip": f" {row.clip_low:g} / {row.clip_high:g}",
-        "clipped_weight": f" {row.clip_low:g} / {row.clip_high:g}",
-        "soft_gate": f" {row.tau_positive:g} / {row.tau_negative:g}",
+        **dict.fromkeys(CUTS, _pair(row.clip_low, row.clip_high)),
+        "soft_gate": _pair(row.tau_positive, row.tau_negative),
+        "gamma_weight": f"{power},{decay}",
     }
     return row.surrogate + numbers.get(row.surrogate, "")
+
+
+def _pair(low: float, high: float) -> str:
+    return f" {low:g} / {high:g}"
 
 
 def _kl(row: Algorithm) -> str:

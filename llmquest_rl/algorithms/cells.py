@@ -71,17 +71,28 @@ class Algorithm(Options):
     computed the old policy's log-probs, with weights from the current router (Routing Replay, arXiv 2507.18071, section
     5.3). Without it, changed choices make ratios of tokens jump: `moe/changed_share` says how many there are."""
     surrogate: Annotated[str, AfterValidator(_known(SURROGATES))] = "clip"
-    """What is minimised for each token: `clip`, `soft_gate`, `clipped_weight`; `log_prob` takes no ratio."""
+    """What is minimised for each token: `clip`, `geometric_clip`, `soft_gate`, `clipped_weight`, `gamma_weight`,
+    `binary_tv`, `binary_kl`; `log_prob` takes no ratio."""
     clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """The ratio counts down to 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere)."""
+    """The ratio counts down to 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere);
+    `geometric_clip`: the log-ratio down to -clip_low; `binary_tv`, `binary_kl`: up to this divergence."""
     clip_high: NonNegativeFloat = 0.2
-    """The ratio counts up to 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere)."""
+    """The ratio counts up to 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere);
+    `geometric_clip`: the log-ratio up to clip_high; `binary_tv`, `binary_kl`: up to this divergence."""
     dual_clip: PositiveFloat | None = None
     """`clip`: the ratio counts up to this where the advantage is negative; above 1 + clip_high. null = no limit."""
     tau_positive: PositiveFloat = 1.0
     """`soft_gate`: how fast the gate closes where the advantage is positive."""
     tau_negative: PositiveFloat = 1.05
     """`soft_gate`: the same elsewhere."""
+    power_positive: PositiveFloat = 2.0
+    """`gamma_weight`, r^power exp(decay (1 - r)): how fast it falls below r = 1 where the advantage is positive."""
+    power_negative: PositiveFloat = 3.0
+    """`gamma_weight`: the same elsewhere."""
+    decay_positive: PositiveFloat = 3.0
+    """`gamma_weight`: how fast it falls above r = 1 where the advantage is positive."""
+    decay_negative: PositiveFloat = 2.0
+    """`gamma_weight`: the same elsewhere."""
     aggregation: Annotated[str, AfterValidator(_known(AGGREGATIONS))] = "sequence_mean"
     """How token losses become one: `sequence_mean`, `sequence_sum`, `token_mean`, `prompt_mean`, `max_tokens_mean`."""
     kl: Annotated[str, AfterValidator(_known(KL_ESTIMATORS))] = "k3"
@@ -138,7 +149,17 @@ class Algorithm(Options):
     @property
     def bounds(self) -> Bounds:
         """What the surrogate needs."""
-        return Bounds(self.clip_low, self.clip_high, self.dual_clip, self.tau_positive, self.tau_negative)
+        return Bounds(
+            low=self.clip_low,
+            high=self.clip_high,
+            dual=self.dual_clip,
+            tau_positive=self.tau_positive,
+            tau_negative=self.tau_negative,
+            power_positive=self.power_positive,
+            power_negative=self.power_negative,
+            decay_positive=self.decay_positive,
+            decay_negative=self.decay_negative,
+        )
 
     @property
     def needs_advantage(self) -> bool:

@@ -15,7 +15,7 @@ from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES
+from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
@@ -97,8 +97,8 @@ class Policy:
         old = self._old(logprobs, batch)
         counted = batch.streams["weights"] != 0
         advantages = self._advantages(old, batch)
-        ratio = RATIOS[algorithm.ratio](logprobs, old, ids)
-        losses = SURROGATES[algorithm.surrogate](ratio, logprobs, advantages, algorithm.bounds)
+        tokens = Tokens(RATIOS[algorithm.ratio](logprobs, old, ids), logprobs, old, advantages, ids)
+        losses = SURROGATES[algorithm.surrogate](tokens, algorithm.bounds)
         losses = losses * self._correction(logprobs.detach(), old, batch, metrics)
         for kept in self._masks(logprobs, advantages, entropies, batch, metrics):
             losses = losses * kept
@@ -106,7 +106,7 @@ class Policy:
             losses = losses + self._kl(logprobs, old, batch, metrics)
         if algorithm.entropy_bonus > 0 and entropies is not None:
             losses = losses - algorithm.entropy_bonus * entropies
-        self._ratio_metrics(metrics, ratio.detach()[counted], advantages[counted], old[counted])
+        self._ratio_metrics(metrics, tokens, counted)
         metrics.mean("policy/approx_kl", k3(old, logprobs.detach())[counted].sum(), counted.sum())
         metrics.sum("policy/tokens", counted.sum())
         return losses, metrics
@@ -168,10 +168,11 @@ class Policy:
         weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0
         return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
 
-    def _ratio_metrics(self, metrics: Metrics, ratio: Tensor, advantages: Tensor, old: Tensor) -> None:
+    def _ratio_metrics(self, metrics: Metrics, tokens: Tokens, counted: Tensor) -> None:
+        ratio = tokens.ratio.detach()[counted]
         if self.algorithm.surrogate in CUTS:
-            low, high = CUTS[self.algorithm.surrogate](ratio, advantages, self.algorithm.bounds)
-            rare = old < RARE
+            low, high = (cut[counted] for cut in CUTS[self.algorithm.surrogate](tokens, self.algorithm.bounds))
+            rare = tokens.old_logprobs[counted] < RARE
             metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
             metrics.mean("policy/clip_frac_rare", (low | high)[rare].sum(), rare.sum())
             metrics.mean("policy/clip_frac_common", (low | high)[~rare].sum(), (~rare).sum())

@@ -31,6 +31,10 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "dual_clip": st.sampled_from([None, 6.0]),
         "tau_positive": st.floats(0.2, 3.0),
         "tau_negative": st.floats(0.2, 3.0),
+        "power_positive": st.floats(0.5, 4.0),
+        "power_negative": st.floats(0.5, 4.0),
+        "decay_positive": st.floats(0.5, 4.0),
+        "decay_negative": st.floats(0.5, 4.0),
         "aggregation": st.sampled_from(sorted(AGGREGATIONS)),
         "kl": st.sampled_from(sorted(KL_ESTIMATORS)),
         "kl_in": st.sampled_from(["loss", "reward"]),
@@ -60,17 +64,17 @@ class Case(NamedTuple):
 def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[int, int] = (1, MAX_TOKENS)) -> Case:
     """Random groups; advantages differ from token to token, as a row may make them. `spread`: of the log-ratios.
 
-    All values are float32 numbers, so that streams hold them exactly.
+    All values are float32 numbers, so that streams hold them exactly; log-probs are below 0.
     """
     draw = np.random.default_rng(seed)
     atoms, logprobs = [], []
     for _ in range(groups):
         sizes = draw.integers(lengths[0], lengths[1] + 1, draw.integers(1, 4))
         base = [draw.normal(-2, 1, n) for n in sizes]
-        noisy = {name: [exact(b + draw.normal(0, spread, len(b))) for b in base] for name in PER_TARGET}
+        noisy = {name: [logprobs_near(b, spread, draw) for b in base] for name in PER_TARGET}
         streams = {
             "advantages": [exact(draw.normal(size=1) + 0.1 * draw.normal(size=n)) for n in sizes],
-            "rollout_logprobs": [exact(b + draw.normal(0, spread, len(b))) for b in base],
+            "rollout_logprobs": [logprobs_near(b, spread, draw) for b in base],
         }
         atoms.append(Atom(draw.integers(0, 9, 3).tolist(), [[1] * int(n) for n in sizes], streams))
         logprobs += [noisy]
@@ -79,6 +83,11 @@ def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[
         for name in PER_TARGET
     )
     return Case(atoms, new, old, reference, entropies.abs())
+
+
+def logprobs_near(base: Any, spread: float, draw: np.random.Generator) -> list[float]:
+    """Noise around `base`, mirrored at 0."""
+    return exact(-np.abs(base + draw.normal(0, spread, len(base))))
 
 
 def exact(values: Any) -> list[float]:

@@ -64,7 +64,7 @@ def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
     uncertain = most_uncertain(s.entropies, algorithm.entropy_share)
     terms = []
     for t, advantage in enumerate(advantages):
-        value = surrogate(ratio(s, t, algorithm.ratio), s, t, advantage, algorithm) * factors[t]
+        value = surrogate(s, t, advantages, algorithm) * factors[t]
         too_far = algorithm.off_policy_delta is not None and np.mean(s.rollout - s.fixed) > algorithm.off_policy_delta
         if (too_far and advantage < 0) or t not in uncertain:
             value = 0.0
@@ -88,21 +88,44 @@ def ratio(s: Sequence, t: int, name: str) -> float:
     return float(np.prod(np.exp(s.new) / np.exp(s.old)))
 
 
-def surrogate(r: float, s: Sequence, t: int, advantage: float, algorithm: Algorithm) -> float:
-    """By cases: a gain stops counting above the upper bound, a loss below the lower one."""
+def surrogate(s: Sequence, t: int, advantages: list[float], algorithm: Algorithm) -> float:
+    """-A times: the ratio, which stops counting where a gain or a loss has gone far enough, or a weight of log pi."""
+    a, r = advantages[t], ratio(s, t, algorithm.ratio)
+    fixed = ratio(replace(s, new=s.fixed), t, algorithm.ratio)
     low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
-    if algorithm.surrogate == "clip":
-        if advantage >= 0:
-            return -advantage * min(r, high)
-        top = np.inf if algorithm.dual_clip is None else algorithm.dual_clip
-        return -advantage * min(max(r, low), top)
-    if algorithm.surrogate == "soft_gate":
-        tau = algorithm.tau_positive if advantage > 0 else algorithm.tau_negative
-        return -advantage * 4 / tau / (1 + np.exp(-tau * (r - 1)))
-    if algorithm.surrogate == "clipped_weight":
-        weight = ratio(Sequence(s.fixed, *list(vars(s).values())[1:]), t, algorithm.ratio)
-        return -advantage * min(max(weight, low), high) * s.new[t]
-    return -advantage * s.new[t]
+    top = np.inf if algorithm.dual_clip is None else algorithm.dual_clip
+    sign = "positive" if a > 0 else "negative"
+    tau, power, decay = (getattr(algorithm, f"{name}_{sign}") for name in ("tau", "power", "decay"))
+    factor = {
+        "clip": lambda: min(r, high) if a >= 0 else min(max(r, low), top),
+        "geometric_clip": lambda: geometric_mean(s, advantages, algorithm),
+        "soft_gate": lambda: 4 / tau / (1 + np.exp(-tau * (r - 1))),
+        "clipped_weight": lambda: min(max(fixed, low), high) * s.new[t],
+        "gamma_weight": lambda: fixed**power * np.exp(decay * (1 - fixed)) * s.new[t],
+        "binary_tv": lambda: 0.0 if beyond(s, t, a, algorithm) else r,
+        "binary_kl": lambda: 0.0 if beyond(s, t, a, algorithm) else r,
+        "log_prob": lambda: s.new[t],
+    }[algorithm.surrogate]
+    return -a * float(factor())
+
+
+def geometric_mean(s: Sequence, advantages: list[float], algorithm: Algorithm) -> float:
+    """GMPO's equation 4 but for its |A|: the clipped ratios of all tokens, multiplied, and the root of their number."""
+    low, high = np.exp(-algorithm.clip_low), np.exp(algorithm.clip_high)
+    ratios = [ratio(s, t, algorithm.ratio) for t in range(len(s.new))]
+    clipped = [min(r, high) if a > 0 else max(r, low) for r, a in zip(ratios, advantages, strict=True)]
+    return float(np.prod(clipped) ** (1 / len(clipped)))
+
+
+def beyond(s: Sequence, t: int, advantage: float, algorithm: Algorithm) -> bool:
+    """DPPO's equation 12 with 13 or 14: too far already, and about to go further."""
+    new, old = np.exp(s.fixed[t]), np.exp(s.old[t])
+    divergence = {
+        "binary_tv": abs(new - old),
+        "binary_kl": old * np.log(old / new) + (1 - old) * np.log((1 - old) / (1 - new)),
+    }[algorithm.surrogate]
+    further = (advantage > 0 and new > old) or (advantage < 0 and new < old)
+    return bool(further and divergence > (algorithm.clip_high if advantage > 0 else algorithm.clip_low))
 
 
 def kl(name: str, policy: float, reference: float) -> float:

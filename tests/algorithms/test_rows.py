@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.presets import Algorithm, resolve
+from llmquest_rl.batch import Atom
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
 CASES = settings(max_examples=40, deadline=None)
-PLAIN = {"tis_cap": None, "beta": 0.0}
+PLAIN = {"tis_cap": None, "beta": 0.0, "old_policy": "learner"}
 every_row = pytest.mark.parametrize("name", all_rows())
 seeds = st.integers(0, 2**31)
 
@@ -192,11 +193,80 @@ def test_sapo_is_grpo_to_first_order(seed: int) -> None:
 
 @CASES
 @given(seeds)
-def test_tighter_bounds_cut_more(seed: int) -> None:
+def test_gmpo_is_gspo_when_nothing_is_clipped(seed: int) -> None:
+    """What parts the two is where they clip: tokens before the mean, or the mean."""
+    case = with_advantages(random_case(seed, spread=0.02), [1.0, -0.7, 0.3])
+    loose = {"clip_low": 1.0, "clip_high": 9.0}
+    gmpo, gspo = (value_and_gradient(resolve(name, loose), case) for name in ("gmpo", "gspo"))
+    torch.testing.assert_close(gmpo, gspo)
+
+
+@CASES
+@given(seeds)
+def test_gmpo_is_grpo_for_completions_of_one_token(seed: int) -> None:
+    """With GRPO's bounds at e^-0.4 and e^0.4."""
+    case = equal_lengths(seed, 1)
+    bounds = {"clip_low": 1 - np.exp(-0.4), "clip_high": np.exp(0.4) - 1, "beta": 0.0}
+    gmpo, grpo = value_and_gradient(resolve("gmpo"), case), value_and_gradient(resolve("grpo", bounds), case)
+    torch.testing.assert_close(gmpo, grpo)
+
+
+@CASES
+@given(seeds)
+def test_vespo_without_decay_is_the_importance_weighted_policy_gradient(seed: int) -> None:
+    """Of whole completions: r^1 exp(0)."""
+    case = random_case(seed)
+    cells = {"power_positive": 1.0, "power_negative": 1.0, "decay_positive": 1e-12, "decay_negative": 1e-12}
+    loose = {"ratio": "sequence_product", "clip_low": 1.0, "clip_high": 1e9}
+    torch.testing.assert_close(
+        value_and_gradient(resolve("vespo", cells), case)[1], value_and_gradient(resolve("cispo", loose), case)[1]
+    )
+
+
+@CASES
+@given(seeds)
+def test_dppo_without_bounds_is_the_importance_weighted_policy_gradient(seed: int) -> None:
+    """No probability changes by more than 1."""
+    case = random_case(seed)
+    dppo = resolve("dppo", {**PLAIN, "clip_low": 1.0, "clip_high": 1.0})
+    plain = resolve("dr_grpo", {**PLAIN, "clip_low": 1.0, "clip_high": 1e6})
+    torch.testing.assert_close(value_and_gradient(dppo, case), value_and_gradient(plain, case))
+
+
+@CASES
+@given(seeds)
+def test_the_trust_region_of_dppo_is_around_the_engine(seed: int) -> None:
+    """What the learner said before does not matter; with the engine in its place nothing changes."""
+    case, row = random_case(seed), policy(resolve("dppo"))
+    rollout = [x for atom in case.atoms for line in atom.streams["rollout_logprobs"] for x in line]
+    engine = case._replace(old=torch.tensor(rollout, dtype=torch.float64))
+    own = resolve("dppo", {"old_policy": "learner", "tis_cap": None})
+    expected = value_and_gradient(own, engine)
+    torch.testing.assert_close(value_and_gradient(row.algorithm, case), expected)
+    torch.testing.assert_close(value_and_gradient(row.algorithm, case, old=False), expected)
+
+
+@every_row
+def test_completions_without_tokens_are_nowhere(name: str) -> None:
+    case = random_case(7)
+    atoms = []
+    for atom in case.atoms:
+        streams = {key: [rows[0], [], *rows[1:]] for key, rows in atom.streams.items()}
+        atoms.append(Atom(atom.prompt, [atom.completions[0], [], *atom.completions[1:]], streams))
+    algorithm = resolve(name, {"beta": 0.1, "off_policy_delta": 0.1, "entropy_share": 0.5})
+    torch.testing.assert_close(
+        value_and_gradient(algorithm, case._replace(atoms=atoms)), value_and_gradient(algorithm, case)
+    )
+
+
+@CASES
+@pytest.mark.parametrize("name", ["grpo", "gmpo", "dppo"])
+@given(seeds)
+def test_tighter_bounds_cut_more(name: str, seed: int) -> None:
     case = random_case(seed)
     shares = []
     for bound in (0.0, 0.1, 0.3, 0.9):
-        row = policy(resolve("grpo", {"clip_low": bound, "clip_high": bound, "beta": 0.0}))
+        row = policy(resolve(name, {"clip_low": bound, "clip_high": bound, "beta": 0.0}))
         shares.append(total(row, batch_of(row, case), case.new, case.entropies)[3].to_floats()["policy/clip_frac"])
     assert shares == sorted(shares, reverse=True)
     assert 0.0 <= shares[-1] <= shares[0] <= 1.0

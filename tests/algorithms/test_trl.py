@@ -26,9 +26,18 @@ WITHOUT_ENGINE = {"tis_cap": None}
 SEEDS = range(8)
 
 
-def padded(values: Tensor, sizes: list[int]) -> Tensor:
-    """[sequences, longest], zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence(list(values.split(sizes)), batch_first=True)
+def padded(values: Tensor, sizes: list[int], behind: float = 0.0) -> Tensor:
+    """[sequences, longest]"""
+    return torch.nn.utils.rnn.pad_sequence(list(values.split(sizes)), batch_first=True, padding_value=behind)
+
+
+def sizes_of(case: Case) -> list[int]:
+    return [len(completion) for atom in case.atoms for completion in atom.completions]
+
+
+def rollout_of(case: Case) -> Tensor:
+    """What the engine said [targets]."""
+    return torch.tensor([x for atom in case.atoms for row in atom.streams["rollout_logprobs"] for x in row])
 
 
 def single(case: Case) -> Case:
@@ -52,9 +61,8 @@ def theirs(
     case: Case, folder: Path, options: dict[str, Any], factors: Tensor | None, trainer: Any = trl.GRPOTrainer
 ) -> tuple[float, Tensor, Tensor]:
     """TRL's loss, its gradient in the log-probs and in the entropies."""
-    sizes = [len(completion) for atom in case.atoms for completion in atom.completions]
+    sizes = sizes_of(case)
     per_sequence = [row[0] for atom in case.atoms for row in atom.streams["advantages"]]
-    rollout = [x for atom in case.atoms for row in atom.streams["rollout_logprobs"] for x in row]
     leaf, entropy_leaf = case.new.clone().requires_grad_(), case.entropies.clone().requires_grad_()
     mask = padded(torch.ones(sum(sizes)), sizes)
     tokens = torch.zeros_like(mask, dtype=torch.long)
@@ -66,12 +74,12 @@ def theirs(
         "advantages": torch.tensor(per_sequence),
         "old_per_token_logps": padded(case.old, sizes),
         "ref_per_token_logps": padded(case.reference, sizes),
-        "sampling_per_token_logps": padded(torch.tensor(rollout), sizes),
+        "sampling_per_token_logps": padded(rollout_of(case), sizes),
         "num_items_in_batch": mask.sum(),
         "old_logps": padded(case.old, sizes).sum(1),
     }
     if factors is not None:
-        inputs["importance_sampling_ratio"] = padded(factors, sizes)
+        inputs["importance_sampling_ratio"] = padded(factors, sizes, behind=1.0)  # as TRL has it: exp(0)
     said = padded(leaf, sizes), padded(entropy_leaf, sizes), None
     loss = trainer._compute_loss(stand_in(folder, options, said), SimpleNamespace(training=True), inputs)
     loss.backward()
@@ -107,6 +115,7 @@ def stand_in(folder: Path, options: dict[str, Any], said: Sequence[Tensor | None
         _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *_, **__: said,
         get_off_policy_mask=trl.GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=trl.GRPOTrainer.get_gamma_weights,
     )
     trainer.get_high_entropy_mask = lambda *inputs: trl.GRPOTrainer.get_high_entropy_mask(trainer, *inputs)
     for name in ("beta", "loss_type", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"):
@@ -116,9 +125,15 @@ def stand_in(folder: Path, options: dict[str, Any], said: Sequence[Tensor | None
 
 
 def compare(
-    case: Case, row: str, cells: dict[str, Any], folder: Path, options: dict[str, Any], factors: Tensor | None = None
+    case: Case,
+    row: str,
+    cells: dict[str, Any],
+    folder: Path,
+    options: dict[str, Any],
+    factors: Tensor | None = None,
+    trainer: Any = trl.GRPOTrainer,
 ) -> None:
-    mine, other = ours(case, row, cells), theirs(case, folder, options, factors)
+    mine, other = ours(case, row, cells), theirs(case, folder, options, factors, trainer)
     assert mine[0] == pytest.approx(other[0], rel=1e-6, abs=1e-6)
     torch.testing.assert_close(mine[1:], other[1:], rtol=1e-6, atol=1e-6)
 
@@ -162,6 +177,18 @@ ROWS = {
     "sapo": ("sapo", {}, {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}),
     "cispo": ("cispo", {}, {"loss_type": "cispo", "epsilon_high": 5.0}),
     "cispo, tight": ("cispo", {"clip_high": 0.1}, {"loss_type": "cispo", "epsilon_high": 1.1}),
+    "vespo": ("vespo", {}, {"loss_type": "vespo"}),
+    "vespo, other numbers": (
+        "vespo",
+        {"power_positive": 1.5, "power_negative": 2.5, "decay_positive": 0.7, "decay_negative": 1.1},
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 1.5,
+            "vespo_k_neg": 2.5,
+            "vespo_lambda_pos": 0.7,
+            "vespo_lambda_neg": 1.1,
+        },
+    ),
 }  # fmt: skip
 """Name: our row, our cells, TRL's options."""
 
@@ -179,9 +206,7 @@ def test_rows(name: str, seed: int, tmp_path: Path) -> None:
 def test_engine_corrections_of_the_same_name(mode: str, row: str, seed: int, tmp_path: Path) -> None:
     """The factors from TRL's formulas: exp of the gap or of its sum, then cut, or 0, outside of its bounds."""
     case, low, high = single(random_case(seed)), 0.6, 1.5
-    sizes = [len(completion) for atom in case.atoms for completion in atom.completions]
-    rollout = torch.tensor([x for atom in case.atoms for line in atom.streams["rollout_logprobs"] for x in line])
-    gaps = (case.old - rollout).split(sizes)
+    gaps = (case.old - rollout_of(case)).split(sizes_of(case))
     ratios = torch.cat([(gap.sum().expand_as(gap) if "sequence" in mode else gap).exp() for gap in gaps])
     outside = (ratios < low) | (ratios > high)
     factors = ratios.clamp(low, high) if "truncate" in mode else ratios.masked_fill(outside, 0.0)
@@ -192,6 +217,25 @@ def test_engine_corrections_of_the_same_name(mode: str, row: str, seed: int, tmp
     assert mode in MISMATCHES
     cells = {"mismatch": mode, "tis_floor": low, "tis_cap": high, **bounds}
     compare(case, row, cells, tmp_path, options, factors)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_vespo_around_the_engine(seed: int, tmp_path: Path) -> None:
+    """TRL multiplies the factors of all tokens into the weight's ratio: uncut ones make it pi / pi_engine."""
+    case = single(random_case(seed))
+    factors = (case.old - rollout_of(case)).exp()
+    options = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
+    compare(case, "vespo", {"old_policy": "engine"}, tmp_path, options, factors)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("low", "high"), [(0.4, 0.4), (0.1, 0.3)])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_gmpo(beta: float, low: float, high: float, seed: int, tmp_path: Path) -> None:
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+    cells = {**WITHOUT_ENGINE, "beta": beta, "clip_low": low, "clip_high": high}
+    options = {"beta": beta, "epsilon": low, "epsilon_high": high}
+    compare(single(random_case(seed)), "gmpo", cells, tmp_path, options, trainer=gmpo.GMPOTrainer)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -149,7 +149,8 @@ def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_first_update_is_the_plain_policy_gradient(preset: str) -> None:
-    policy = Policy(resolve(preset, {"beta": 0.0, "tis_cap": None}), 1.0, MAX_TOKENS)
+    plain = {"beta": 0.0, "tis_cap": None, "old_policy": "learner"}
+    policy = Policy(resolve(preset, plain), 1.0, MAX_TOKENS)
     model, atoms = Bigram(), random_atoms(3)
     _, gradients, metrics = run(policy, model, atoms)
     model.zero_grad()
