@@ -100,13 +100,14 @@ class PackedExperts(RoutedExperts):
         blocks = _in_blocks(counts)
         shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # rows filled in before each expert's
         places = torch.arange(len(order)) + shifts.repeat_interleave(counts)
-        rows, scales = x.new_zeros(int(blocks.sum()), x.shape[1]), weights.new_zeros(int(blocks.sum()), 1)
-        rows[places], scales[places] = x[order // weights.shape[1]], weights.flatten()[order, None]
+        pairs = order.new_zeros(int(blocks.sum()))  # filled up with the first one, whose result nobody reads there
+        pairs[places] = order
+        rows, scales = x.index_select(0, pairs // weights.shape[1]), weights.flatten()[pairs, None]
         sizes, outputs = blocks.tolist(), [x[:0]]
         for expert, part, scale in zip(numbers.tolist(), rows.split(sizes), scales.split(sizes), strict=True):
             gate, up = _product(part, self._gate_up[expert], None).chunk(2, -1)
             outputs.append(_product(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
-        return added_up(torch.cat(outputs)[places], order, weights.shape)
+        return added_up(torch.cat(outputs), order, weights.shape, places)
 
 
 def _in_blocks(counts: Tensor) -> Tensor:

@@ -110,13 +110,13 @@ class _Dispatch(torch.autograd.Function):
         return x_gradient, weights_gradient, gate_up_gradient, down_gradient, None, None
 
 
-def added_up(rows: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of pairs [P, D], sorted by expert, added up for each token [T, D].
+def added_up(rows: Tensor, order: Tensor, shape: torch.Size, where: Tensor | None = None) -> Tensor:
+    """Rows of pairs [P, D], sorted by expert, added up for each token [T, D]. `where` [P]: the row of each pair.
 
     Each token gathers its own rows, in the order of its choices and in float32: on GPUs index_add adds in an order of
     its own, and log-probs of the same batch would differ from one forward to the next.
     """
     places = order.new_full((shape.numel(),), len(rows))  # where each pair went; a dropped one reads zeros
-    places[order] = torch.arange(len(rows), device=order.device)
-    padded = rows if len(rows) == shape.numel() else F.pad(rows, (0, 0, 0, 1))
+    places[order] = torch.arange(len(rows), device=order.device) if where is None else where
+    padded = rows if len(order) == shape.numel() else F.pad(rows, (0, 0, 0, 1))
     return F.embedding_bag(places.view(shape), padded, mode="sum")

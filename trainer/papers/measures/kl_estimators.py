@@ -2,7 +2,7 @@
 
 A vocabulary of a few characters makes expectations over the next token exact sums: no sample is drawn but the texts in
 which the policies are compared. Policies further and further from the start model lie on the line, in weights, from the
-start model to a trained one and beyond.
+start model to a trained one.
 
 With p the policy, q the reference and k(a) an estimator's value for token a, gradients are those with respect to the
 logits, where grad log p(a) = e_a - p:
@@ -27,7 +27,7 @@ from trainer.inference import running, trained_model
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
-STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Places on the line: 0 is the start model, 1 the trained one."""
 ABSCISSA = "exact KL (nats per token)"
 
@@ -100,9 +100,11 @@ def compare(estimator: Callable[[Tensor, Tensor], Tensor], policy: Tensor, refer
     norms = 1 - 2 * probs + probs.square().sum(-1, keepdim=True)
     gradient_variance = (probs * slopes.square() * norms).sum(-1) - gradient.square().sum(-1)
     size = exact_gradient.square().sum(-1).mean().sqrt()
+    bias = float((expected - exact).mean() / exact.mean())
     return {
         "kl": float(exact.mean()),
-        "value bias": float((expected - exact).mean() / exact.mean()),
+        "value bias": bias,
+        "value error": abs(bias),
         "value deviation": float(variance.mean().sqrt() / exact.mean()),
         "gradient bias": float((gradient - exact_gradient).square().sum(-1).mean().sqrt() / size),
         "gradient deviation": float(gradient_variance.clamp(min=0).mean().sqrt() / size),
