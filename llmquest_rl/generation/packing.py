@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquest_rl.layers.experts import RoutedExperts, added_up, sorted_pairs
-from llmquest_rl.layers.linear import Linear
+from llmquest_rl.layers.linear import Linear, by_onednn
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models.base import CausalLM
 
@@ -97,7 +97,7 @@ class PackedExperts(RoutedExperts):
             return super().forward(x, experts, weights, capacity)
         sorted_experts, order = sorted_pairs(experts, capacity)
         numbers, counts = sorted_experts.unique_consecutive(return_counts=True)
-        blocks = _in_blocks(counts)
+        blocks = _filled_up(counts)
         shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # rows filled in before each expert's
         places = torch.arange(len(order)) + shifts.repeat_interleave(counts)
         pairs = order.new_zeros(int(blocks.sum()))  # filled up with the first one, whose result nobody reads there
@@ -110,7 +110,7 @@ class PackedExperts(RoutedExperts):
         return added_up(torch.cat(outputs), order, weights.shape, places)
 
 
-def _in_blocks(counts: Tensor) -> Tensor:
+def _filled_up(counts: Tensor) -> Tensor:
     """Numbers of rows, each filled up to a multiple of `FEW`, or of `MANY` where it is larger."""
     step = torch.where(counts > MANY, MANY, FEW)
     return (counts + step - 1) // step * step
@@ -162,15 +162,10 @@ def _packed_modules(model: CausalLM) -> list[PackedModule]:
 
 def _reorder(weight: Tensor) -> Tensor:
     with torch.no_grad():
-        packed: Tensor = _kernels()._reorder_linear_weight(weight.detach(), ROWS_HINT)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
     return packed
 
 
 def _product(x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
     assert packed is not None, "pack() comes first"
-    result: Tensor = _kernels()._linear_pointwise(x, packed, bias, "none", [], "")
-    return result
-
-
-def _kernels() -> Any:
-    return torch.ops.mkldnn
+    return by_onednn(x, packed, bias)

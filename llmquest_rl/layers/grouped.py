@@ -100,7 +100,7 @@ class Looped:
         """See `Products`."""
         out = x.new_zeros(num_groups, gradient.shape[1], x.shape[1])
         for group, start, stop in self._slices:
-            out[group] = weight_gradient(gradient[start:stop], x[start:stop])
+            weight_gradient(gradient[start:stop], x[start:stop], out[group])
         return out
 
 

@@ -49,10 +49,15 @@ def worthwhile(multiplications: int, *operands: Tensor) -> bool:
     )
 
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right + bias` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]. Transposed views are fine."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` without gradient: [..., in] to [..., out]. Views are fine, and a weight in oneDNN's own order."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]."""
+    return by_onednn(left, right.t())
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -63,12 +68,13 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left, right, out=out)
 
 
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """`gradient^T x` for rows [R, out] and [R, in], without gradient: whole blocks of rows by oneDNN."""
+def weight_gradient(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`gradient^T x` for rows [R, out] and [R, in], into `out` if given: whole blocks of rows by oneDNN."""
     whole = in_blocks(len(x), gradient.shape[1] * x.shape[1], x)
     if not whole:
-        return gradient.t() @ x
-    return product(gradient[:whole].t(), x[:whole]).addmm_(gradient[whole:].t(), x[whole:])
+        return torch.mm(gradient.t(), x, out=out)
+    total = product(gradient[:whole].t(), x[:whole]).addmm_(gradient[whole:].t(), x[whole:])
+    return total if out is None else out.copy_(total)
 
 
 def in_blocks(rows: int, multiplications: int, operand: Tensor) -> int:
@@ -89,7 +95,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight.t(), bias)
+        return by_onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""The kinds of layers with and without a window, as config.json calls them."""
+
 
 def check_sizes(**sizes: Any) -> None:
     """Whether each of `sizes` (by its name in config.json) is a whole number above 0.
@@ -52,3 +55,38 @@ def head_dim_of(values: Mapping[str, Any]) -> int:
     if size % heads:
         raise ValueError(f"hidden_size {size} is not a multiple of num_attention_heads {heads}: give head_dim")
     return int(size // heads)
+
+
+def windowed_layers(values: Mapping[str, Any], window: int | None) -> tuple[str, ...]:
+    """The kind of each layer of a Qwen: a list in config.json, or in older ones the number of full layers before
+    sliding ones.
+
+    Raises:
+        KeyError: the number of layers is missing.
+        ValueError: the list has another length.
+    """
+    num_layers: int = values["num_hidden_layers"]
+    kinds = values.get("layer_types")
+    check_sizes(num_hidden_layers=num_layers)
+    if kinds is None:
+        num_full = num_layers if window is None else min(values.get("max_window_layers", 28), num_layers)
+        return (FULL,) * num_full + (SLIDING,) * (num_layers - num_full)
+    if len(kinds) != num_layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
+    return tuple(kinds)
+
+
+def check_windows(layer_types: tuple[str, ...], window: int | None) -> None:
+    """Whether all kinds of layers are known, and sliding ones have a window of at least one token.
+
+    Raises:
+        ValueError: one is not, or they have none.
+    """
+    unknown = sorted(set(layer_types) - {SLIDING, FULL})
+    if unknown:
+        raise ValueError(f"layer_types holds {unknown}: expected {SLIDING!r} or {FULL!r}")
+    if SLIDING in layer_types and (window is None or window < 1):
+        raise ValueError(
+            f"layer_types asks for sliding layers, but their sliding_window is {window}: "
+            'expected a whole number above 0, and "use_sliding_window": true'
+        )

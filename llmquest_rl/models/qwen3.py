@@ -19,11 +19,16 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.checks import (
+    FULL,
+    SLIDING,
+    check_heads,
+    check_sizes,
+    check_whole_rotation,
+    check_windows,
+    windowed_layers,
+)
 from llmquest_rl.models.names import HFMap
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-"""The kinds of layers, as config.json calls them."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,7 @@ class Qwen3Config:
         )
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         check_whole_rotation(self.rope)
-        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
-        if unknown:
-            raise ValueError(f"layer_types holds {unknown}: expected {SLIDING!r} or {FULL!r}")
-        if SLIDING in self.layer_types and (self.window is None or self.window < 1):
-            raise ValueError(
-                f"layer_types asks for sliding layers, but their sliding_window is {self.window}: "
-                'expected a whole number above 0, and "use_sliding_window": true'
-            )
+        check_windows(self.layer_types, self.window)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
@@ -95,7 +93,7 @@ class Qwen3Config:
                 num_heads=heads,
                 num_kv_heads=heads if kv_heads is None else kv_heads,
                 head_dim=values.get("head_dim", 128),
-                layer_types=_layer_types(values, window),
+                layer_types=windowed_layers(values, window),
                 tied=values.get("tie_word_embeddings", False),
                 window=window,
                 rms_norm_eps=values.get("rms_norm_eps", 1e-6),
@@ -145,19 +143,6 @@ class Qwen3Config:
             tied=True,
             max_positions=2048,
         )
-
-
-def _layer_types(values: Mapping[str, Any], window: int | None) -> tuple[str, ...]:
-    """The kind of each layer: a list in config.json, or in older ones the number of full layers before sliding ones."""
-    num_layers: int = values["num_hidden_layers"]
-    kinds = values.get("layer_types")
-    check_sizes(num_hidden_layers=num_layers)
-    if kinds is None:
-        num_full = num_layers if window is None else min(values.get("max_window_layers", 28), num_layers)
-        return (FULL,) * num_full + (SLIDING,) * (num_layers - num_full)
-    if len(kinds) != num_layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
-    return tuple(kinds)
 
 
 class Attention(nn.Module):

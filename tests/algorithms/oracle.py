@@ -110,7 +110,7 @@ def surrogate(s: Sequence, t: int, advantages: list[float], algorithm: Algorithm
 
 
 def geometric_mean(s: Sequence, advantages: list[float], algorithm: Algorithm) -> float:
-    """GMPO's equation 4 but for its |A|: the clipped ratios of all tokens, multiplied, and the root of their number."""
+    """GMPO's objective but for its |A|: the clipped ratios of all tokens, multiplied, and the root of their number."""
     low, high = np.exp(-algorithm.clip_low), np.exp(algorithm.clip_high)
     ratios = [ratio(s, t, algorithm.ratio) for t in range(len(s.new))]
     clipped = [min(r, high) if a > 0 else max(r, low) for r, a in zip(ratios, advantages, strict=True)]

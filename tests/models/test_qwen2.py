@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from llmquest_rl.models.qwen2 import FULL, SLIDING, Qwen2, Qwen2Config
+from llmquest_rl.models.checks import FULL, SLIDING
+from llmquest_rl.models.qwen2 import Qwen2, Qwen2Config
 
 SHAPE = {
     "vocab_size": 16,

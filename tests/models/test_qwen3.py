@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from llmquest_rl.models.qwen3 import FULL, SLIDING, Qwen3, Qwen3Config
+from llmquest_rl.models.checks import FULL, SLIDING
+from llmquest_rl.models.qwen3 import Qwen3, Qwen3Config
 
 SHAPE = {
     "vocab_size": 16,
