@@ -5,16 +5,34 @@ the three together are a `Group`, from which the learner's batch is packed (see 
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from llmquest_rl.options import Options
 
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
+
 Message = dict[str, str]
 """One chat message: `{"role": ..., "content": ...}`."""
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFormat:
+    """How a model wants its images, and what stands for one in token ids."""
+
+    token_id: int
+    """Stands for one vision token: a reserved token, which text never holds."""
+    tokens: int
+    """Vision tokens of an image."""
+    channels: int
+    height: int
+    """In pixels; images of other sizes are resized."""
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,8 @@ class Sample:
     """The gold answer, in whatever form the task's reward expects."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Every further column of the data set: rewards receive these as keyword arguments."""
+    images: "NDArray[float32] | None" = field(default=None, compare=False)
+    """[n, channels, height, width], normalised: what the prompt's image tokens stand for, in order; None = text."""
 
 
 class Sampling(Options):
@@ -58,6 +78,8 @@ class Request:
     n: int
     seed: int
     """Completion i is drawn with a generator seeded from (seed, i): independent of the batch around it."""
+    images: "NDArray[float32] | None" = field(default=None, compare=False)
+    """As `Sample.images`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,12 @@ class Parts:
         assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
         malformed = MalformedRows(data.malformed_rows)
         context = DatasetContext(
-            self.renderer, self.config.batch.tokens_per_sequence, self.config.seed, malformed, data.long_prompts
+            self.renderer,
+            self.config.batch.tokens_per_sequence,
+            self.config.seed,
+            malformed,
+            data.long_prompts,
+            self.objective.labels,
         )
         return AtomStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed

@@ -14,6 +14,11 @@ from llmquest_rl.options import Options
 
 VALIDATION_SHARE = 0.05
 
+Fields = Mapping[str, Any]
+"""A row: what it has, by name."""
+PlacedFields = tuple[str, Fields]
+"""A row and where it stands, `file:line`."""
+
 
 @dataclass(frozen=True, slots=True)
 class SupervisedData:
@@ -37,6 +42,35 @@ class DatasetContext:
     malformed: MalformedRows
     long_rows: Literal["drop", "error"] = "drop"
     """What happens to a row longer than a sequence: `data.long_prompts`."""
+    labels: tuple[str, ...] = ()
+    """The classes that the objective tells apart; () = it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowKind:
+    """How rows of one kind become sequences."""
+
+    check: Callable[[Fields], str | None]
+    """What makes a row unusable, or None."""
+    atom: Callable[[Fields], Atom]
+    """The sequence of a usable row; a DataError where the chat template cannot render it."""
+    question: Callable[[Fields], str]
+    """What makes two rows the same question: a question is either trained on or validated on."""
+
+
+def replies(renderer: PromptRenderer, mask_prompt: bool) -> RowKind:
+    """Rows of prompt and completion, or of messages, whose replies are learnt."""
+
+    def atom(row: Fields) -> Atom:
+        return row_atom(row, renderer, mask_prompt)
+
+    return RowKind(check_row, atom, _question)
+
+
+def _question(row: Fields) -> str:
+    if "messages" in row:
+        return next((message["content"] for message in row["messages"] if message["role"] == "user"), "")
+    return str(row["prompt"])
 
 
 @dataclass(slots=True)
@@ -44,23 +78,23 @@ class RowsToAtoms:
     """Turns placed rows into sequences; counts what is left out."""
 
     context: DatasetContext
-    mask_prompt: bool
+    kind: RowKind
     dropped_long: int = 0
 
-    def __call__(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[Atom]]:
-        """The sequences by their question (the rendered prompt, or the first message), in the order of the rows."""
+    def __call__(self, rows: Iterable[PlacedFields]) -> dict[str, list[Atom]]:
+        """The sequences by their question, in the order of the rows."""
         atoms: dict[str, list[Atom]] = {}
         for where, row in rows:
-            problem = check_row(row)
+            problem = self.kind.check(row)
             if problem is not None:
                 self.context.malformed.report(where, problem)
                 continue
             try:
-                atom = row_atom(row, self.context.renderer, self.mask_prompt)
+                atom = self.kind.atom(row)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             if self._fits(where, atom):
-                atoms.setdefault(_question(row), []).append(atom)
+                atoms.setdefault(self.kind.question(row), []).append(atom)
         return atoms
 
     def _fits(self, where: str, atom: Atom) -> bool:
@@ -76,27 +110,21 @@ class RowsToAtoms:
         return False
 
 
-def _question(row: Mapping[str, Any]) -> str:
-    if "messages" in row:
-        return next((message["content"] for message in row["messages"] if message["role"] == "user"), "")
-    return str(row["prompt"])
-
-
 def rows_data(
     name: str,
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
-    validation: Iterable[tuple[str, Mapping[str, Any]]] | float,
-    mask_prompt: bool,
+    rows: Iterable[PlacedFields],
+    validation: Iterable[PlacedFields] | float,
+    kind: RowKind,
     context: DatasetContext,
 ) -> SupervisedData:
-    """A data set of prompt/completion or messages rows, with its own validation rows or a share of the questions.
+    """A data set of rows of one kind, with its own validation rows or a share of the questions.
 
     No question is on both sides: training rows that ask a validation question are left out and counted.
 
     Raises:
         DataError: nothing is left on one of the sides, or a malformed row where those are errors.
     """
-    convert = RowsToAtoms(context, mask_prompt)
+    convert = RowsToAtoms(context, kind)
     atoms = convert(rows)
     if isinstance(validation, float):
         held_out = {key: atoms[key] for key in held_out_keys(atoms, validation, context.seed)}
@@ -142,4 +170,4 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
     if len(rows) > MAX_ROWS:
         raise DataError(f"{name} yielded more than {MAX_ROWS} rows: return SupervisedData if it is that large")
     placed = [(f"{name}, row {i}", row if isinstance(row, Mapping) else {}) for i, row in enumerate(rows)]
-    return rows_data(name.rpartition(":")[2], placed, VALIDATION_SHARE, True, context)
+    return rows_data(name.rpartition(":")[2], placed, VALIDATION_SHARE, replies(context.renderer, True), context)

@@ -36,6 +36,15 @@ class Output(NamedTuple):
     """As `Hidden.aux`."""
 
 
+class Scores(NamedTuple):
+    """What a classifier or a reward model says about a batch."""
+
+    values: Tensor
+    """Float32 [targets, labels]: read at each target's source, the last token of what is judged."""
+    aux: dict[str, Tensor]
+    """As `Hidden.aux`."""
+
+
 class ModelConfig(Protocol):
     """An architecture's shape."""
 
@@ -81,6 +90,15 @@ class Model(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt can be computed once for all its completions."""
+        return True
+
+    def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
+        """What follows an optimizer update; see `CausalLM.after_update`."""
+        return {}
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Random weights as the family starts from: matrices normal with `initializer_range`, biases 0, norms 1."""
@@ -104,6 +122,17 @@ class Model(nn.Module):
         return self
 
 
+class Scorer(Model):
+    """A network with a number for each label: a classifier of texts or images, or a reward model with one label.
+
+    What is judged ends at a target's source; the target itself is the label's number, or 0 where there is none.
+    """
+
+    def forward(self, batch: TokenBatch) -> Scores:
+        """The scores of a batch's targets."""
+        raise NotImplementedError
+
+
 class CausalLM(Model):
     """A decoder. A subclass makes `embedding`, `blocks` and `head`, and implements `hidden`."""
 
@@ -112,11 +141,6 @@ class CausalLM(Model):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._load: RouterLoad | None = None
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt can be computed once for all its completions."""
-        return True
 
     @property
     def is_trained(self) -> bool:

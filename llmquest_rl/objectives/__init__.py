@@ -44,6 +44,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What the model scores: names of classes, or one for a reward model; () = it predicts tokens."""
+        ...
+
+    @property
     def temperature(self) -> float:
         """Divides the logits of every forward pass, so that log-probs are those of the distribution sampled from."""
         ...

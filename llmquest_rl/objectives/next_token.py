@@ -23,6 +23,7 @@ class NextToken:
     """Mean negative log-prob of the target tokens: every target of an update weighs the same."""
 
     source: Literal["rollout", "dataset"] = "dataset"
+    labels: tuple[str, ...] = ()
     temperature: float = 1.0
     needs_reference: bool = False
     reference_every: int | None = None

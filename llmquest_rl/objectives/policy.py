@@ -47,6 +47,7 @@ class Policy:
     max_tokens: int
     entropy: bool = True
     source: Literal["rollout", "dataset"] = "rollout"
+    labels: tuple[str, ...] = ()
 
     @property
     def needs_reference(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, model_validator
 
-from llmquest_rl.data.dataset import DatasetContext, SupervisedData, rows_data
+from llmquest_rl.data.dataset import DatasetContext, SupervisedData, replies, rows_data
 from llmquest_rl.data.files import PlacedRow, is_local, read_files, read_hub
 from llmquest_rl.data.rows import DataError, Rows
 from llmquest_rl.data.task import Task
@@ -60,16 +60,17 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     Raises:
         DataError: no such file, or a malformed row where those are errors.
     """
+    kind = replies(context.renderer, config.mask_prompt)
     if config.task is not None:
         task = _open_task(dict(config.task), context)
         train, held_out = _task_rows(task.train, config.task_rows), _task_rows(task.held_out, config.task_rows)
-        return rows_data(f"sft/{task.name}", train, held_out, config.mask_prompt, context)
+        return rows_data(f"sft/{task.name}", train, held_out, kind, context)
     assert config.path is not None
     rows = _read(config, config.path, context)
     validation = (
         config.validation_share if config.validation_path is None else _read(config, config.validation_path, context)
     )
-    return rows_data(f"sft/{config.path}", rows, validation, config.mask_prompt, context)
+    return rows_data(f"sft/{config.path}", rows, validation, kind, context)
 
 
 def _read(config: Config, path: str, context: DatasetContext) -> Iterator[PlacedRow]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from llmquest_rl.data.dataset import DatasetContext, SupervisedData, rows_data
+from llmquest_rl.data.dataset import DatasetContext, SupervisedData, replies, rows_data
 from llmquest_rl.data.files import PlacedRow
 from llmquest_rl.data.rows import Rows
 from llmquest_rl.data.tasks import arithmetic
@@ -51,7 +51,7 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     task = arithmetic.load(options, context.seed, context.malformed)
     train = _rows(task.train, config.rows, config)
     held_out = _rows(task.held_out, task.held_out.size or 0, config)
-    return rows_data("worked_sums", train, held_out, True, context)
+    return rows_data("worked_sums", train, held_out, replies(context.renderer, True), context)
 
 
 def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedRow]:
