@@ -35,6 +35,11 @@ class Atom:
         """Most tokens that the model computes for this atom: all of them but those that predict no target."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the prompt and its longest completion."""
+        return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
+
     def with_stream(self, name: str, values: list[list[float]]) -> "Atom":
         """The same atom with one stream added or replaced."""
         return replace(self, streams={**self.streams, name: values})
@@ -51,6 +56,23 @@ class Atom:
             )
             for i, completion in enumerate(self.completions)
         ]
+
+    def unshared(self) -> "Atom":
+        """One atom in which each completion has its own copy of the prompt: for models that cannot share it.
+
+        Raises:
+            ValueError: it has images, which stand in a prompt.
+        """
+        if self.images is not None:
+            raise ValueError("an atom with images cannot do without its prompt, where they stand")
+        size = len(self.prompt)
+        masks = self.mask or [[True] * len(completion) for completion in self.completions]
+        return Atom(
+            [],
+            [self.prompt + completion for completion in self.completions],
+            {name: [[0.0] * size + row for row in values] for name, values in self.streams.items()},
+            [[False] * size + mask for mask in masks],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,12 +60,21 @@ DESCRIPTIONS: dict[str, str] = {
     "policy/off_policy_share": "share of tokens that off_policy_delta left out of the policy loss",
     "policy/low_entropy_share": "share of tokens that entropy_share left out of the policy loss",
     "policy/tokens": "completion tokens in the loss",
-    "train/loss": "next-token loss in nats, mean over target tokens",
-    "train/perplexity": "exp of it",
+    "train/loss": "next-token loss in nats, mean over target tokens; of a classifier: cross-entropy, over sequences; "
+    "of a reward model: Bradley-Terry, over pairs, without the term that centres scores",
+    "train/perplexity": "exp of the next-token loss",
     "train/tokens": "target tokens in the loss",
-    "eval/loss": "next-token loss on held-out sequences in nats, mean over target tokens",
-    "eval/perplexity": "exp of it",
+    "train/accuracy": "share of sequences whose label has the highest score; of a reward model: of pairs ranked right",
+    "train/margin": "score of the chosen reply minus that of the rejected one, mean over pairs",
+    "train/reward_mean": "score of a reply, mean over both of every pair",
+    "train/reward_square": "square of it, mean",
+    "train/reward_std": "standard deviation of the scores of replies",
+    "train/pairs": "pairs of replies in the loss",
+    "train/sequences": "sequences with a label in the loss",
+    "eval/loss": "train/loss on held-out sequences",
+    "eval/perplexity": "exp of the next-token loss",
     "eval/tokens": "target tokens of the held-out sequences",
+    "eval/sequences": "held-out sequences with a label",
     "aux/<name>": "a loss that the model itself asks for, by name, mean over microbatches weighted by their tokens",
     "moe/max_vio": "largest load of an expert over the mean load, minus 1, in an update; mean over layers; 0: equal",
     "moe/max_vio_worst": "the same in the layer where it is largest",
@@ -89,7 +98,11 @@ DESCRIPTIONS: dict[str, str] = {
 
 DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
     "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: weight**2 / square),
-    "train/perplexity": (("train/loss",), lambda loss: math.exp(min(loss, 700.0))),
+    "train/reward_std": (
+        ("train/reward_mean", "train/reward_square"),
+        lambda mean, square: math.sqrt(max(0.0, square - mean**2)),
+    ),
+    "train/perplexity": (("train/loss", "train/tokens"), lambda loss, tokens: math.exp(min(loss, 700.0))),
     "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), lambda tokens, seconds: tokens / seconds),
 }
 """Numbers that no merging gives: computed from merged ones, by name."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from llmquest_rl.types import Score
+from rewards.combine import combined
 from rewards.config import GraderConfig, RewardConfig, check_names
 from rewards.load import OWN_ARGUMENTS, VERL_ARGUMENTS, RewardError, is_verl_form, missing_message
 from rewards.pool import Pool, Task
@@ -106,16 +107,14 @@ class _Draft:
 
     def score(self, rewards: list[RewardConfig]) -> Score:
         """The weighted sum of what applies; unscored if anything failed or nothing applies."""
-        ordered = [(rewards[index], outcome) for index, outcome in sorted(self.outcomes.items())]
-        parts = {name: value for _, outcome in ordered for name, value in outcome.parts.items()}
-        seconds = sum(outcome.seconds for _, outcome in ordered)
-        failed = [outcome for _, outcome in ordered if outcome.failure is not None]
-        if failed:
-            return Score(None, parts, failed[0].failure, "; ".join(outcome.detail for outcome in failed), seconds)
-        weighted = [
-            reward.weight * value for reward, outcome in ordered if (value := outcome.parts[reward.name]) is not None
-        ]
-        return Score(sum(weighted) if weighted else None, parts, None, "", seconds)
+        return combined([_weighted(rewards[index], outcome) for index, outcome in sorted(self.outcomes.items())])
+
+
+def _weighted(reward: RewardConfig, outcome: Outcome) -> Score:
+    """What one reward contributes."""
+    value = None if outcome.failure is not None else outcome.parts[reward.name]
+    total = None if value is None else reward.weight * value
+    return Score(total, outcome.parts, outcome.failure, outcome.detail, outcome.seconds)
 
 
 def check_rewards(rewards: Sequence[RewardConfig], columns: Iterable[str], config: GraderConfig | None = None) -> None:

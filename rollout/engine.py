@@ -22,6 +22,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.hf import architectures
+from llmquest_rl.models.weight_files import read_json
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 
@@ -137,7 +140,17 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
     Raises:
         ValueError: it cannot; the message says why, and which engine can.
     """
+    _check_writes(model_path)
     engine_module(name).check(model_path, config, setup)
+
+
+def _check_writes(model_path: Path) -> None:
+    """Whether a model of ours predicts tokens. What is not ours or not there is the engine's to judge."""
+    file = model_path / "config.json"
+    names = read_json(file).get("architectures") or [] if file.exists() else []
+    for name in names:
+        if name in architectures() and not issubclass(architectures()[name].model, CausalLM):
+            raise ValueError(f"{model_path} holds a {name}, which scores and writes no text: give a language model")
 
 
 def open_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> RolloutEngine:

@@ -17,9 +17,11 @@ from trainer.learner import Learner
 from trainer.learners import LearnerGroup
 from trainer.parts import Parts
 from trainer.replay import check_replay
-from trainer.rollouts import Rollouts
+from trainer.reward_model_config import RewardModelConfig
+from trainer.rollouts import Judge, Rollouts
 from trainer.run import Progress, RunFolder, StopSignal
 from trainer.sampler import Gather, LiveSampler, OneRound, ReplayedSampler, Sampler
+from trainer.score_worker import ScorerSetup, ScoreWorker, check_reward_model
 from trainer.session import Session, resume
 from trainer.sources import BatchSource, DatasetSource, RolloutSource
 from trainer.tracking import Tracker, check_trackers
@@ -29,7 +31,10 @@ log = logging.getLogger(__name__)
 Running = tuple[Session, BatchSource, LearnerGroup]
 
 MAX_RESTARTS = 10
-"""Deaths of rollout workers, or of graders, that one run makes good."""
+"""Deaths of rollout workers, of graders, or of one reward model's processes, that one run makes good."""
+
+START_TO_GRADE_S = 60.0
+"""What graders may take beside their rewards' own time limits."""
 
 
 @contextmanager
@@ -68,8 +73,17 @@ def needs(config: Config, samples: bool) -> list[Need]:
     workers = Need(
         "rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker
     )
-    graders = Need("grader", config.graders.workers, 1, 0)
-    return [learners, workers, graders] if samples else [learners]
+    graders = [Need("grader", config.graders.workers, 1, 0)] if config.rewards else []
+    scorers = [
+        Need(scorer_name(model), model.workers, cluster.cpus_per_scorer or 1, cluster.gpus_per_scorer)
+        for model in config.reward_models
+    ]
+    return [learners, workers, *graders, *scorers] if samples else [learners]
+
+
+def scorer_name(model: RewardModelConfig) -> str:
+    """What the cluster calls the processes of a reward model."""
+    return f"scorer-{model.name}"
 
 
 def start_learners(parts: Parts, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
@@ -81,15 +95,28 @@ def start_learners(parts: Parts, cluster: Cluster, folder: RunFolder) -> Learner
 
 
 def start_rollouts(parts: Parts, cluster: Cluster, model_path: Path) -> Rollouts:
-    """Begin to build rollout workers and graders."""
+    """Begin to build rollout workers and judges."""
     config = parts.config
     setup, section = parts.engine_setup, config.rollout.engine
     worker = {"engine": section.name, "config": section.options, "model_path": model_path, "setup": setup}
     workers = cluster.spawn(RolloutWorker, "rollout", lambda i: worker, max_restarts=MAX_RESTARTS)
-    grader = {"rewards": list(config.rewards), "config": config.graders}
-    graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
-    grade_timeout_s = config.graders.timeout_s * len(config.rewards)
-    return Rollouts(workers, graders, config.seed, config.rollout.timeout_s, grade_timeout_s)
+    return Rollouts(workers, start_judges(parts, cluster), config.seed, config.rollout.timeout_s)
+
+
+def start_judges(parts: Parts, cluster: Cluster) -> list[Judge]:
+    """Begin to build the graders, if there are rewards, and the processes of every reward model."""
+    config, judges = parts.config, []
+    if config.rewards:
+        grader = {"rewards": list(config.rewards), "config": config.graders}
+        graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
+        judges.append(Judge(graders, START_TO_GRADE_S, config.graders.timeout_s * len(config.rewards)))
+    return judges + [_start_scorers(setup, cluster) for setup in parts.scorer_setups]
+
+
+def _start_scorers(setup: ScorerSetup, cluster: Cluster) -> Judge:
+    scorer = {"setup": setup}
+    scorers = cluster.spawn(ScoreWorker, scorer_name(setup.config), lambda i: scorer, max_restarts=MAX_RESTARTS)
+    return Judge(scorers, setup.config.timeout_s)
 
 
 class OpenDataset:
@@ -121,7 +148,10 @@ class OpenRollouts:
         samples = self.prompts.held_out(1)
         if not samples:
             raise DataError("every held-out prompt is too long: raise data.max_prompt_tokens")
-        check_rewards(config.rewards, samples[0].columns, config.graders)
+        if config.rewards:
+            check_rewards(config.rewards, samples[0].columns, config.graders)
+        for scorer in parts.scorer_setups:
+            check_reward_model(scorer)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         replayed = None if self.replay is None else ReplayedSampler(self.replay)

@@ -8,7 +8,12 @@ from trainer.config_load import ConfigError, load_config
 from trainer.papers.recipe import load_recipe
 from trainer.recipes import recipes
 
-LOADERS: dict[str, Callable[[Path], object]] = {".": load_config, "papers": load_recipe, "papers/gpu": load_config}
+LOADERS: dict[str, Callable[[Path], object]] = {
+    ".": load_config,
+    "papers": load_recipe,
+    "papers/gpu": load_config,
+    "papers/gpu/stages": load_config,
+}
 """How the files of a folder below the given one are read; folders that do not exist are left out."""
 
 

@@ -77,6 +77,32 @@ def models(
 
 
 @tools.command()
+def assemble(
+    vision: Annotated[str, typer.Argument(help="A Vision Transformer: a folder, a Hub id, or a config.json.")],
+    language: Annotated[str, typer.Argument(help="A decoder, the same; without weights a part's are random.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    image_token: Annotated[str, typer.Option(help="A reserved token of the tokenizer, e.g. '<empty_output>'.")],
+    adapter: Annotated[str, typer.Option(help="Between the parts: linear or mlp.")] = "mlp",
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="Weights that will not be trained, e.g. 'vision.*'; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A model whose tokenizer is taken; default: LANGUAGE's.")
+    ] = None,
+) -> None:
+    """Make a vision-language model of two models, or of their configurations."""
+    from llmquest_rl.models.count import count_parameters
+    from trainer.vlm_folder import assemble_folder
+
+    id_ = assemble_folder(vision, language, out, image_token, adapter, frozen or (), tokenizer)
+    count = count_parameters(out)
+    console.print(
+        Text(f"written: {out}, {count.total:,} parameters; {image_token} (id {id_}) stands for a vision token"),
+        soft_wrap=True,
+    )
+
+
+@tools.command()
 def algorithms() -> None:
     """List the policy-gradient algorithms by their cells, each with its paper."""
     from trainer.algorithm_table import TABLE_WIDTH, algorithm_table

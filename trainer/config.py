@@ -22,6 +22,7 @@ from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 from rewards.config import GraderConfig, RewardConfig
 from trainer.components import DatasetSection, EngineSection, ObjectiveSection, TaskSection
+from trainer.reward_model_config import RewardModelConfig
 from trainer.run import RUN_NAME
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -78,7 +79,7 @@ class BatchConfig(Options):
     """RL with `algorithm.dynamic_sampling`: rounds in a step before it makes do with the usable groups that it has,
     with a warning. If it has none, the run stops and shows the rewards and some completions."""
     sequences_per_step: PositiveInt = 16
-    """Supervised: packed sequences in each step, over all learners."""
+    """Supervised: packed sequences, or pairs of replies, in each step, over all learners."""
     tokens_per_sequence: PositiveInt = 512
     """Supervised: longest sequence in tokens; documents are cut and packed to it."""
     updates_per_step: PositiveInt = 1
@@ -177,9 +178,11 @@ class EvalConfig(Options):
     max_tokens: PositiveInt | None = None
     """RL: longest completion in tokens; null = that of `rollout.sampling`."""
     reward: str | None = None
-    """RL: the name of the reward that decides whether a completion is correct; null = the first in `rewards`."""
+    """RL: the name of the reward, or reward model, that decides whether a completion is correct; null = the first in
+    `rewards`, or else in `reward_models`."""
     threshold: float = 1.0
-    """RL: the smallest value of that reward that counts as correct."""
+    """RL: the smallest value of that reward, before weighting, that counts as correct. Scores of a reward model have no
+    scale of their own: where one decides, choose a value, or look at `eval/reward` only."""
 
 
 class CheckpointConfig(Options):
@@ -231,11 +234,15 @@ class ClusterConfig(Options):
     """GPUs given to each rollout worker; a fraction shares one."""
     gpus_per_learner: NonNegativeFloat = 0.0
     """GPUs given to each learner process; a fraction shares one with a rollout worker."""
+    gpus_per_scorer: NonNegativeFloat = 0.0
+    """GPUs given to each process of a reward model; a fraction shares one with a rollout worker."""
     cpus_per_rollout_worker: PositiveFloat | None = None
     """CPU cores of each rollout worker; null = one is reserved, and all of the machine's are used, shared out equally:
     sampling and learning take turns."""
     cpus_per_learner: PositiveFloat | None = None
     """CPU cores of each learner process; null as above."""
+    cpus_per_scorer: PositiveFloat | None = None
+    """CPU cores of each process of a reward model; null as above."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for placement and for actors to start, in seconds."""
 
@@ -256,13 +263,15 @@ class Config(Options):
     """Times around the loop."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="policy"))
-    """Which loss: `policy` (RL), `next_token` (pretraining, SFT)."""
+    """Which loss: `policy` (RL), `next_token` (pretraining, SFT), `reward_model` (pairs), `classify` (labels)."""
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection(name="grpo"))
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rewards: tuple[RewardConfig, ...] = ()
     """The total is their weighted sum; each is logged by name."""
+    reward_models: tuple[RewardModelConfig, ...] = ()
+    """Models whose scores are added to that sum."""
     graders: GraderConfig = GraderConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -272,9 +281,14 @@ class Config(Options):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def judge_names(self) -> list[str]:
+        """Of rewards and reward models."""
+        return [reward.name for reward in self.rewards] + [model.name for model in self.reward_models]
+
+    @property
     def correct_if(self) -> tuple[str, float]:
         """The reward that decides what counts as correct in an evaluation, and its smallest value that does."""
-        return self.eval.reward or self.rewards[0].name, self.eval.threshold
+        return self.eval.reward or self.judge_names[0], self.eval.threshold
 
     @property
     def eval_sampling(self) -> Sampling:

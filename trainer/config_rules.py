@@ -61,7 +61,7 @@ def _items_per_step(config: Config) -> int:
 def _longest_item(config: Config) -> int:
     if from_rollouts(config):
         return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-    return config.batch.tokens_per_sequence
+    return config.batch.tokens_per_sequence * (2 if _objective(config).compares else 1)
 
 
 RULES = [
@@ -77,13 +77,19 @@ RULES = [
     ),
     Rule(
         "rewards",
-        lambda c: not from_rollouts(c) or len(c.rewards) > 0,
-        "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`",
+        lambda c: not from_rollouts(c) or len(c.judge_names) > 0,
+        "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`, or one "
+        "of `reward_models`",
     ),
     Rule(
         "rewards",
         lambda c: len({reward.name for reward in c.rewards}) == len(c.rewards),
         "two rewards have the same name; give one of them another `name` and point to it with `function`",
+    ),
+    Rule(
+        "reward_models",
+        lambda c: len(set(c.judge_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
+        "a reward model has the name of another, or of a reward: each is logged by its name, so give it another one",
     ),
     Rule(
         "batch.samples_per_prompt",
@@ -160,7 +166,7 @@ RULES = [
         "batch.tokens_per_microbatch",
         lambda c: c.batch.tokens_per_microbatch >= _longest_item(c),
         "one sequence of the longest allowed length must fit: at least max_prompt_tokens + sampling.max_tokens (RL) or "
-        "tokens_per_sequence (supervised)",
+        "tokens_per_sequence (supervised); with objective reward_model a pair, so twice tokens_per_sequence",
     ),
     Rule(
         "rollout.sampling.temperature",
@@ -194,8 +200,8 @@ RULES = [
     ),
     Rule(
         "eval.reward",
-        lambda c: c.eval.reward is None or c.eval.reward in {reward.name for reward in c.rewards},
-        "no reward has this name; it must be one of `rewards`, or null for the first",
+        lambda c: c.eval.reward is None or c.eval.reward in c.judge_names,
+        "no reward has this name; it must be one of `rewards` or `reward_models`, or null for the first",
     ),
     Rule(
         "checkpoint.best_metric",
@@ -215,8 +221,9 @@ def sizes(config: Config) -> list[tuple[str, str, str]]:
     batch, learners = config.batch, config.learner.processes
     updates = _updates_per_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
-    total_gpus = config.rollout.workers * config.cluster.gpus_per_rollout_worker * from_rollouts(config)
-    total_gpus += learners * config.cluster.gpus_per_learner
+    cluster, scorers = config.cluster, sum(model.workers for model in config.reward_models)
+    sampling_gpus = config.rollout.workers * cluster.gpus_per_rollout_worker + scorers * cluster.gpus_per_scorer
+    total_gpus = learners * cluster.gpus_per_learner + sampling_gpus * from_rollouts(config)
     update = f"{batch.updates_per_step} minibatch(es) x {batch.passes_per_step} pass(es)"
     return [
         *rows,
@@ -224,7 +231,7 @@ def sizes(config: Config) -> list[tuple[str, str, str]]:
         ("optimizer updates in the run", f"{_optimizer_updates(config):,}", f"{config.steps:,} steps x {updates:,}"),
         ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of one learner; memory only"),
         ("learner processes", f"{learners:,}", f"ZeRO stage {config.learner.zero_stage}"),
-        ("GPUs", f"{total_gpus:g}", "rollout workers and learners" if total_gpus else "all on CPUs"),
+        ("GPUs", f"{total_gpus:g}", "rollout workers, reward models and learners" if total_gpus else "all on CPUs"),
     ]
 
 
@@ -234,6 +241,7 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     completions = prompts * samples
     computed = prompts * config.data.max_prompt_tokens + completions * longest
     groups = prompts // batch.updates_per_step
+    grading = graders.workers * graders.processes if config.rewards else 0
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
         (
@@ -250,7 +258,8 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
         ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
         ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
         ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
-        ("grader processes", f"{graders.workers * graders.processes:,}", f"{graders.workers} x {graders.processes}"),
+        ("grader processes", f"{grading:,}", f"{graders.workers} x {graders.processes}" if grading else "no rewards"),
+        ("reward model processes", f"{sum(m.workers for m in config.reward_models):,}", "each holds a whole model"),
     ]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 from llmquest_rl.data.check import DataCheck, check_dataset, check_task
-from llmquest_rl.models.hub import check_model_files
 from llmquest_rl.types import Completion, Sample, Score
 from rewards.grader import Grader
 from rewards.types import GradeItem
@@ -13,6 +12,7 @@ from trainer.evaluate import is_correct
 from trainer.findings import Finding
 from trainer.parts import Parts
 from trainer.rollouts import grade_item
+from trainer.score_worker import check_reward_model
 from trainer.tracking import check_trackers
 
 GRADED_ROWS = 10
@@ -41,15 +41,17 @@ def _trackers(parts: Parts) -> Finding:
 
 
 def _model_files(parts: Parts) -> Finding:
+    parts.check_model()
     parts.check_experts()
     if parts.config.model.init == "random":
         return Finding("model", f"{parts.model_path}: config.json only, weights are drawn at random")
-    check_model_files(parts.model_path)
     return Finding("model", f"{parts.model_path}: every tensor is there, in its right shape")
 
 
 def _tokenizer(parts: Parts) -> Finding:
-    renderer = parts.renderer
+    renderer = parts.texts
+    if renderer is None:
+        return Finding("tokenizer", "none: the model reads images alone")
     template = "with a chat template" if renderer.template else "without a chat template: prompts as they are"
     return Finding("tokenizer", f"{len(renderer.tokenizer):,} tokens, {template}")
 
@@ -71,7 +73,7 @@ def _prompts(parts: Parts) -> Finding:
 
 def _sequences(parts: Parts) -> Finding:
     data = parts.config.data
-    _, check = check_dataset(parts.sequences, parts.renderer, MEASURED_ROWS)
+    _, check = check_dataset(parts.sequences, MEASURED_ROWS)
     held_out = len(parts.sequences.validation(data.eval_samples))
     text = f"{_describe(check)} (allowed: {parts.config.batch.tokens_per_sequence}); {held_out} for validation"
     return Finding("sequences", text, passed=held_out > 0 or data.eval_samples == 0)
@@ -86,11 +88,15 @@ def _describe(check: DataCheck) -> str:
 def _gold_answers(parts: Parts) -> Finding:
     """The gold answers of ten rows, given as completions, through the real graders: one form must be correct."""
     config = parts.config
+    if not config.rewards:
+        return Finding("rewards", "none: reward models alone judge")
     samples, _ = check_task(parts.prompts, parts.renderer, GRADED_ROWS)
     with Grader(config.rewards, config.graders) as grader:
         grader.check(samples[0].columns)
         scores = grader.grade([_as_completion(sample, form, parts) for sample in samples for form in GOLD_FORMS])
     judge, threshold = config.correct_if
+    if judge not in {reward.name for reward in config.rewards}:
+        return Finding("rewards", f"their arguments are there; the reward model {judge} decides what is correct")
     best = [
         max(scores[i : i + len(GOLD_FORMS)], key=lambda score: is_correct(score, judge, threshold))
         for i in range(0, len(scores), len(GOLD_FORMS))
@@ -107,6 +113,13 @@ def _gold_answers(parts: Parts) -> Finding:
     return Finding("rewards", text)
 
 
+def _reward_models(parts: Parts) -> Finding:
+    for setup in parts.scorer_setups:
+        check_reward_model(setup)
+    found = [f"{setup.config.name}: {setup.model_path}, {setup.dtype}" for setup in parts.scorer_setups]
+    return Finding("reward models", "; ".join(found) or "none")
+
+
 def _as_completion(sample: Sample, form: str, parts: Parts) -> GradeItem:
     text = form.replace("ANSWER", str(sample.answer))
     token_ids = parts.renderer.encode(text)
@@ -119,7 +132,7 @@ def _explain(score: Score) -> str:
 
 
 CHECKS: dict[str, tuple[Callable[[Parts], Finding], ...]] = {
-    "rollout": (_prompts, _engine, _gold_answers),
+    "rollout": (_prompts, _engine, _gold_answers, _reward_models),
     "dataset": (_sequences,),
 }
 """By where the objective's batches come from."""

@@ -64,13 +64,13 @@ class Sampling:
 
 @contextmanager
 def running(config: Config) -> Iterator[Sampling]:
-    """Rollout workers and graders of a configuration, without learners."""
+    """Rollout workers and judges of a configuration, without learners."""
     parts = Parts(config)
     parts.check_model()
-    workers_and_graders = [need for need in needs(config, samples=True) if need.name != "learner"]
+    workers_and_judges = [need for need in needs(config, samples=True) if need.name != "learner"]
     with ExitStack() as stack:
         logs = Path(mkdtemp(prefix="llmquest-logs-"))
-        cluster = open_cluster(config.cluster, workers_and_graders, logs)
+        cluster = open_cluster(config.cluster, workers_and_judges, logs)
         stack.callback(cluster.close)
         rollouts = start_rollouts(parts, cluster, parts.model_path)
         stack.callback(rollouts.close)

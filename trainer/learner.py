@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.layers.routing_replay import replaying
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.base import CausalLM, Scorer, image_format
 from llmquest_rl.models.hf import load_model, new_model, save_model
 from llmquest_rl.models.names import disk_tensors, named_weights
+from llmquest_rl.models.scorers import load_scorer, new_scorer
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import Published, publish
-from trainer.learner_batches import Plan, add_logprobs, loss_and_changes, num_tokens, plan_microbatches
+from trainer.learner_batches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
 from trainer.learner_group import join_group, over_processes, zero_config
 from trainer.learner_setup import LearnerSetup
 from trainer.learner_state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
@@ -78,7 +79,7 @@ class Learner:
             groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
         )
         self.engine = self._prepare(model)
-        self.model: CausalLM = self.engine.module
+        self.model: CausalLM | Scorer = self.engine.module
 
     # --- training ---
 
@@ -98,7 +99,7 @@ class Learner:
         self._set_threads()
         self.model.train()
         started = time.perf_counter()
-        plan = plan_microbatches([self._fitting(atoms) for atoms in minibatches], self.setup.tokens_per_microbatch)
+        plan = self._plan(minibatches)
         plan = self._with_streams(plan, self.setup.objective.streams(len(minibatches) * passes))
         prepared = time.perf_counter()
         metrics = Metrics()
@@ -166,10 +167,10 @@ class Learner:
         self.engine.step()
         return float(norm)
 
-    def _fitting(self, atoms: Sequence[Atom]) -> list[Atom]:
-        """Atoms as this model can compute them: a group beyond the budget is cut into its completions."""
-        limit = self.setup.tokens_per_microbatch if self.model.shares_prompts else 0
-        return [part for atom in atoms for part in ([atom] if atom.num_tokens <= limit else atom.expanded())]
+    def _plan(self, minibatches: Sequence[Sequence[Atom]]) -> Plan:
+        budget, compares = self.setup.tokens_per_microbatch, self.setup.objective.compares
+        fitted = [fitting(atoms, budget, self.model.shares_prompts, compares) for atoms in minibatches]
+        return plan_microbatches(fitted, budget, image_format(self.model.config))
 
     def _with_streams(self, plan: Plan, streams: Sequence[str]) -> Plan:
         """The plan with the log-probs that need no gradient: old policy, frozen reference."""
@@ -186,7 +187,7 @@ class Learner:
         """The objective's metrics on this process's share of weighed held-out atoms, named `eval/...`; no gradient."""
         self._set_threads()
         self.model.eval()
-        plan = plan_microbatches([self._fitting(atoms)], self.setup.tokens_per_microbatch)
+        plan = self._plan([atoms])
         plan = self._with_streams(plan, self.setup.objective.streams(1))
         metrics = Metrics()
         for batch in plan[0]:
@@ -252,7 +253,7 @@ class Learner:
     def export(self, folder: Path) -> None:
         """Write the weights as a folder of the Hub's layout, tokenizer included."""
         if self.rank == 0:
-            save_model(self.setup.model_path, self.weights(), folder)
+            save_model(self.setup.model_path, self.weights(), folder, config_fields=self.model.config_fields)
         else:
             deque(self.weights(), maxlen=0)
         dist.barrier()
@@ -274,12 +275,15 @@ class Learner:
         if self.setup.threads:
             torch.set_num_threads(self.setup.threads)
 
-    def _build_model(self) -> CausalLM:
-        if self.setup.init == "random":
-            return new_model(self.setup.model_path, self.dtype, self.device, self.setup.seed)
-        return load_model(self.setup.model_path, self.dtype, self.device)
+    def _build_model(self) -> CausalLM | Scorer:
+        path, labels, seed = self.setup.model_path, self.setup.objective.labels, self.setup.seed
+        is_new = self.setup.init == "random"
+        if labels:
+            build = new_scorer if is_new else load_scorer
+            return build(path, labels, self.dtype, self.device, seed)
+        return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)
 
-    def _prepare(self, model: CausalLM) -> Any:
+    def _prepare(self, model: CausalLM | Scorer) -> Any:
         """The model and its optimizer inside a DeepSpeed engine."""
         import deepspeed.ops
         from accelerate import Accelerator

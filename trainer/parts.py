@@ -5,17 +5,22 @@ from functools import cached_property
 from pathlib import Path
 
 from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.images import ImageReader, image_reader
 from llmquest_rl.data.rows import MalformedRows
 from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.data.task import open_task
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
 from llmquest_rl.hardware import available_cores, choose_dtype
+from llmquest_rl.models.base import image_format, reads_text
 from llmquest_rl.models.count import count_parameters
+from llmquest_rl.models.hf import read_shape
 from llmquest_rl.models.hub import check_model_files, resolve_model
+from llmquest_rl.models.scorers import check_scorer
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from trainer.config import Config
 from trainer.learner_setup import LearnerSetup
+from trainer.score_worker import ScorerSetup
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +44,16 @@ class Parts:
         return resolve_model(self.config.model.path)
 
     def check_model(self) -> None:
-        """Check that every weight is there, without reading one.
+        """Check that every weight is there, without reading one, and that the objective can be had of the model.
 
         Raises:
-            ValueError: a file is missing or cut short, or a tensor is; the message names it.
+            ValueError: a file is missing or cut short, or a tensor is; the message names it. The objective has labels,
+                and the model is none that scores could be made of.
         """
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
+        if self.objective.labels:
+            check_scorer(self.model_path, self.objective.labels)
 
     def check_experts(self) -> None:
         """Check that a model whose routing is to be replayed has some.
@@ -66,7 +74,19 @@ class Parts:
     @cached_property
     def renderer(self) -> PromptRenderer:
         data = self.config.data
-        return prompt_renderer(load_tokenizer(self.model_path), data.system_prompt, data.chat_template)
+        tokenizer = load_tokenizer(self.model_path)
+        return prompt_renderer(tokenizer, data.system_prompt, data.chat_template, self.image_reader)
+
+    @property
+    def texts(self) -> PromptRenderer | None:
+        """The renderer of a model that reads text; None for one that reads images alone."""
+        return self.renderer if reads_text(read_shape(self.model_path)[1]) else None
+
+    @cached_property
+    def image_reader(self) -> ImageReader | None:
+        _, shape = read_shape(self.model_path)
+        wanted = image_format(shape)
+        return None if wanted is None else image_reader(self.model_path, wanted)
 
     @cached_property
     def prompts(self) -> PromptStream:
@@ -82,12 +102,13 @@ class Parts:
         assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
         malformed = MalformedRows(data.malformed_rows)
         context = DatasetContext(
-            self.renderer,
+            self.texts,
             self.config.batch.tokens_per_sequence,
             self.config.seed,
             malformed,
             data.long_prompts,
             self.objective.labels,
+            self.image_reader,
         )
         return AtomStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
@@ -119,6 +140,21 @@ class Parts:
             seed=config.seed,
             threads=threads(config.cluster.cpus_per_learner, config.learner.processes),
         )
+
+    @cached_property
+    def scorer_setups(self) -> list[ScorerSetup]:
+        """What every process of each reward model is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_scorer
+        return [
+            ScorerSetup(
+                config=model,
+                model_path=resolve_model(model.path),
+                dtype=self.dtype(model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
+                device="cuda" if gpus else "cpu",
+                threads=threads(config.cluster.cpus_per_scorer, model.workers),
+            )
+            for model in config.reward_models
+        ]
 
     @cached_property
     def engine_setup(self) -> EngineSetup:

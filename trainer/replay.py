@@ -18,10 +18,25 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmquest_rl.types import Completion, Group, Sample, Score
 
 FORMAT = 1
 _FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
+
+
+def _encode_array(array: NDArray[Any]) -> list[Any]:
+    if array.dtype.hasobject or array.dtype.names:
+        raise TypeError(f"an array of {array.dtype} holds more than numbers")
+    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
+
+
+def _decode_array(data: list[Any]) -> NDArray[Any]:
+    dtype, shape, content = data
+    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+
 
 _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     tuple: ("tuple", lambda value: list(map(_encode, value)), lambda data: tuple(map(_decode, data))),
@@ -47,6 +62,7 @@ _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda value: [value.days, value.seconds, value.microseconds],
         lambda data: timedelta(*data),
     ),
+    np.ndarray: ("array", _encode_array, _decode_array),
 }
 _DECODERS = {name: decode for name, _, decode in _CODECS.values()}
 

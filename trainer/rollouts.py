@@ -1,4 +1,4 @@
-"""Prompts to graded groups: rollout workers sample, graders score; for training, evaluation and `generate` alike."""
+"""Prompts to graded groups: rollout workers sample, judges score; for training, evaluation and `generate` alike."""
 
 import time
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TypeVar
 
 from llmquest_rl.types import Completion, Group, Request, Sample, Sampling, Score
+from rewards.combine import combined
 from rewards.grader import GradeItem
 from trainer.cluster import Handle
 
@@ -26,22 +27,41 @@ def shares(items: Sequence[T], count: int) -> list[list[T]]:
     return [list(islice(iterator, size + (i < rest))) for i in range(min(count, len(items)))]
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Members that score completions: graders, or the processes of one reward model."""
+
+    members: Handle
+    timeout_s: float
+    """Longest wait for the scores of one call, beside what each item may take."""
+    item_timeout_s: float = 0.0
+    """The same for every item that one member is given."""
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Score]:
+        """A score for each item, in order."""
+        work = [(share,) for share in shares(items, self.members.size)]
+        longest = max((len(share) for (share,) in work), default=0)
+        timeout_s = self.timeout_s + self.item_timeout_s * longest
+        answers = self.members.map("grade", work, timeout_s=timeout_s)
+        return [score for answer in answers for score in answer]
+
+
 @dataclass
 class Rollouts:
     """The sampling half of the system behind one call."""
 
     workers: Handle
-    graders: Handle
+    judges: list[Judge]
+    """Every completion is scored by each of them; the values add up."""
     seed: int
     timeout_s: float
     """Longest wait for the completions of one call."""
-    grade_timeout_s: float
-    """Longest wait for one item's score: what its rewards may take at most, and some slack."""
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Return when every worker and grader is built."""
+        """Return when every worker and judge is built."""
         self.workers.wait_ready(timeout_s)
-        self.graders.wait_ready(timeout_s)
+        for judge in self.judges:
+            judge.members.wait_ready(timeout_s)
 
     def run(
         self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int = 0
@@ -68,20 +88,21 @@ class Rollouts:
             "rollout/tokens": float(tokens),
             "rollout/tokens_per_s": tokens / (generated - started),
             "rollout/worker_restarts": float(self.workers.restarts),
-            "reward/grader_restarts": float(self.graders.restarts),
+            "reward/grader_restarts": float(sum(judge.members.restarts for judge in self.judges)),
         }
         return groups, metrics
 
     def close(self) -> None:
-        """End workers and graders."""
+        """End workers and judges."""
         self.workers.close()
-        self.graders.close()
+        for judge in self.judges:
+            judge.members.close()
 
     def _generate(
         self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int
     ) -> list[list[Completion]]:
         requests = [
-            Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id))
+            Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id), sample.images)
             for i, sample in enumerate(samples, start=first)
         ]
         work = [(share, sampling) for share in shares(requests, self.workers.size)]
@@ -94,10 +115,8 @@ class Rollouts:
             for sample, group in zip(samples, completions, strict=True)
             for completion in group
         ]
-        work = [(share,) for share in shares(items, self.graders.size)]
-        longest = max((len(share) for (share,) in work), default=0)
-        answers = self.graders.map("grade", work, timeout_s=60 + self.grade_timeout_s * longest)
-        scores = iter([score for answer in answers for score in answer])
+        by_judge = [judge.grade(items) for judge in self.judges]
+        scores = map(combined, zip(*by_judge, strict=True))
         return [[next(scores) for _ in group] for group in completions]
 
 

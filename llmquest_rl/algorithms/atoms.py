@@ -129,6 +129,7 @@ def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Ato
         for completion, advantage in zip(part.completions, advantages, strict=True)
         if _in_loss(completion, algorithm)
     ]
+    images = part.group.sample.images
     return Atom(
         prompt=part.group.sample.prompt_ids,
         completions=[completion.token_ids for completion, _ in kept],
@@ -136,6 +137,7 @@ def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Ato
             "advantages": [[advantage] * len(completion.token_ids) for completion, advantage in kept],
             "rollout_logprobs": [completion.logprobs for completion, _ in kept],
         },
+        images=None if images is None else torch.from_numpy(images),
     )
 
 

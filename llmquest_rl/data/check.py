@@ -28,10 +28,10 @@ class DataCheck:
     """What a look at a few rows found."""
 
     lengths: Lengths
-    example: str
-    """The first of them as the model sees it, special tokens written out."""
     counters: dict[str, int]
     """What was left out, by cause."""
+    example: str = ""
+    """The first prompt as the model sees it, special tokens written out."""
 
 
 def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Sample], DataCheck]:
@@ -46,14 +46,12 @@ def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -
     counters = stream.counters
     stream.load_state_dict(state)
     lengths = Lengths.of([len(sample.prompt_ids) for sample in samples])
-    return samples, DataCheck(lengths, renderer.decode(samples[0].prompt_ids), counters)
+    return samples, DataCheck(lengths, counters, renderer.decode(samples[0].prompt_ids))
 
 
-def check_dataset(stream: AtomStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Atom], DataCheck]:
+def check_dataset(stream: AtomStream, rows: int = 10) -> tuple[list[Atom], DataCheck]:
     """The sequences that the stream gives next; the stream stays where it was."""
     state = stream.state_dict()
     atoms = stream.take(rows)
     stream.load_state_dict(state)
-    lengths = Lengths.of([atom.num_tokens for atom in atoms])
-    example = renderer.decode([*atoms[0].prompt, *atoms[0].completions[0]])
-    return atoms, DataCheck(lengths, example, stream.counters)
+    return atoms, DataCheck(Lengths.of([atom.num_tokens for atom in atoms]), stream.counters)

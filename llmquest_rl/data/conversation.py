@@ -9,7 +9,7 @@ from typing import Any
 
 from llmquest_rl.batch import Atom
 from llmquest_rl.data.rows import DataError, check_message, check_prompt
-from llmquest_rl.data.tokenizer import PromptRenderer
+from llmquest_rl.data.tokenizer import IMAGE, PromptRenderer, as_messages
 from llmquest_rl.types import Message
 
 Piece = tuple[list[int], bool]
@@ -27,24 +27,35 @@ def check_row(row: Mapping[str, Any]) -> str | None:
         return problem if problem or replies else "no message is the assistant's, so there is nothing to learn"
     if "completion" not in row or "prompt" not in row:
         return f"the row has neither `messages` nor `prompt` and `completion`; it has: {', '.join(map(str, row))}"
-    if not isinstance(row["completion"], str) or not row["completion"]:
-        return "the completion is empty or no string"
-    return check_prompt(row["prompt"])
+    return check_prompt(row["prompt"]) or _check_completion(row["completion"])
+
+
+def _check_completion(completion: object) -> str | None:
+    if not isinstance(completion, str | list) or not completion:
+        return "the completion is empty, or neither a string nor a list of messages"
+    if isinstance(completion, str):
+        return None
+    problem = next((found for message in completion if (found := check_message(message))), None)
+    return problem or (None if completion[-1]["role"] == "assistant" else "the completion's last message is a prompt")
 
 
 def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> Atom:
     """The training sequence of a row that `check_row` found usable.
 
     The loss falls on the assistant's tokens, each turn's end-of-sequence token included, and, with `mask_prompt` false,
-    on all others as well (but the first, which nothing predicts).
+    on all others as well (but the first, which nothing predicts). The images in `row["images"]` are not read here.
 
     Raises:
-        DataError: the chat template cannot be rendered turn by turn.
+        DataError: the chat template cannot be rendered turn by turn; images are not as many as places for them before
+            the first reply, or the prompt that they stand in is to be learnt.
     """
+    images = len(row.get("images", ()))
+    if images and not mask_prompt:
+        raise DataError("the row has images, which stand in the prompt: nothing of it can be learnt, set mask_prompt")
     if "messages" not in row and renderer.template is None:
-        pieces = _plain_pieces(row, renderer)
+        pieces = _plain_pieces(row, renderer, images)
     else:
-        pieces = list(_chat_pieces(renderer.with_system(_messages(row)), renderer))
+        pieces = _pieces_with_images(_messages(row), renderer, images)
     if not mask_prompt:
         return Atom([], [[token for ids, _ in pieces for token in ids]])
     (prompt, first_is_target), *rest = pieces
@@ -61,16 +72,26 @@ def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool
 def _messages(row: Mapping[str, Any]) -> list[Message]:
     if "messages" in row:
         return list(row["messages"])
-    prompt = row["prompt"]
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*messages, {"role": "assistant", "content": row["completion"]}]
+    reply = row["completion"]
+    said: list[Message] = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    return [*as_messages(row["prompt"]), *said]
 
 
-def _plain_pieces(row: Mapping[str, Any], renderer: PromptRenderer) -> list[Piece]:
-    if not isinstance(row["prompt"], str):
-        raise DataError("a prompt of messages needs a chat template, but data.chat_template is `none`")
+def _plain_pieces(row: Mapping[str, Any], renderer: PromptRenderer, images: int) -> list[Piece]:
+    if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
+        raise DataError("messages need a chat template, but data.chat_template is `none`: give texts")
     eos = renderer.tokenizer.eos_token_id
-    return [(renderer.prompt_ids(row["prompt"]), False), ([*renderer.encode(row["completion"]), eos], True)]
+    prompt = renderer.prompt_ids(row["prompt"], images)
+    return [(prompt, False), ([*renderer.encode(row["completion"]), eos], True)]
+
+
+def _pieces_with_images(messages: list[Message], renderer: PromptRenderer, images: int) -> list[Piece]:
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if images and any(IMAGE in message["content"] for message in messages[first:] if message["role"] != "assistant"):
+        raise DataError("an image stands after the first reply: split the conversation into rows of one reply")
+    marked = renderer.with_image_tokens(messages, images)
+    (ids, is_target), *others = _chat_pieces(renderer.with_system(marked), renderer)
+    return [(renderer.expanded(ids, images), is_target), *others]
 
 
 def _chat_pieces(messages: list[Message], renderer: PromptRenderer) -> Iterator[Piece]:

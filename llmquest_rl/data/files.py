@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmquest_rl.data.images import image_list
 from llmquest_rl.data.rows import DataError, MalformedRows
 
 Place = str
@@ -89,8 +90,18 @@ def find_files(path: str) -> list[Path]:
     return sorted(file for name in glob.glob(expanded, recursive=True) if (file := Path(name)).is_file())
 
 
-def read_files(path: str, malformed: MalformedRows) -> Iterator[PlacedRow]:
+def read_rows(
+    path: str, subset: str | None, split: str, malformed: MalformedRows, images: str | None = None
+) -> Iterator[PlacedRow]:
+    """Rows of files, or of a data set of the Hub; see `read_files` and `read_hub`."""
+    return read_files(path, malformed, images) if is_local(path) else read_hub(path, subset, split, images)
+
+
+def read_files(path: str, malformed: MalformedRows, images: str | None = None) -> Iterator[PlacedRow]:
     """Rows of every file that `path`, a file or a glob pattern, means.
+
+    Args:
+        images: The column of raw images, which becomes a tuple: a relative path in it starts at its file's folder.
 
     Raises:
         DataError: no such file, an unknown format, or an unreadable file.
@@ -101,11 +112,17 @@ def read_files(path: str, malformed: MalformedRows) -> Iterator[PlacedRow]:
     for file in files:
         if file.suffix not in READERS:
             raise DataError(f"{file}: rows are read from files ending in {', '.join(READERS)}")
-        yield from READERS[file.suffix](file, malformed)
+        for where, row in READERS[file.suffix](file, malformed):
+            if images is not None and images in row:
+                row[images] = image_list(row[images], file.parent)
+            yield where, row
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterator[PlacedRow]:
+def read_hub(name: str, subset: str | None, split: str, images: str | None = None) -> Iterator[PlacedRow]:
     """Rows of one split of a data set of the Hub, from the local cache when there is no network.
+
+    Args:
+        images: The column of raw images, which becomes a tuple; they stay as they are stored, PNG or JPEG.
 
     Raises:
         DataError: the data set, subset or split cannot be had.
@@ -120,5 +137,22 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[PlacedRow]:
             f"the data set {name} (subset {subset}, split {split}) could not be had from the Hub or its cache: "
             f"{type(error).__name__}: {error}. Without network, give the path of a .jsonl or .parquet file"
         ) from error
+    if images is not None:
+        rows = _undecoded(rows, images)
     for i, row in enumerate(rows):
-        yield f"{name}/{split}, row {i}", dict(row)
+        placed = dict(row)
+        if images is not None and images in row:
+            placed[images] = image_list(row[images])
+        yield f"{name}/{split}, row {i}", placed
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """The same data set of the Hub with a column's images as PNG or JPEG: their pixels would fill the memory."""
+    from datasets import Image, List
+
+    feature = rows.features.get(column)
+    if isinstance(feature, Image):
+        return rows.cast_column(column, Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return rows.cast_column(column, List(Image(decode=False)))
+    return rows

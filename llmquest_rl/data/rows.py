@@ -9,11 +9,15 @@ import json
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from llmquest_rl.types import Message
 
 MalformedPolicy = Literal["drop", "error"]
+
+RawImage = Any
+"""An image as a data set has it: see `llmquest_rl.data.images`."""
 
 MAX_ROWS = 5_000_000
 """A user's function that yields more rows than this is taken for endless."""
@@ -35,6 +39,8 @@ class Row:
     answer: Any
     columns: dict[str, Any] = field(default_factory=dict)
     """Every further column: rewards receive these as keyword arguments."""
+    images: tuple[RawImage, ...] = ()
+    """What the prompt shows, in order."""
 
 
 class Rows(Protocol):
@@ -86,9 +92,22 @@ class MalformedRows:
             logger.warning("malformed row dropped: %s", message)
 
 
-def question_key(prompt: str | list[Message]) -> str:
-    """What makes two questions the same: their text, without surrounding space."""
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+def question_key(prompt: str | list[Message], images: Sequence[RawImage] = ()) -> str:
+    """What makes two questions the same: their text, without surrounding space, and their images."""
+    text = prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return "\0".join([text, *map(image_key, images)])
+
+
+def image_key(image: RawImage) -> str:
+    """What makes two raw images the same: a file's path, or else the content."""
+    if isinstance(image, str | Path):
+        return str(image)
+    if isinstance(image, Mapping):
+        return image_key(image["path"] if image.get("bytes") is None else image["bytes"])
+    kind = [getattr(image, name, None) for name in ("mode", "size", "shape", "dtype", "palette")]
+    kind[-1] = kind[-1] and kind[-1].tobytes()
+    content = image if isinstance(image, bytes) else repr(kind).encode() + image.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def rank(seed: int, key: Hashable) -> bytes:

@@ -52,7 +52,8 @@ class PromptStream:
     """Samples of a task, rendered, in a seeded order without end.
 
     Args:
-        max_prompt_tokens: longer prompts are dropped and counted, or an error (`long_prompts`).
+        max_prompt_tokens: longer prompts, images' tokens included, are dropped and counted, or an error
+            (`long_prompts`).
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class PromptStream:
         self._dropped_long = state["dropped_long"]
 
     def _render(self, row: Row) -> Sample | None:
-        ids = self._renderer.prompt_ids(row.prompt)
+        ids = self._renderer.prompt_ids(row.prompt, len(row.images))
         if len(ids) > self._max_prompt_tokens:
             if self._long_prompts == "error":
                 raise DataError(
@@ -162,7 +163,8 @@ class PromptStream:
                     f"{self._max_prompt_tokens}: raise it, or set data.long_prompts: drop"
                 )
             return None
-        return Sample(row.id, row.prompt, ids, row.answer, row.columns)
+        images = self._renderer.images.read(row.images) if self._renderer.images and row.images else None
+        return Sample(row.id, row.prompt, ids, row.answer, row.columns, images)
 
 
 class AtomStream:

@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from llmquest_rl.data.images import check_images, image_list
 from llmquest_rl.data.rows import (
     MAX_ROWS,
     DataError,
@@ -61,7 +62,7 @@ class GeneratedRows:
         drawn = self.draw(index)
         for redraw in range(REDRAWS):
             if drawn.key not in self.held_out:
-                return Row(f"{self.name}/train/{index}", drawn.row.prompt, drawn.row.answer, drawn.row.columns)
+                return replace(drawn.row, id=f"{self.name}/train/{index}")
             drawn = self.draw(2**40 + index * REDRAWS + redraw)
         raise DataError(
             f"task {self.name}: {REDRAWS} draws in a row were held-out problems: "
@@ -89,10 +90,7 @@ def generated_task(name: str, draw: Callable[[int], Draw], held_out: int, seed: 
     if len(probe) < 2:
         raise DataError(f"task {name} generates a single problem: its parameters leave no room for a held-out split")
     keys = held_out_keys(probe, 1 / PROBED_PER_HELD_OUT, seed)
-    rows = [
-        Row(f"{name}/held_out/{i}", probe[key].row.prompt, probe[key].row.answer, probe[key].row.columns)
-        for i, key in enumerate(sorted(keys))
-    ]
+    rows = [replace(probe[key].row, id=f"{name}/held_out/{i}") for i, key in enumerate(sorted(keys))]
     return Task(name, GeneratedRows(name, draw, frozenset(keys)), ListedRows(rows))
 
 
@@ -103,14 +101,15 @@ def listed_task(name: str, rows: list[Row], held_out: list[Row] | float, seed: i
     """
     if not rows:
         raise DataError(f"task {name} has no rows ({malformed.count} malformed rows were dropped)")
+    asked = [question_key(row.prompt, row.images) for row in rows]
     if isinstance(held_out, float):
-        keys = held_out_keys((question_key(row.prompt) for row in rows), held_out, seed)
-        test = [row for row in rows if question_key(row.prompt) in keys]
+        keys = held_out_keys(asked, held_out, seed)
+        test = [row for row, question in zip(rows, asked, strict=True) if question in keys]
         overlapping = 0
     else:
-        keys, test = {question_key(row.prompt) for row in held_out}, held_out
-        overlapping = sum(question_key(row.prompt) in keys for row in rows)
-    train = [row for row in rows if question_key(row.prompt) not in keys]
+        keys, test = {question_key(row.prompt, row.images) for row in held_out}, held_out
+        overlapping = sum(question in keys for question in asked)
+    train = [row for row, question in zip(rows, asked, strict=True) if question not in keys]
     if not train or not test:
         side = "training" if not train else "held-out"
         raise DataError(
@@ -125,7 +124,7 @@ def open_task(name: str, function: Callable[..., Any], options: Options, seed: i
 
     `function` is the `load` of a task file, or, when `name` has a colon, a user's function: it is called with its
     options as keyword arguments (and `seed`, if it takes one) and returns an iterable of rows, dicts with `prompt`,
-    `answer` and any further columns, or a whole `Task`.
+    `answer`, `images` where there are any, and further columns, or a whole `Task`.
 
     Raises:
         DataError: no usable rows, or a malformed one where those are errors.
@@ -157,10 +156,10 @@ def _user_rows(short: str, name: str, result: object, malformed: MalformedRows) 
             malformed.report(f"{name}, row {i}", f"a row must be a dict, not {type(item).__name__}")
             continue
         columns: dict[str, Any] = dict(item)
-        prompt = columns.pop("prompt", None)
-        problem = check_prompt(prompt)
+        prompt, images = columns.pop("prompt", None), image_list(columns.pop("images", None))
+        problem = check_prompt(prompt) or check_images(images)
         if problem is None:
-            rows.append(Row(f"{short}/{i}", prompt, columns.pop("answer", None), columns))
+            rows.append(Row(f"{short}/{i}", prompt, columns.pop("answer", None), columns, images))
         else:
             malformed.report(f"{name}, row {i}", problem)
     return rows

@@ -9,12 +9,15 @@ from typing import TypeAlias, cast
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from llmquest_rl.data.images import ImageReader
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.types import Message
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 PLAIN = "none"
 """As `chat_template`: prompts are given to the model as they are, for base models."""
+IMAGE = "<image>"
+"""Marks the place of an image in a prompt."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -58,6 +61,10 @@ class PromptRenderer:
     system_prompt: str | None
     template: str | None
     """Jinja text; None = prompts as they are."""
+    images: ImageReader | None = None
+    """Reads the model's images; None = it reads text only."""
+    image_token: str = ""
+    """The tokenizer's text of `ImageFormat.token_id`."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text in which special tokens, if any, are already written out."""
@@ -89,33 +96,98 @@ class PromptRenderer:
             raise DataError(f"the chat template refuses messages with the roles {roles}: {error}") from error
         return cast(str, text)
 
-    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
-        """The ids of a prompt, ready for generation: a string is one user message; messages may be of several turns."""
+    def prompt_ids(self, prompt: str | list[Message], images: int = 0) -> list[int]:
+        """The ids of a prompt, ready for generation: a string is one user message; messages may be of several turns.
+
+        Args:
+            prompt: with `<image>` where an image stands; without any such mark images stand before the user's text.
+            images: their number.
+
+        Raises:
+            DataError: places and images are not as many; there are images, and the model reads text only.
+        """
+        messages = self.with_image_tokens(as_messages(prompt), images)
         if self.template is None and isinstance(prompt, str):
-            return cast(list[int], self.tokenizer.encode(prompt))
-        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.encode(self.chat_text(self.with_system(messages), add_generation_prompt=True))
+            ids = cast(list[int], self.tokenizer.encode(messages[0]["content"]))
+        else:
+            ids = self.encode(self.chat_text(self.with_system(messages), add_generation_prompt=True))
+        return self.expanded(ids, images)
+
+    def with_image_tokens(self, messages: Sequence[Message], images: int) -> list[Message]:
+        """The conversation with one image token for each image, where it is marked or before the first user's text.
+
+        Raises:
+            DataError: as `prompt_ids`.
+        """
+        if self.images is None and images:
+            raise DataError(
+                f"the prompt comes with {images} images, but the model reads text only: take a vision-language model "
+                "(docs/models/vlm.md), or leave the column of images out"
+            )
+        if self.images is None:
+            return list(messages)
+        given = [i for i, message in enumerate(messages) if message["role"] != "assistant"]
+        marks = sum(messages[i]["content"].count(IMAGE) for i in given)
+        first = next((i for i in given if messages[i]["role"] == "user"), None)
+        if marks not in (0, images) or (marks == 0 and images and first is None):
+            raise DataError(f"the prompt has {marks} places for images ({IMAGE}), but {images} images")
+        before = "" if marks else self.image_token * images
+        return [
+            {**message, "content": before * (i == first) + message["content"].replace(IMAGE, self.image_token)}
+            if i in given
+            else message
+            for i, message in enumerate(messages)
+        ]
+
+    def expanded(self, ids: Sequence[int], images: int) -> list[int]:
+        """Token ids in which each image's token stands as often as the image has vision tokens.
+
+        Raises:
+            DataError: there are not as many as `images`.
+        """
+        if self.images is None:
+            return list(ids)
+        shape = self.images.format
+        found = sum(token == shape.token_id for token in ids)
+        if found != images:
+            raise DataError(
+                f"the prompt holds {found} image tokens ({self.image_token!r}, id {shape.token_id}), but {images} "
+                "images: this token is reserved, texts must not hold it"
+            )
+        return [token for id_ in ids for token in [id_] * (shape.tokens if id_ == shape.token_id else 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text with special tokens, for people."""
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        """Text with special tokens, for people; an image is its mark."""
+        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        return text if self.images is None else text.replace(self.image_token * self.images.format.tokens, IMAGE)
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as a conversation: a string is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def prompt_renderer(
-    tokenizer: Tokenizer, system_prompt: str | None = None, chat_template: str | None = None
+    tokenizer: Tokenizer,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    images: ImageReader | None = None,
 ) -> PromptRenderer:
     """Check the template settings once and return what renders prompts with them.
 
     Args:
         chat_template: a Jinja template, a file with one, `none` for plain text, or None for the tokenizer's own.
+        images: reads the model's images, if it sees any.
 
     Raises:
-        DataError: there is no template, its file is missing, or a system prompt comes with plain text.
+        DataError: there is no template, its file is missing, or a system prompt comes with plain text; the tokenizer
+            cannot write the model's image token.
     """
+    image_token = "" if images is None else _image_token(tokenizer, images.format.token_id)
     if chat_template == PLAIN:
         if system_prompt is not None:
             raise DataError("data.system_prompt needs a chat template, but data.chat_template is `none`")
-        return PromptRenderer(tokenizer, None, None)
+        return PromptRenderer(tokenizer, None, None, images, image_token)
     template = _template_text(chat_template) if chat_template is not None else tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -124,7 +196,17 @@ def prompt_renderer(
             "the tokenizer has no chat template: set data.chat_template to a Jinja template or a file with one, "
             "or to `none` to give prompts to a base model as they are"
         )
-    return PromptRenderer(tokenizer, system_prompt, template)
+    return PromptRenderer(tokenizer, system_prompt, template, images, image_token)
+
+
+def _image_token(tokenizer: Tokenizer, id_: int) -> str:
+    text = tokenizer.convert_ids_to_tokens(id_)
+    if not text or tokenizer.encode(text, add_special_tokens=False) != [id_]:
+        raise DataError(
+            f"image_token_id {id_} is {text!r} in the tokenizer, which does not read that text as this one token: "
+            "choose a reserved token in the model's config.json"
+        )
+    return cast(str, text)
 
 
 def _template_text(chat_template: str) -> str:

@@ -7,6 +7,7 @@ computed when its first completion joins and forgotten when its last one has end
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Prompt:
     """Longest completion, in tokens."""
     keys: list[int]
     """Random stream of each completion [n]."""
+    images: Tensor | None = None
+    """[images, channels, height, width]; None = text."""
     slot: int = -1
     joined: int = 0
     ended: int = 0
@@ -96,7 +99,14 @@ class Caches:
 def waiting_line(requests: Sequence[Request], limits: Sequence[int]) -> deque[Prompt]:
     """Requests in the order in which they join: long prompts first, so that neighbours in the cache are alike."""
     prompts = [
-        Prompt(i, request.prompt_ids, request.n, limit, stream_keys(request.seed, request.n).tolist())
+        Prompt(
+            i,
+            request.prompt_ids,
+            request.n,
+            limit,
+            stream_keys(request.seed, request.n).tolist(),
+            None if request.images is None else torch.tensor(request.images),
+        )
         for i, (request, limit) in enumerate(zip(requests, limits, strict=True))
         if request.n > 0
     ]
@@ -143,9 +153,19 @@ class Batch:
         layout = Layout(tuple(len(prompt.ids) for prompt in prompts), (-1,) * len(prompts))
         context = Prefill(self._caches.prompts, layout, [prompt.slot for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt.ids])
-        states = self._model.hidden(tokens.to(self._device), layout.positions().to(self._device), context).states
+        positions = layout.positions()
+        seen = self._images(prompts)
+        states = self._model.hidden(tokens.to(self._device), positions.to(self._device), context, **seen).states
         for prompt, start in zip(prompts, layout.starts, strict=True):
             prompt.state = states[start + len(prompt.ids) - 1, None].clone()
+
+    def _images(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What a vision-language model is given beside tokens, where there are images."""
+        found = [prompt.images for prompt in prompts if prompt.images is not None]
+        if not found:
+            return {}
+        counts = [0 if prompt.images is None else len(prompt.images) for prompt in prompts]
+        return {"images": torch.cat(found).to(self._device), "image_counts": counts}
 
     def draw(self) -> None:
         """Draw the next token of every row, and note which completions it ends.

@@ -12,7 +12,7 @@ import torch
 
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.generation.batch import Batch, Caches, GenerationError, Prompt, Room, Row, packs, waiting_line
-from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.base import CausalLM, image_format
 from llmquest_rl.types import Completion, Request, Sampling
 
 Texts = Callable[[list[list[int]], Sequence[str]], list[str]]
@@ -72,6 +72,7 @@ class NativeGenerator:
 
         Raises:
             ValueError: a prompt is empty, holds an unknown token, fills the context or does not fit into the cache;
+                images that the model does not read, of another size, or not as many as the prompt has room for;
                 stop strings without a decoder.
             GenerationError: the model's logits hold NaN or infinity.
         """
@@ -127,7 +128,29 @@ class NativeGenerator:
                 f"{self.context_tokens}: shorten or drop it, or raise the engine's context"
             )
         self._check_tokens(f"request {index}", request.prompt_ids)
+        self._check_images(index, request)
         return min(sampling.max_tokens, self.context_tokens - prompt)
+
+    def _check_images(self, index: int, request: Request) -> None:
+        images = request.images
+        wanted = image_format(self.model.config)
+        if wanted is None and images is not None:
+            name = type(self.model).__name__
+            raise ValueError(f"request {index} has {len(images)} images, but the model ({name}) reads text only")
+        if wanted is None:
+            return
+        size = (wanted.channels, wanted.height, wanted.width)
+        if images is not None and images.shape[1:] != size:
+            raise ValueError(
+                f"request {index} has images of {list(images.shape[1:])}, but the model takes {list(size)} "
+                "(channels, height, width)"
+            )
+        found, number = request.prompt_ids.count(wanted.token_id), 0 if images is None else len(images)
+        if found != number * wanted.tokens:
+            raise ValueError(
+                f"request {index} has {found} image tokens (id {wanted.token_id}), but its {number} images need "
+                f"{wanted.tokens} each"
+            )
 
     def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
         vocab_size = int(self.model.config.vocab_size)

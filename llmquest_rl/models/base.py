@@ -12,6 +12,7 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention import AttentionContext, PackedAttention
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.moe import RouterLoad
+from llmquest_rl.types import ImageFormat
 
 
 class Hidden(NamedTuple):
@@ -66,6 +67,17 @@ class ModelConfig(Protocol):
         ...
 
 
+def image_format(config: Any) -> ImageFormat | None:
+    """How the model of a config wants its images; None = it reads text only."""
+    found: ImageFormat | None = getattr(config, "image_format", None)
+    return found
+
+
+def reads_text(config: Any) -> bool:
+    """Whether the model of a config has a vocabulary."""
+    return hasattr(config, "vocab_size")
+
+
 class Model(nn.Module):
     """A network whose parameters and buffers are the weights of a checkpoint."""
 
@@ -94,6 +106,11 @@ class Model(nn.Module):
     def shares_prompts(self) -> bool:
         """Whether a prompt can be computed once for all its completions."""
         return True
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """What config.json must say of this model whatever it says in the folder that the model was made from."""
+        return {}
 
     def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
         """What follows an optimizer update; see `CausalLM.after_update`."""
@@ -126,7 +143,21 @@ class Scorer(Model):
     """A network with a number for each label: a classifier of texts or images, or a reward model with one label.
 
     What is judged ends at a target's source; the target itself is the label's number, or 0 where there is none.
+    The config has `labels`, their names.
     """
+
+    new_head: ClassVar[str]
+    """The module that other labels need a new one of."""
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """See `Model.config_fields`: the architecture, which may be a decoder's in the source, and the labels."""
+        fields = self.config.to_hf()
+        return {name: fields[name] for name in ("architectures", "num_labels", "id2label", "label2id")}
+
+    def init_head(self, generator: torch.Generator) -> None:
+        """Draw the weights of `new_head`, for labels that the rest was not trained on."""
+        raise NotImplementedError
 
     def forward(self, batch: TokenBatch) -> Scores:
         """The scores of a batch's targets."""

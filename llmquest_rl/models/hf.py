@@ -9,10 +9,11 @@ import importlib
 import json
 import pkgutil
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from llmquest_rl import models
 from llmquest_rl.models.base import CausalLM, Model
-from llmquest_rl.models.names import HFMap, Piece, disk_pieces, disk_tensors, fused_pieces, named_weights
+from llmquest_rl.models.names import HFMap, Piece, disk_pieces, disk_tensors, fused_pieces, module_maps, named_weights
 from llmquest_rl.models.weight_files import (
     Entry,
     has_weights,
@@ -38,6 +39,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "preprocessor_config.json",
 )
 """Files besides config.json and weights that make a folder usable: they are copied as they are."""
 
@@ -61,7 +63,7 @@ def load_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | 
     entries = weight_entries(folder)
     model, hf = _skeleton(folder, entries)
     pieces = match_keys(model, hf, entries, folder)
-    _allocate(model, dtype, device)
+    allocate(model, dtype, device)
     weights = dict(named_weights(model))
     spare: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -86,7 +88,7 @@ def new_model(path: Path | str, dtype: torch.dtype, device: torch.device | str =
 def new_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Model:
     """As `new_model`, of any kind of model."""
     model = _skeleton(Path(path))[0]
-    _allocate(model, dtype, device)
+    allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
 
@@ -113,6 +115,7 @@ def save_model(
     tensors: Iterable[tuple[str, Tensor]],
     path: Path | str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    config_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint folder that transformers, vLLM and `load_model` read.
 
@@ -121,6 +124,7 @@ def save_model(
         tensors: Pairs (name on disk, tensor), as from `disk_tensors`. Their dtype is kept, and noted in config.json.
         path: Folder to write into; made if needed. Whoever needs it atomic writes elsewhere and renames.
         max_shard_bytes: Largest weight file.
+        config_fields: What config.json says otherwise than its source; see `Model.config_fields`.
     """
     source, target = Path(config_source), Path(path)
     target.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ def save_model(
             yield name, tensor
 
     write_tensors(noted(), target, max_shard_bytes)
-    _write_config(source, target, dtypes)
+    _write_config(source, target, dtypes, config_fields)
     if source.resolve() == target.resolve():
         return
     for file in sorted(source.iterdir()):
@@ -140,13 +144,14 @@ def save_model(
             shutil.copyfile(file, target / file.name)
 
 
-def _write_config(source: Path, target: Path, dtypes: list[torch.dtype]) -> None:
+def _write_config(source: Path, target: Path, dtypes: list[torch.dtype], fields: Mapping[str, Any]) -> None:
     config = read_json(source / "config.json")
-    dtype = str(max(dtypes, key=dtypes.count)).removeprefix("torch.") if dtypes else None
-    name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if dtype and config.get(name) != dtype:
-        config[name] = dtype
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    wanted = {**config, **fields}
+    if dtypes:
+        name = "torch_dtype" if "torch_dtype" in config else "dtype"
+        wanted[name] = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
+    if wanted != config:
+        (target / "config.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     elif source.resolve() != target.resolve():
         shutil.copyfile(source / "config.json", target / "config.json")
 
@@ -164,10 +169,10 @@ def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
 
 @cache
 def architectures() -> dict[str, HFMap]:
-    """Every architecture file in this folder: name on the Hub to its map."""
+    """Every architecture in this folder's files: name on the Hub to its map."""
     names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
     modules = [importlib.import_module(name) for name in names]
-    return {module.HF.architecture: module.HF for module in modules if hasattr(module, "HF")}
+    return {name: hf for module in modules for name, hf in module_maps(module).items()}
 
 
 def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
@@ -188,19 +193,28 @@ def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
     return architectures()[name]
 
 
-def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
-    """The model without memory for its weights; with `keys` on disk, as those keys ask for."""
+def read_shape(folder: Path) -> tuple[HFMap, Any]:
+    """The map and the config of the model in `folder`.
+
+    Raises:
+        ValueError: config.json is missing or damaged, names an unknown architecture or a shape that cannot be.
+    """
     config = read_json(folder / "config.json")
     hf = find_architecture(config, folder / "config.json")
     try:
-        shape = hf.config.from_hf(config)
+        return hf, hf.config.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
+    """The model without memory for its weights; with `keys` on disk, as those keys ask for."""
+    hf, shape = read_shape(folder)
     with torch.device("meta"):
         return hf.model(shape if keys is None else hf.fit(shape, keys)), hf
 
 
-def _allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
+def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give a skeleton memory; what was one parameter in two places stays one, and what was frozen stays frozen."""
     made: dict[Tensor, nn.Parameter] = {}
     for path, module in model.named_modules():

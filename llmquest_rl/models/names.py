@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ Form = Renamed | Transposed | Experts
 
 @dataclass(frozen=True)
 class HFMap:
-    """How an architecture lies on disk. Each architecture file ends with one, named `HF`."""
+    """How an architecture lies on disk. Each architecture file ends with one, named `HF` (see `module_maps`)."""
 
     architecture: str
     """As in `architectures` of config.json."""
@@ -94,11 +95,22 @@ class HFMap:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Architectures on the Hub that hold this one among other things, to what to do with their files."""
 
+    def table(self, config: Any) -> Mapping[str, str | Form]:
+        """`names` for a shape."""
+        return self.names(config) if callable(self.names) else self.names
+
+
+def module_maps(module: ModuleType) -> dict[str, HFMap]:
+    """What an architecture file ends with, by architecture: one map named `HF`, or several in `HF_MAPS`."""
+    if hasattr(module, "HF"):
+        return {module.HF.architecture: module.HF}
+    return getattr(module, "HF_MAPS", {})
+
 
 def hf_map(model: Model) -> HFMap:
     """The map at the end of the architecture file that `model` comes from."""
-    found: HFMap = sys.modules[type(model).__module__].HF
-    return found
+    found = module_maps(sys.modules[type(model).__module__])
+    return found[model.config.architecture] if len(found) > 1 else next(iter(found.values()))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -153,8 +165,7 @@ class _Table:
 
     def __init__(self, model: Model) -> None:
         self._hf = hf_map(model)
-        names = self._hf.names
-        self._names = names(model.config) if callable(names) else names
+        self._names = self._hf.table(model.config)
         self._num_layers = int(getattr(model.config, "num_layers", 0))
 
     def form(self, name: str) -> Form:

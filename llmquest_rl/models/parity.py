@@ -4,18 +4,21 @@ Both run in float32 on the CPU, transformers with its plain ("eager") attention 
 all sequences in one pack and, a second time, with a prompt shared between continuations.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Layout
+from llmquest_rl.batch import Atom, Layout, collate
 from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.hf import load_any_model
 from llmquest_rl.models.names import hf_map
+from llmquest_rl.models.sequence_classifier import SequenceClassifier
+from llmquest_rl.models.vit import ViT
 
 PROMPT_LENGTH = 24
 CONTINUATION_LENGTHS = (1, 8, 40, 120)
@@ -34,7 +37,7 @@ class ParityReport:
     max_abs_logit: float
     """Largest logit, to judge the differences by."""
     positions: int
-    """Positions (or images) compared, each over the whole vocabulary (or all labels)."""
+    """Positions (or sequences, or images) compared, each over the whole vocabulary (or all labels)."""
     architecture: str
 
     @property
@@ -44,7 +47,8 @@ class ParityReport:
 
 
 def parity(path: Path | str, seed: int = 0) -> ParityReport:
-    """Compare our float32 logits with transformers' on random tokens, or of an image model on random images.
+    """Compare our float32 logits with transformers' on random tokens, of a classifier of texts the scores of whole
+    sequences, of an image model on random images.
 
     Args:
         path: A checkpoint folder.
@@ -61,7 +65,7 @@ def parity(path: Path | str, seed: int = 0) -> ParityReport:
         raise ValueError(f"transformers has no class {name} to compare with")
     options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
     theirs = getattr(transformers, name).from_pretrained(path, **options).eval()
-    compare = _compare_text if isinstance(model, CausalLM) else _compare_images
+    compare = next(compare for kind, compare in COMPARISONS.items() if isinstance(model, kind))
     with torch.no_grad():
         return compare(model.eval(), theirs, seed)
 
@@ -79,7 +83,32 @@ def _compare_text(model: Any, theirs: Any, seed: int) -> ParityReport:
 def _compare_images(model: Any, theirs: Any, seed: int) -> ParityReport:
     shape = (IMAGES, model.config.num_channels, *model.config.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return _report(theirs, [theirs(images).logits], [model(images)], 0.0)
+    return _report(theirs, [theirs(images).logits], [model.logits(images)], 0.0)
+
+
+def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
+    prompt, *continuations = _random_tokens(model, seed)
+    theirs.config.pad_token_id = None  # a last token that happens to be it would be passed over
+    expected = [theirs(torch.cat((prompt, tail))[None], use_cache=False).logits for tail in continuations]
+    separate = [Atom([], [[*prompt.tolist(), *tail.tolist(), 0]]) for tail in continuations]
+    shared = Atom(prompt.tolist(), [[*tail.tolist(), 0] for tail in continuations])
+    packed = _scores(model, separate)
+    difference = _largest_difference(_scores(model, [shared]), expected) if model.shares_prompts else 0.0
+    return _report(theirs, expected, packed, difference)
+
+
+def _scores(model: Any, atoms: list[Atom]) -> list[Tensor]:
+    """Of the last token but the placeholder, [1, labels] for each completion."""
+    last = [replace(atom, mask=[[*[False] * (len(c) - 1), True] for c in atom.completions]) for atom in atoms]
+    return list(model(collate(last)).values.split(1))
+
+
+COMPARISONS: dict[type[Model], Callable[[Any, Any, int], ParityReport]] = {
+    CausalLM: _compare_text,
+    SequenceClassifier: _compare_scores,
+    ViT: _compare_images,
+}
+"""What is compared, by the kind of model."""
 
 
 def _report(theirs: Any, expected: list[Tensor], ours: list[Tensor], shared: float) -> ParityReport:
@@ -92,7 +121,7 @@ def _report(theirs: Any, expected: list[Tensor], ours: list[Tensor], shared: flo
     )
 
 
-def _random_tokens(model: CausalLM, seed: int) -> list[Tensor]:
+def _random_tokens(model: CausalLM | SequenceClassifier, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     room = model.config.max_positions - PROMPT_LENGTH
     lengths = (PROMPT_LENGTH, *(min(length, room) for length in CONTINUATION_LENGTHS))

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
-from llmquest_rl.models.base import Model
+from llmquest_rl.models.base import Scorer, Scores
 from llmquest_rl.models.checks import check_sizes
+from llmquest_rl.models.labels import label_fields, read_labels
 from llmquest_rl.models.names import HFMap
+from llmquest_rl.types import ImageFormat
 
 NOT_IMPLEMENTED: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Fields of config.json to the one value that is computed here."""
@@ -36,8 +39,8 @@ class ViTConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
-    num_labels: int
-    """Classes; 0 = no classifier, as in a tower of a larger model."""
+    labels: tuple[str, ...]
+    """Names of the classes; none = no classifier, as in a tower of a larger model."""
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
@@ -67,6 +70,11 @@ class ViTConfig:
         (height, width), (rows, columns) = self.image_size, self.patch_size
         return 1 + (height // rows) * (width // columns)
 
+    @property
+    def image_format(self) -> ImageFormat:
+        """Alone, the model knows no text: token 0 holds the place of each of an image's tokens."""
+        return ImageFormat(0, self.num_tokens, self.num_channels, *self.image_size)
+
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
         """Read a config.json of transformers 4 or 5. Fields that it lacks are those of ViT-Base, as in transformers.
@@ -85,7 +93,7 @@ class ViTConfig:
             intermediate_size=values.get("intermediate_size", 3072),
             num_layers=values.get("num_hidden_layers", 12),
             num_heads=values.get("num_attention_heads", 12),
-            num_labels=_num_labels(values),
+            labels=read_labels(values),
             hidden_act=values.get("hidden_act", "gelu"),
             layer_norm_eps=values.get("layer_norm_eps", 1e-12),
             qkv_bias=values.get("qkv_bias", True),
@@ -94,7 +102,6 @@ class ViTConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 5 reads."""
-        labels = [f"LABEL_{i}" for i in range(self.num_labels)]
         return {
             "architectures": [HF.architecture],
             "model_type": "vit",
@@ -105,8 +112,7 @@ class ViTConfig:
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
+            **label_fields(self.labels),
             "hidden_act": self.hidden_act,
             "layer_norm_eps": self.layer_norm_eps,
             "qkv_bias": self.qkv_bias,
@@ -125,7 +131,7 @@ class ViTConfig:
             intermediate_size=64,
             num_layers=2,
             num_heads=2,
-            num_labels=10,
+            labels=tuple(f"LABEL_{i}" for i in range(10)),
         )
 
 
@@ -137,15 +143,6 @@ def _height_and_width(field: str, value: Any) -> tuple[int, int]:
     for size in sizes:
         check_sizes(**{field: size})
     return sizes[0], sizes[1]
-
-
-def _num_labels(values: Mapping[str, Any]) -> int:
-    """Classes: the Hub's files list their names; 2 where neither names nor number are given, as in transformers."""
-    named = values.get("id2label")
-    number = int(values.get("num_labels", 2 if named is None else len(named)))
-    if named is not None and len(named) != number:
-        raise ValueError(f"config.json has num_labels {number}, but {len(named)} names in id2label")
-    return number
 
 
 class Attention(nn.Module):
@@ -187,8 +184,10 @@ class Block(nn.Module):
         return out
 
 
-class ViT(Model):
-    """The whole model."""
+class ViT(Scorer):
+    """The whole model. Its tokens are those of the images; the batch's own only make room for them."""
+
+    new_head = "classifier"
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
@@ -199,7 +198,7 @@ class ViT(Model):
         self.patches = nn.Conv2d(config.num_channels, size, config.patch_size, config.patch_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.classifier = Linear(size, config.num_labels) if config.num_labels else nn.Identity()
+        self.classifier = Linear(size, len(config.labels)) if config.labels else nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
         """What the model sees in each patch.
@@ -226,10 +225,30 @@ class ViT(Model):
         out: Tensor = self.norm(x)
         return out
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """Logits [B, labels] of `images` [B, channels, height, width]; see `features`."""
         out: Tensor = self.classifier(self.features(images)[:, 0])
         return out
+
+    def forward(self, batch: TokenBatch) -> Scores:
+        """See `Scorer.forward`: the logits of the batch's images, in their order.
+
+        Raises:
+            ValueError: the batch does not have one image for each target; images have another size.
+        """
+        found = 0 if batch.images is None else len(batch.images)
+        if batch.images is None or found != len(batch.targets):
+            raise ValueError(
+                f"a ViT needs one image for each label, but the batch has {found} images and "
+                f"{len(batch.targets)} labels"
+            )
+        return Scores(self.logits(batch.images).float(), {})
+
+    @torch.no_grad()
+    def init_head(self, generator: torch.Generator) -> None:
+        """All 0, as a classifier for another set of labels begins (section 3.2)."""
+        for parameter in self.classifier.parameters():
+            parameter.zero_()
 
 
 HF = HFMap(

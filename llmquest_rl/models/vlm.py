@@ -27,6 +27,7 @@ from llmquest_rl.models.hf import find_architecture
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.names import Experts, Form, HFMap
 from llmquest_rl.models.vit import ViT, ViTConfig
+from llmquest_rl.types import ImageFormat
 
 
 class MLPAdapter(nn.Module):
@@ -85,6 +86,10 @@ class VLMConfig:
         return float(self.text.initializer_range)
 
     @property
+    def image_format(self) -> ImageFormat:
+        return replace(self.vision.image_format, token_id=self.image_token_id)
+
+    @property
     def language(self) -> HFMap:
         """The map of the decoder."""
         return _language(self.text.to_hf())
@@ -101,7 +106,7 @@ class VLMConfig:
             if find_architecture(tower, Path("vision_config")) is not vit.HF:
                 raise ValueError(f"vision_config names {tower['architectures'][0]}: expected {vit.HF.architecture}")
             return cls(
-                vision=replace(ViTConfig.from_hf(tower), num_labels=0),
+                vision=replace(ViTConfig.from_hf(tower), labels=()),
                 text=_language(text).config.from_hf(text),
                 adapter=values["adapter"],
                 image_token_id=values["image_token_id"],
@@ -111,10 +116,9 @@ class VLMConfig:
             raise ValueError(f"config.json of a vision-language model lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json of the layout that only this package reads."""
+        """A config.json of the layout that only this package reads. No `model_type`: transformers would warn of it."""
         return {
             "architectures": [HF.architecture],
-            "model_type": "vision_language",
             "vision_config": self.vision.to_hf(),
             "text_config": self.text.to_hf(),
             "adapter": self.adapter,
@@ -125,7 +129,7 @@ class VLMConfig:
     @classmethod
     def tiny(cls) -> Self:
         """For tests: 5 vision tokens before a Llama's text."""
-        return cls(replace(ViTConfig.tiny(), num_labels=0), LlamaConfig.tiny(), "mlp", image_token_id=255)
+        return cls(replace(ViTConfig.tiny(), labels=()), LlamaConfig.tiny(), "mlp", image_token_id=255)
 
 
 def _language(values: dict[str, Any]) -> HFMap:
@@ -256,8 +260,7 @@ def _names(config: VLMConfig) -> dict[str, str | Form]:
     names: dict[str, str | Form] = {"adapter": "adapter", "adapter.up": "adapter.up", "adapter.down": "adapter.down"}
     parts = [("vision", VISION, vit.HF, config.vision), ("decoder", LANGUAGE, config.language, config.text)]
     for ours, folder, hf, shape in parts:
-        table = hf.names(shape) if callable(hf.names) else hf.names
-        names |= {f"{ours}.{name}": _below(folder, row) for name, row in table.items()}
+        names |= {f"{ours}.{name}": _below(folder, row) for name, row in hf.table(shape).items()}
     return names
 
 

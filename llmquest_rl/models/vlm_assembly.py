@@ -16,6 +16,9 @@ from llmquest_rl.models.vit import ViT
 from llmquest_rl.models.vlm import VLM, VLMConfig
 from llmquest_rl.models.weight_files import has_weights, read_json
 
+OF_VISION = {"preprocessor_config.json"}
+"""The companions that say how images are normalised."""
+
 
 def assemble(
     vision: Path,
@@ -26,16 +29,19 @@ def assemble(
     frozen: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint folder whose tower and decoder are those of two other folders, with a new adapter.
 
     Args:
-        vision: A Vision Transformer's folder; without weights the tower is random. Its classifier is left out.
+        vision: A Vision Transformer's folder; without weights the tower is random. Its classifier is left out; its
+            `preprocessor_config.json` is copied.
         language: A decoder's folder, the same; its tokenizer files and special token ids are copied.
         target: Folder to write into; made if needed.
         image_token_id: See `VLMConfig`, as `adapter` and `frozen`.
         dtype: Of the weights that are written.
         seed: Draws the adapter, and parts without weights.
+        tokenizer: Folder whose tokenizer files are copied in place of the decoder's.
 
     Raises:
         ValueError: a folder does not load or holds another kind of model; a choice is not sound.
@@ -45,16 +51,17 @@ def assemble(
         raise ValueError(f"{vision} holds a {type(tower).__name__}: expected a Vision Transformer")
     if not isinstance(decoder, CausalLM) or isinstance(decoder, VLM):
         raise ValueError(f"{language} holds a {type(decoder).__name__}: expected a language model")
-    config = VLMConfig(replace(tower.config, num_labels=0), decoder.config, adapter, image_token_id, tuple(frozen))
+    config = VLMConfig(replace(tower.config, labels=()), decoder.config, adapter, image_token_id, tuple(frozen))
     model = VLM(config).to(dtype)
     model.init_weights(torch.Generator().manual_seed(seed + 2))
     seen = {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith("classifier.")}
     model.vision.load_state_dict(seen)
     model.decoder.load_state_dict(decoder.state_dict())
     target.mkdir(parents=True, exist_ok=True)
-    for file in language.iterdir():
-        if any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(file, target / file.name)
+    for folder, patterns in ((tokenizer or language, set(COMPANIONS) - OF_VISION), (vision, OF_VISION)):
+        for file in folder.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copyfile(file, target / file.name)
     special = {key: id_ for key, id_ in read_json(language / "config.json").items() if key.endswith("_token_id")}
     content = json.dumps({**config.to_hf(), **special, "image_token_id": image_token_id}, indent=2)
     (target / "config.json").write_text(content + "\n", encoding="utf-8")

@@ -49,6 +49,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def compares(self) -> bool:
+        """Whether an atom's completions are compared with each other, so that a microbatch must hold all of them."""
+        ...
+
+    @property
     def temperature(self) -> float:
         """Divides the logits of every forward pass, so that log-probs are those of the distribution sampled from."""
         ...

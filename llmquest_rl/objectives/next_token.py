@@ -24,6 +24,7 @@ class NextToken:
 
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
+    compares: bool = False
     temperature: float = 1.0
     needs_reference: bool = False
     reference_every: int | None = None

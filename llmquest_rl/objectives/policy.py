@@ -48,6 +48,7 @@ class Policy:
     entropy: bool = True
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
+    compares: bool = False
 
     @property
     def needs_reference(self) -> bool:

@@ -134,6 +134,8 @@ class VllmEngine:
         """See `RolloutEngine.generate`."""
         self._check_usable()
         self._decoder.check_stop(sampling.stop)
+        if any(request.images is not None for request in requests):
+            raise ValueError("requests with images need the engine `native`: vLLM is given text only")
         self._check_prompts([request.prompt_ids for request in requests], self._setup.context_tokens - 1)
         prompts = [request.prompt_ids for request in requests for _ in range(request.n)]
         params = [

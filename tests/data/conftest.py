@@ -31,7 +31,7 @@ def renderer(tokenizer: Tokenizer) -> PromptRenderer:
 @pytest.fixture
 def context(renderer: PromptRenderer) -> Callable[..., DatasetContext]:
     def make(**changes: Any) -> DatasetContext:
-        given = {"renderer": renderer, "tokens_per_sequence": 64, "seed": 0, "malformed": MalformedRows("error")}
+        given = {"texts": renderer, "tokens_per_sequence": 64, "seed": 0, "malformed": MalformedRows("error")}
         return DatasetContext(**(given | changes))
 
     return make

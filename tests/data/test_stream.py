@@ -143,12 +143,12 @@ def test_a_resumed_atom_stream_gives_what_an_uninterrupted_one_gives(size: int, 
     assert uninterrupted.take(n) == resumed.take(n)
 
 
-def test_an_atom_stream_gives_every_sequence_once_an_epoch(renderer: PromptRenderer) -> None:
+def test_an_atom_stream_gives_every_sequence_once_an_epoch() -> None:
     stream = AtomStream(atoms(8), 0)
     assert sorted(atom.completions[0][0] for atom in stream.take(8)) == list(range(8))
     assert len(stream.validation()) == 2 and len(stream.validation(1)) == 1
     assert stream.validation() == AtomStream(atoms(8), 0).validation()
     before = stream.state_dict()
-    assert check_dataset(stream, renderer)[1].lengths.mean == 2 and stream.state_dict() == before
+    assert check_dataset(stream)[1].lengths.mean == 2 and stream.state_dict() == before
     with pytest.raises(DataError, match="no training sequences"):
         AtomStream(atoms(0), 0)

@@ -61,7 +61,7 @@ def test_held_out_problems_are_the_tasks_and_are_not_trained_on(
     context: Callable[..., DatasetContext], tokenizer: Tokenizer
 ) -> None:
     renderer = prompt_renderer(tokenizer, chat_template="none")
-    data = worked_sums.load(Config(rows=300, held_out=20), context(renderer=renderer))
+    data = worked_sums.load(Config(rows=300, held_out=20), context(texts=renderer))
     options = arithmetic.Config(digits=3, template="{question}=", held_out=20)
     held_out = arithmetic.load(options, 0, MalformedRows("error")).held_out
     expected = {str(held_out.row(i).prompt) for i in range(20)}

@@ -5,6 +5,7 @@ import json
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -37,15 +38,20 @@ def case_name(case: tuple[str, str]) -> str:
 
 
 def write_reference(
-    folder: Path, case: tuple[str, str], dtype: torch.dtype = torch.float32, shard: str = "1GB"
+    folder: Path,
+    case: tuple[str, str],
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    kind: str | None = None,
+    **changes: Any,
 ) -> Path:
-    """A random checkpoint, written by transformers' own class."""
+    """A random checkpoint, written by transformers' own class: the family's `MODEL`, or `kind`, of `changes`."""
     import transformers
 
     family, variant = FAMILIES[case[0]], FAMILIES[case[0]].VARIANTS[case[1]]
-    config = getattr(transformers, family.CONFIG)(**{**family.BASE, **variant})
+    config = getattr(transformers, family.CONFIG)(**{**family.BASE, **variant, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, family.MODEL)(config)
+    model = getattr(transformers, kind or family.MODEL)(config)
     with torch.no_grad():  # so that a norm, bias or buffer that is left out shows
         vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
         persistent = set(model.state_dict())

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmquest_rl.batch import Atom, collate
 from llmquest_rl.models.hf import architectures, load_any_model, load_model, save_model
 from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.scorers import load_scorer
 from llmquest_rl.models.vit import ViT, ViTConfig
 from tests.models.families import FAMILIES, write_reference
 
@@ -48,7 +50,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -
     model = load(folder)
     theirs = ViTForImageClassification.from_pretrained(folder, attn_implementation="eager").eval()
     pixels = images(model.config)
-    logits, expected = model(pixels), theirs(pixels).logits
+    logits, expected = model.logits(pixels), theirs(pixels).logits
     assert float(expected.detach().std()) > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0.0)
     features = theirs.vit(pixels).last_hidden_state
@@ -91,7 +93,7 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
     theirs, report = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     pixels = images(model.config)
-    torch.testing.assert_close(model(pixels), theirs.eval()(pixels).logits, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(model.logits(pixels), theirs.eval()(pixels).logits, atol=1e-5, rtol=0.0)
     assert ViTConfig.from_hf(model.config.to_hf()) == model.config
 
 
@@ -113,17 +115,17 @@ def test_parameters_of_published_shapes(file: str, count: int) -> None:
 def test_eight_images_are_learned_by_heart() -> None:
     model = fresh(ViTConfig.tiny(), seed=1).train()
     pixels, labels = images(model.config, 8), torch.arange(8)
-    start = F.cross_entropy(model(pixels), labels).item()
+    start = F.cross_entropy(model.logits(pixels), labels).item()
     assert start == pytest.approx(math.log(10), rel=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(100):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(pixels), labels)
+        loss = F.cross_entropy(model.logits(pixels), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if loss.item() < 0.04:
             break
-    assert F.cross_entropy(model(pixels), labels).item() < 0.05
+    assert F.cross_entropy(model.logits(pixels), labels).item() < 0.05
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -131,7 +133,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         model = fresh(ViTConfig.tiny())
         model.gradient_checkpointing = checkpointing
-        model(images(model.config)).square().sum().backward()
+        model.logits(images(model.config)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -139,7 +141,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
 def test_images_of_another_size(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"this ViT takes \[images, 3, 16, 16\]"):
-        fresh(ViTConfig.tiny())(torch.zeros(shape))
+        fresh(ViTConfig.tiny()).logits(torch.zeros(shape))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -177,3 +179,43 @@ def test_it_is_no_language_model(tmp_path: Path) -> None:
     folder = write_reference(tmp_path, ("vit", "square"))
     with pytest.raises(ValueError, match="ViT, which is no language model"):
         load_model(folder, torch.float32)
+
+
+def test_a_batch_is_scored_in_the_order_of_its_images() -> None:
+    model = fresh(ViTConfig.tiny())
+    pixels, room = images(model.config, 3), [0] * model.config.num_tokens
+    batch = collate([Atom(room, [[i]], images=pixels[i : i + 1]) for i in (2, 0, 1)])
+    torch.testing.assert_close(model(batch).values, model.logits(pixels[[2, 0, 1]]), atol=1e-6, rtol=0.0)
+    assert model(batch).aux == {}
+
+
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        [Atom([0] * 5, [[1]])],
+        [Atom([0] * 5, [[1], [2]], images=torch.zeros(1, 3, 16, 16))],
+        [Atom([0] * 5, [[1]], images=torch.zeros(2, 3, 16, 16))],
+    ],
+)
+def test_one_image_for_each_label(atoms: list[Atom]) -> None:
+    with pytest.raises(ValueError, match=r"one image for each label, but the batch has \d images and \d labels"):
+        fresh(ViTConfig.tiny())(collate(atoms))
+
+
+def test_labels_keep_their_names_and_others_get_a_head_of_zeros(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, ("vit", "square"))
+    names = tuple(f"class {i}" for i in range(FAMILIES["vit"].BASE["num_labels"]))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    same = load_scorer(folder, names, torch.float32)
+    assert same.config.labels == load(folder).config.labels == names
+    assert all(torch.equal(weight, same.state_dict()[name]) for name, weight in load(folder).state_dict().items())
+    two = load_scorer(folder, ("cat", "dog"), torch.float32)
+    pixels = images(same.config)
+    assert isinstance(two, ViT) and isinstance(same, ViT)
+    assert two.logits(pixels).tolist() == [[0.0, 0.0]] * len(pixels)
+    torch.testing.assert_close(two.features(pixels), same.features(pixels))
+    assert two.config_fields["id2label"] == {"0": "cat", "1": "dog"}
+    with pytest.raises(ValueError, match="in this order: name them in the same"):
+        load_scorer(folder, names[::-1], torch.float32)

@@ -28,7 +28,7 @@ from tests.models.families import FAMILIES, LANGUAGE_MODELS, write_reference
 
 torch.set_num_threads(1)
 
-TOWER = replace(ViTConfig.tiny(), num_labels=0)
+TOWER = replace(ViTConfig.tiny(), labels=())
 MARK = 255
 """The image token."""
 IMAGE = [MARK] * TOWER.num_tokens
@@ -260,10 +260,13 @@ def test_assembled_parts_are_those_of_their_folders(tmp_path: Path) -> None:
     vision, language = write_parts(tmp_path)
     (language / "tokenizer.json").write_text("words")
     special = json.loads((language / "config.json").read_text())
+    (vision / "preprocessor_config.json").write_text("the tower's")
+    (language / "preprocessor_config.json").write_text("the decoder's")
     assemble(vision, language, tmp_path / "joint", 100, "linear", ["vision.*"], torch.bfloat16, seed=3)
     model = load_model(tmp_path / "joint", torch.bfloat16)
     assert isinstance(model, VLM)
     assert (tmp_path / "joint" / "tokenizer.json").read_text() == "words"
+    assert (tmp_path / "joint" / "preprocessor_config.json").read_text() == "the tower's"
     written = json.loads((tmp_path / "joint" / "config.json").read_text())
     assert written["eos_token_id"] == special["eos_token_id"] is not None
     assert not any(parameter.requires_grad for parameter in model.vision.parameters())
@@ -275,6 +278,8 @@ def test_assembled_parts_are_those_of_their_folders(tmp_path: Path) -> None:
     (vision / "model.safetensors").unlink()  # then the tower is random
     assemble(vision, language, tmp_path / "other", 100)
     load_model(tmp_path / "other", torch.float32)
+    assemble(vision, language, tmp_path / "words", 100, tokenizer=vision)
+    assert not (tmp_path / "words" / "tokenizer.json").exists(), "the other folder has none"
     for parts, message in (((language, language), "expected a Vision"), ((vision, vision), "expected a language")):
         with pytest.raises(ValueError, match=message):
             assemble(*parts, tmp_path / "never", 100)

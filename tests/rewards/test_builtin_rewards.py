@@ -16,7 +16,7 @@ from rewards.file import parse_reward
 from rewards.grader import GradeItem, Grader
 from rewards.load import load_reward, read_return
 
-BUILTINS = ["exact_number", "format", "length", "math_verify", "reasoning_gym"]
+BUILTINS = ["exact_match", "exact_number", "format", "length", "math_verify", "reasoning_gym"]
 EXAMPLES = [
     pytest.param(name, *example, id=f"{name}-{number}")
     for name in BUILTINS

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -202,6 +203,8 @@ def test_bad_prompts_are_named(vllm_worker: RolloutWorker, prompts: list[list[in
         vllm_worker.generate([Request(prompts[0], 1, 0), Request([], 1, 0)], sampling)
     with pytest.raises(ValueError, match="request 0 has 128 prompt tokens; this engine takes 1 to 127"):
         vllm_worker.generate([Request([5] * 128, 1, 0)], sampling)
+    with pytest.raises(ValueError, match="requests with images need the engine `native`"):
+        vllm_worker.generate([Request(prompts[0], 1, 0, np.zeros((1, 3, 16, 16), np.float32))], sampling)
     with pytest.raises(ValueError, match="request 0 has a token outside"):
         vllm_worker.generate([Request([49152], 1, 0)], sampling)
     (full,) = vllm_worker.generate([Request([5] * 126, 1, 0)], Sampling(max_tokens=50, temperature=0))[0]

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.models.hf import load_model
 from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.vlm import VLMConfig
 from llmquest_rl.types import Request, Sampling
-from rollout.engine import EngineSetup, check_engine, engine_config
+from rollout.engine import EngineSetup, check_engine, choose_engine, engine_config
 from rollout.vllm_limits import kv_cache_bytes, read_shape
 from tests.rollout.conftest import WorkerElsewhere, push
 from tests.rollout.tiny_shapes import TINY
@@ -147,6 +148,16 @@ def test_what_vllm_would_get_wrong_is_refused(name: str, changes: dict[str, Any]
     setup = EngineSetup(context_tokens=CONTEXT, dtype=DTYPES.get(name, "float32"))
     with pytest.raises(ValueError, match=message):
         check_engine("vllm", engine_config("vllm")(), folder, setup)
+
+
+def test_vllm_refuses_models_that_read_images_and_names_the_engine_that_serves_them(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    folder = write_config(tmp_path / "model", VLMConfig.tiny().to_hf())
+    setup = EngineSetup(context_tokens=CONTEXT)
+    with pytest.raises(ValueError, match="VisionLanguageForCausalLM.*Choose the engine `native`"):
+        check_engine("vllm", engine_config("vllm")(), folder, setup)
+    assert choose_engine(folder, setup)[0] == "native"
+    check_engine("native", engine_config("native")(), folder, setup)
 
 
 @pytest.mark.parametrize("name", TINY)

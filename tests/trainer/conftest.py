@@ -23,6 +23,7 @@ from llmquest_rl.models.hf import new_model, save_model
 from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.names import disk_tensors
+from tests.trainer.pair_cases import write_pairs
 from trainer.config import Config
 from trainer.config_load import load_config
 from trainer.loop import train
@@ -154,7 +155,35 @@ def runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """RL on two-digit sums with a reward that differs between samples; everything inline, three steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    values = {
+    made = Runs(tmp_path, tiny_values(tiny_model))
+    yield made
+    for command in made.commands:
+        command.end()
+
+
+@pytest.fixture(scope="session")
+def judge(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a reward model that was trained to prefer characters before `A`, which takes some seconds."""
+    folder = tmp_path_factory.mktemp("judge")
+    pairs = write_pairs(folder / "pairs.jsonl", 6000)
+    values = tiny_values(tiny_model) | {
+        "name": "judge",
+        "steps": 120,
+        "objective": {"name": "reward_model", "center": 0.01},
+        "data": {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add.", "eval_samples": 100},
+        "batch": {"sequences_per_step": 64, "tokens_per_sequence": 100, "tokens_per_microbatch": 4096},
+        "optimizer": {"lr": 3.0e-3, "schedule": "cosine", "warmup_steps": 5},
+        "eval": {"every": 120, "at_start": True},
+        "checkpoint": {"every": 0, "best_metric": None},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return Runs(folder, values).train()
+
+
+def tiny_values(tiny_model: Path) -> dict[str, Any]:
+    """RL on two-digit sums with a reward that differs between samples; everything inline, three steps."""
+    return {
         "name": "tiny",
         "steps": 3,
         "model": {"path": str(tiny_model), "dtype": "float32"},
@@ -171,10 +200,6 @@ def runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         "tracking": {"trackers": []},
         "cluster": {"kind": "inline", "cpus_per_learner": 1, "cpus_per_rollout_worker": 1, "start_timeout_s": 120},
     }
-    made = Runs(tmp_path, values)
-    yield made
-    for command in made.commands:
-        command.end()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,15 @@ class Case:
     passes: int = 2
     groups: int = 5
     save_to: Path | None = None
+    draw: Callable[..., list[list[Atom]]] = minibatches
+    """As `minibatches`: a function of a module, which each process imports."""
 
 
 def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[str, float]:
     """Train on the same data whatever the number of processes."""
     metrics: dict[str, float] = {}
     for step in range(first, case.steps):
-        shares = [split_ranks(atoms, case.world_size)[rank] for atoms in minibatches(step, groups=case.groups)]
+        shares = [split_ranks(atoms, case.world_size)[rank] for atoms in case.draw(step, groups=case.groups)]
         metrics = learner.update((shares, case.passes))
     return metrics
 

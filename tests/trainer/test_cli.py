@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS
+from llmquest_rl.models.vit import ViTConfig
 from trainer.cli import main
 from trainer.config_load import ConfigError
 from trainer.recipes import first_comment
@@ -145,6 +146,35 @@ def test_a_dry_run_says_when_the_gold_answer_is_not_correct(run: RunCommand, rec
     result = run("train", recipe, f"rewards=[{{function: '{reward}:never'}}]", "--dry-run")
     assert result.code == 1
     assert "the gold answers of 10 in 10 rows do NOT score as correct" in result.out
+
+
+def test_a_vision_language_model_is_assembled_and_sees_pictures(
+    run: RunCommand, recipe: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vision, language, out = tmp_path / "vit.json", tmp_path / "llama.json", tmp_path / "vlm"
+    vision.write_text(json.dumps(ViTConfig.tiny().to_hf()))
+    language.write_text((tiny_model / "config.json").read_text())
+    result = run(
+        "assemble", vision, language, out, "--image-token", "~", "--frozen", "vision.*", "--tokenizer", tiny_model
+    )
+    assert result.code == 0, result.err
+    assert "~ (id 97) stands for a vision token" in result.out
+    config = json.loads((out / "config.json").read_text())
+    assert (config["frozen"], config["image_token_id"], config["eos_token_id"]) == (["vision.*"], 97, 1)
+    pictures = ("data.task={name: shapes, held_out: 8}", f"model.path={out}", "rollout.sampling.max_tokens=8")
+    result = run("train", recipe, *pictures, "--dry-run")
+    assert result.code == 0, result.err
+    assert "prompts: none left out; 157 to 159 tokens" in result.out
+    for part, token, says in (
+        (tiny_model, "~", "exists and is not empty"),
+        (tiny_model, "<img>", "no token '<img>': choose one that texts never hold, of <|im_end|>, <|im_start|>"),
+        (tmp_path / "nowhere", "~", "is not a model reference"),
+    ):
+        folder = out if token == "~" and part == tiny_model else tmp_path / "other"
+        result = run("assemble", vision, part, folder, "--image-token", token)
+        assert (result.code, says in result.err) == (2, True), result.err
+        assert not (tmp_path / "other").exists()
 
 
 def test_grade_writes_the_rows_in_order_and_a_summary(run: RunCommand, tmp_path: Path) -> None:

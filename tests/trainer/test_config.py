@@ -200,6 +200,7 @@ BROKEN = [
     (SUPERVISED, "data.dataset", None, "data.dataset"),
     (RL, "rewards", [], "rewards"),
     (RL, "rewards", [{"name": "exact_number"}, {"name": "exact_number"}], "rewards"),
+    (RL, "reward_models", [{"name": "exact_number", "path": "judge"}], "reward_models"),
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
     (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from llmquest_rl.types import Group
 from tests.trainer.conftest import Runs, rows
 from trainer.cluster import ClusterError
+from trainer.inference import trained_model
 from trainer.ray_handle import RayHandle
 from trainer.replay import load_rollouts
 
@@ -139,6 +140,29 @@ def test_dead_workers_and_graders_are_replaced_and_nothing_changes(
         assert {c.weight_version for group in groups for c in group.completions} == {step - 1}
         assert_same_groups(groups, load_rollouts(undisturbed["run"] / "rollouts", step))
     assert_same_weights(run, undisturbed["run"])
+
+
+def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
+    runs: Runs, judge: Path, inject: Callable[[str, str, int, Fault], None]
+) -> None:
+    """One of its two processes dies while it judges the second step; there are no other judges."""
+    runs.values["rewards"] = []
+    model = trained_model(str(judge))
+    scorer = {"name": "judge", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}
+    runs.values["reward_models"] = [scorer]
+    expected = runs.train(*RAY, *ONE_EACH, "cluster.kind=inline", "name=inline")
+    inject("scorer-judge", "grade", 2, kill(1))
+    run = runs.train(*RAY, *ONE_EACH)
+    assert [row["reward/grader_restarts"] for row in rows(run)] == [0, 1, 1]
+    for step in (1, 2, 3):
+        groups, others = (load_rollouts(folder / "rollouts", step) for folder in (run, expected))
+        for group, other in zip(groups, others, strict=True):
+            assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
+            assert [s.value for s in group.scores] == pytest.approx([s.value for s in other.scores], abs=1e-5)
+    assert sorted(path.name for path in (run / "logs").iterdir() if "scorer" in path.name) == [
+        "scorer-judge-0.log",
+        "scorer-judge-1.log",
+    ]
 
 
 def test_a_dead_learner_ends_the_run_and_is_named(runs: Runs, inject: Callable[[str, str, int, Fault], None]) -> None:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from llmquest_rl.data.datasets.preferences import dialogue
+from llmquest_rl.data.pairs import judged_ids
+from llmquest_rl.data.tokenizer import load_tokenizer, prompt_renderer
 from llmquest_rl.models.count import count_parameters
+from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.scorers import check_scorer
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
 from trainer.assemble import needs
@@ -21,6 +26,8 @@ from trainer.parts import Parts
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = CONFIGS / "papers"
 TWINS = sorted((PAPERS / "gpu").glob("*.yaml"))
+STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))
+"""What some twins start from: trained on given sequences, at the same size."""
 
 SHAPES = {
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
@@ -30,9 +37,11 @@ SHAPES = {
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
-    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
+    "huggyllama/llama-7b": "llama-7b",
+    "runs/models/hh-sft": "llama-7b",
 }
-"""Hub id to the file in configs/models with the same layers: of other releases positions alone may differ."""
+"""Hub id, or what an earlier stage exports, to the file in configs/models with the same layers: of other releases
+positions alone may differ."""
 
 DEEPSEEK_MATH = {
     "architectures": ["LlamaForCausalLM"],
@@ -140,3 +149,44 @@ def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folder
         shape = read_shape(folder)
         check_computed_alike(folder, shape)
         check_context(folder, shape["max_position_embeddings"], parts.engine_setup)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_the_stages_before_fit_their_gpus_and_assemble(path: Path, folders: dict[str, Path]) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[1].startswith("# Paper: ") and "Ours: " in path.read_text()
+    gpus, gigabytes = hardware(path)
+    config = load_config(path)
+    assert config.name == path.stem.replace("_", "-") and f"runs/{config.name} " in path.read_text()
+    assert config.learner.processes * config.cluster.gpus_per_learner == gpus
+    folder = folders[config.model.path]
+    assert learner_gb(config, num_parameters(folder)) < 0.75 * gigabytes
+    parts = Parts(load_config(path, [f"model.path={folder}"]))
+    assert parts.objective.source == "dataset"
+    assert parts.learner_setup(folder).dtype == "bfloat16"
+    if parts.objective.labels:
+        check_scorer(folder, parts.objective.labels)
+
+
+def test_the_stages_of_rlhf_read_and_write_one_form() -> None:
+    """The judge is given what it was trained on, and the policy starts from what the stages before export."""
+    rlhf = load_config(PAPERS / "gpu" / "rloo_vs_grpo.yaml")
+    fine_tuned, judge = (load_config(PAPERS / "gpu" / "stages" / f"hh_{name}.yaml") for name in ("sft", "reward_model"))
+    assert rlhf.model.path == judge.model.path == f"runs/models/{fine_tuned.name}"
+    [helpful] = rlhf.reward_models
+    assert helpful.path == f"runs/models/{judge.name}"
+    templates = {c.data.chat_template for c in (rlhf, fine_tuned, judge)} | {helpful.chat_template}
+    assert templates == {str((PAPERS / "gpu" / "stages" / "hh_dialogue.jinja").relative_to(CONFIGS.parent))}
+    assert {c.data.system_prompt for c in (rlhf, fine_tuned, judge)} == {helpful.system_prompt} == {None}
+    longest = rlhf.data.max_prompt_tokens + rlhf.rollout.sampling.max_tokens
+    assert longest <= judge.batch.tokens_per_sequence <= 2048
+
+
+def test_dialogues_are_written_as_hh_has_them() -> None:
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m-instruct"))
+    renderer = prompt_renderer(tokenizer, chat_template=str(PAPERS / "gpu" / "stages" / "hh_dialogue.jinja"))
+    text = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Good bye."
+    *prompt, reply = dialogue(text)
+    read = renderer.decode(judged_ids({"prompt": prompt, "completion": f" {reply['content']}"}, renderer))
+    assert read == tokenizer.bos_token + text.replace("Hello.", "Hello.<|im_end|>") + "<|im_end|>"
+    assert renderer.decode(renderer.prompt_ids(prompt)) == read.removesuffix(" Good bye.<|im_end|>")

@@ -1,12 +1,14 @@
 """Saved rollouts come back exactly, or say why not."""
 
 import math
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,3 +114,21 @@ def test_an_unknown_type_names_the_sample_and_leaves_the_old_file(tmp_path: Path
     with pytest.raises(TypeError, match="sample t/1 cannot be saved for replay: .* is a object"):
         save_rollouts(tmp_path, 2, [group(answer=object())])
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ">f8", "uint8", "bool", "U3"])
+def test_arrays_come_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 60_000, 12).astype(np.uint32)
+    array = numbers.view(np.float32) if dtype == "float32" else numbers.astype(dtype)
+    images = np.full((1, 3, 2, 2), -0.0, np.float32)
+    sample = replace(group().sample, columns={"array": array.reshape(3, 4).T}, images=images)
+    save_rollouts(tmp_path, 1, [replace(group(), sample=sample)])
+    loaded = load_rollouts(tmp_path, 1)[0].sample
+    assert loaded.images is not None and loaded.images.flags.writeable
+    for ours, theirs in ((loaded.images, images), (loaded.columns["array"], array.reshape(3, 4).T)):
+        assert (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+
+
+def test_an_array_of_objects_names_the_sample(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="sample t/1 cannot be saved for replay: an array of object"):
+        save_rollouts(tmp_path, 2, [group(columns={"array": np.array([object()])})])

@@ -1,14 +1,15 @@
 """Problems from a table: jsonl, json, parquet or csv files, or a data set of the Hub, with a column mapping."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from llmquest_rl.data.files import PlacedRow, is_local, read_files, read_hub
-from llmquest_rl.data.rows import DataError, MalformedRows, Row, check_prompt
+from llmquest_rl.data.files import PlacedRow, is_local, read_rows
+from llmquest_rl.data.images import check_images
+from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, Row, check_prompt
 from llmquest_rl.data.task import Task, listed_task
+from llmquest_rl.data.template import fill, placeholders
 from llmquest_rl.options import Options
 
 
@@ -19,6 +20,8 @@ class Columns(Options):
     """The question: a string, or a list of chat messages."""
     answer: str | None = "answer"
     """The gold answer; null = the rewards need none."""
+    images: str | None = None
+    """What the prompt shows: one image, or a list of them; null = nothing."""
 
 
 class Config(Options):
@@ -57,19 +60,17 @@ def read_task(name: str, config: Config, seed: int, malformed: MalformedRows) ->
     Raises:
         DataError: no such file or column, or a malformed row where those are errors.
     """
-    rows = list(_rows(f"{name}/train", config, _read(config.path, config.subset, config.split, malformed), malformed))
+    rows = list(_rows(f"{name}/train", config, config.path, config.split, malformed))
     held_out: list[Row] | float = config.held_out_share
     if config.held_out_path is not None or (config.held_out_split is not None and not is_local(config.path)):
         path, split = config.held_out_path or config.path, config.held_out_split or config.split
-        held_out = list(_rows(f"{name}/held_out", config, _read(path, config.subset, split, malformed), malformed))
+        held_out = list(_rows(f"{name}/held_out", config, path, split, malformed))
     return listed_task(name, rows, held_out, seed, malformed)
 
 
-def _read(path: str, subset: str | None, split: str, malformed: MalformedRows) -> Iterator[PlacedRow]:
-    return read_files(path, malformed) if is_local(path) else read_hub(path, subset, split)
-
-
-def _rows(prefix: str, config: Config, placed: Iterator[PlacedRow], malformed: MalformedRows) -> Iterator[Row]:
+def _rows(prefix: str, config: Config, path: str, split: str, malformed: MalformedRows) -> Iterator[Row]:
+    placed: Iterator[PlacedRow] = read_rows(path, config.subset, split, malformed, config.columns.images)
+    columns = config.columns
     for number, (where, record) in enumerate(placed):
         if number == 0:
             _check_columns(config, where, record)
@@ -77,21 +78,24 @@ def _rows(prefix: str, config: Config, placed: Iterator[PlacedRow], malformed: M
         if problem is not None:
             malformed.report(where, problem)
             continue
-        mapped = (config.columns.prompt, config.columns.answer)
+        mapped = (columns.prompt, columns.answer, columns.images)
         extra = {key: value for key, value in record.items() if key not in mapped}
-        prompt = _prompt(config.template, record[config.columns.prompt], extra)
-        yield Row(f"{prefix}/{number}", prompt, _answer(config, record), extra)
+        prompt = _prompt(config.template, record[columns.prompt], extra)
+        yield Row(f"{prefix}/{number}", prompt, _answer(config, record), extra, _images(config, record))
 
 
 def _check_columns(config: Config, where: str, record: dict[str, Any]) -> None:
     """A mapping that fits not even the first row is the user's mistake, not a malformed row."""
-    for role, column in (("prompt", config.columns.prompt), ("answer", config.columns.answer)):
+    for role, column in config.columns.model_dump().items():
         if column is not None and column not in record:
             raise DataError(f"{where} has no column {column!r} (columns.{role}); it has: {', '.join(record)}")
-    offered = {"prompt", *record} - {config.columns.answer}
-    for name in _placeholders(config.template):
+    offered = {"prompt", *record} - {config.columns.answer, config.columns.images}
+    for name in placeholders(config.template):
         if name not in offered:
-            raise DataError(f"template: {{{name}}} is none of {', '.join(sorted(offered))} (the answer is not offered)")
+            raise DataError(
+                f"template: {{{name}}} is none of {', '.join(sorted(offered))} "
+                "(the answer is not offered, nor are images)"
+            )
 
 
 def _problem(config: Config, record: dict[str, Any]) -> str | None:
@@ -100,7 +104,10 @@ def _problem(config: Config, record: dict[str, Any]) -> str | None:
     wrong_prompt = check_prompt(prompt)
     if wrong_prompt:
         return f"{wrong_prompt} (column {config.columns.prompt!r})"
-    missing = [name for name in _placeholders(config.template) if name != "prompt" and name not in record]
+    wrong_image = check_images(_images(config, record))
+    if wrong_image:
+        return f"{wrong_image} (column {config.columns.images!r})"
+    missing = [name for name in placeholders(config.template) if name != "prompt" and name not in record]
     if missing:
         return f"the template needs the missing column {missing[0]!r}"
     if config.columns.answer is None:
@@ -113,15 +120,14 @@ def _problem(config: Config, record: dict[str, Any]) -> str | None:
     return None
 
 
-def _placeholders(template: str) -> list[str]:
-    return re.findall(r"\{(\w+)\}", template)
-
-
 def _prompt(template: str, prompt: Any, columns: dict[str, Any]) -> Any:
     if not isinstance(prompt, str):
         return prompt
-    values = {**columns, "prompt": prompt}
-    return re.sub(r"\{(\w+)\}", lambda match: str(values[match[1]]), template)
+    return fill(template, {**columns, "prompt": prompt})
+
+
+def _images(config: Config, record: dict[str, Any]) -> tuple[RawImage, ...]:
+    return () if config.columns.images is None else record.get(config.columns.images, ())
 
 
 def _answer(config: Config, record: dict[str, Any]) -> Any:

@@ -1,0 +1,131 @@
+"""Texts or images with a label, for classifiers: from files, the Hub, or a task whose answers are the labels.
+
+A text is encoded as the tokenizer does by itself (`tokenizer.encode(text)`, which adds a beginning-of-sequence token
+where the family has one), without chat template or system prompt and without an end-of-sequence token: as classifiers
+are used with transformers, where the end-of-sequence token often is the padding that pooling skips. Messages go through
+the chat template. The label is the target of the last token; it counts as a token of the sequence.
+
+A model that reads images alone is given the row's image, and nothing of its text (the question of a task).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.dataset import DatasetContext, Fields, RowKind, SupervisedData
+from llmquest_rl.data.row_source import RowSource, read_source
+from llmquest_rl.data.rows import DataError, Row, check_prompt
+from llmquest_rl.data.tokenizer import PromptRenderer
+from llmquest_rl.options import Options
+from llmquest_rl.types import ImageFormat, Message
+
+
+class Columns(Options):
+    """Which column is what. A row has a text, messages or an image, and a label."""
+
+    text: str = "text"
+    """A string."""
+    messages: str = "messages"
+    """A conversation, judged as a whole."""
+    images: str | None = None
+    """The image, for a model that reads images alone; null = texts."""
+    label: str = "label"
+    """One of the names in `objective.labels`, or an integer: its number there, from 0 on."""
+
+
+class Config(RowSource):
+    """Where the rows are."""
+
+    columns: Columns = Columns()
+    """The column mapping."""
+
+
+def load(config: Config, context: DatasetContext) -> SupervisedData:
+    """The data set.
+
+    Raises:
+        DataError: the objective has no labels, no such file, or a malformed row where those are errors.
+    """
+    if not context.labels:
+        raise DataError(
+            "the data set `labelled` gives each sequence a label, but the objective tells none apart: take an "
+            "objective with labels, e.g. `objective: {name: classify, labels: [no, yes]}`"
+        )
+    return read_source("labelled", config, config.columns, _answer, _kind(context), context)
+
+
+def _answer(row: Row) -> Fields:
+    role = "text" if isinstance(row.prompt, str) else "messages"
+    return {role: row.prompt, "label": row.answer, "images": row.images}
+
+
+def _kind(context: DatasetContext) -> RowKind:
+    numbers = {name: i for i, name in enumerate(context.labels)}
+    images, texts = context.images, context.texts
+    if texts is None:
+        assert images is not None, "a model reads text or images"
+        return _image_kind(numbers, images.format)
+    return _text_kind(numbers, texts)
+
+
+def _text_kind(numbers: Mapping[str, int], renderer: PromptRenderer) -> RowKind:
+    def check(row: Fields) -> str | None:
+        return _check_text(row) or _check_label(row, numbers)
+
+    def atom(row: Fields) -> Atom:
+        ids = _ids(row, renderer)
+        return Atom([], [[*ids, _number(row, numbers)]], mask=[[*[False] * len(ids), True]])
+
+    return RowKind(check, atom, _question)
+
+
+def _image_kind(numbers: Mapping[str, int], shape: ImageFormat) -> RowKind:
+    def check(row: Fields) -> str | None:
+        found = len(row.get("images", ()))
+        problem = None if found == 1 else f"the model reads one image (columns.images), but the row has {found}"
+        return problem or _check_label(row, numbers)
+
+    def atom(row: Fields) -> Atom:
+        return Atom([shape.token_id] * shape.tokens, [[_number(row, numbers)]])
+
+    return RowKind(check, atom, lambda row: "")  # the image alone says which rows are the same
+
+
+def _number(row: Fields, numbers: Mapping[str, int]) -> int:
+    label: str | int = row["label"]
+    return label if isinstance(label, int) else numbers[label]
+
+
+def _check_text(row: Fields) -> str | None:
+    if row.get("images"):
+        return "the row has an image, but the model reads text only"
+    if ("text" in row) == ("messages" in row):
+        return f"the row must have either `text` or `messages`; it has: {', '.join(row)}"
+    if "messages" in row and not isinstance(row["messages"], list):
+        return "`messages` must be a list of messages"
+    if "text" in row and not isinstance(row["text"], str):
+        return f"the text must be a string, not {type(row['text']).__name__}"
+    return check_prompt(row.get("messages", row.get("text")))
+
+
+def _check_label(row: Fields, numbers: Mapping[str, int]) -> str | None:
+    """A number is one of the Hub's ClassLabel; true and false are no numbers."""
+    label: Any = row.get("label")
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    if label in range(len(numbers)) if is_number else isinstance(label, str) and label in numbers:
+        return None
+    known = f"expected one of {', '.join(numbers)}, or a number from 0 to {len(numbers) - 1}"
+    return f"the row has no label: {known}" if label is None else f"unknown label {label!r}: {known}"
+
+
+def _ids(row: Fields, renderer: PromptRenderer) -> list[int]:
+    if "messages" in row:
+        messages: Sequence[Message] = renderer.with_system(row["messages"])
+        return renderer.encode(renderer.chat_text(messages, add_generation_prompt=False))
+    return cast(list[int], renderer.tokenizer.encode(row["text"]))
+
+
+def _question(row: Fields) -> str:
+    """The whole of what is judged."""
+    return json.dumps(row["messages"], sort_keys=True) if "messages" in row else str(row["text"]).strip()

@@ -1,0 +1,183 @@
+"""Preference pairs: two replies to the same prompt, of which people, or a rule, chose one. From files or the Hub.
+
+Three forms of rows are read:
+
+* `prompt`, `chosen` and `rejected`: the replies are strings, or lists of messages that the prompt's are followed by;
+* `chosen` and `rejected` as whole conversations, lists of messages with a common beginning;
+* the same as texts, "\\n\\nHuman: ...\\n\\nAssistant: ...", the form of Anthropic's HH (Bai et al. 2022,
+  arXiv:2204.05862).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
+from llmquest_rl.data.files import PlacedRow, is_local, read_files, read_hub
+from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.rows import DataError, check_message, check_prompt, question_key
+from llmquest_rl.data.template import fill, placeholders
+from llmquest_rl.data.tokenizer import PromptRenderer, as_messages
+from llmquest_rl.options import Options
+from llmquest_rl.types import Message
+
+TURN = re.compile(r"\n\n(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+REPLIES = ("chosen", "rejected")
+
+
+class Columns(Options):
+    """Which column is what."""
+
+    prompt: str = "prompt"
+    """A string, or a list of chat messages; a table of whole conversations needs none."""
+    chosen: str = "chosen"
+    """The better reply, or the conversation that ends with it."""
+    rejected: str = "rejected"
+    """The other one."""
+    margin: str = "margin"
+    """How much better, a number that the scores shall differ by; a table without this column has no margins."""
+
+
+class Config(Options):
+    """Where the pairs are, and how they are read."""
+
+    path: str
+    """A file, a glob pattern, or a Hub id such as `Anthropic/hh-rlhf`."""
+    subset: str | None = None
+    """Hub only: the data set's configuration name."""
+    split: str = "train"
+    """Hub only: the split to train on."""
+    validation_path: str | None = None
+    """A file of its own for the validation; null = `validation_split` of a Hub data set, else a share of the rows."""
+    validation_split: str | None = None
+    """Hub only: the split to validate on."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+    columns: Columns = Columns()
+    """The column mapping."""
+    template: str = "{prompt}"
+    """The prompt; `{prompt}` and further columns in braces are replaced. Prompts of messages stay as they are."""
+
+
+def load(config: Config, context: DatasetContext) -> SupervisedData:
+    """The data set: atoms of two completions, the chosen one first, and a stream `margins` where rows have one.
+
+    Raises:
+        DataError: no such file or column, or a malformed row where those are errors.
+    """
+    validation: Iterator[PlacedFields] | float = config.validation_share
+    if config.validation_path is not None or (config.validation_split is not None and not is_local(config.path)):
+        path, split = config.validation_path or config.path, config.validation_split or config.split
+        validation = _rows(config, path, split, context)
+    train = _rows(config, config.path, config.split, context)
+    return rows_data(f"preferences/{config.path}", train, validation, pairs(context.renderer), context)
+
+
+def pairs(renderer: PromptRenderer) -> RowKind:
+    """Rows of two replies."""
+
+    def atom(row: Fields) -> Any:
+        made = judged_together([judged_ids(conversation(row, reply), renderer) for reply in REPLIES])
+        if "margin" not in row:
+            return made
+        return made.with_stream("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
+
+    return RowKind(_problem, atom, _question)
+
+
+def conversation(row: Fields, reply: str) -> Fields:
+    """What `judged_ids` takes, of one of the replies of a usable row."""
+    said = row[reply]
+    if isinstance(said, str):
+        return {"prompt": row["prompt"], "completion": said} if "prompt" in row else {"messages": dialogue(said)}
+    return {"messages": said if said[0]["role"] != "assistant" else [*as_messages(row["prompt"]), *said]}
+
+
+def dialogue(text: str) -> list[Message]:
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." ; none where a text does not have this form.
+
+    Its turns alternate, begin with the human's and end with the assistant's.
+    """
+    before, *parts = TURN.split(text)
+    speakers, said = parts[::2], parts[1::2]
+    alternate = speakers == ["Human", "Assistant"] * (len(speakers) // 2)
+    if before.strip() or not speakers or not alternate:
+        return []
+    return [{"role": SPEAKERS[who], "content": what.strip()} for who, what in zip(speakers, said, strict=True)]
+
+
+def _rows(config: Config, path: str, split: str, context: DatasetContext) -> Iterator[PlacedFields]:
+    placed: Iterator[PlacedRow] = (
+        read_files(path, context.malformed) if is_local(path) else read_hub(path, config.subset, split)
+    )
+    roles = {role: getattr(config.columns, role) for role in type(config.columns).model_fields}
+    wanted = [name for name in placeholders(config.template) if name != "prompt"]
+    for number, (where, record) in enumerate(placed):
+        if number == 0:
+            _check_columns(config, where, record)
+        row = {role: record[column] for role, column in roles.items() if record.get(column) is not None}
+        missing = [name for name in wanted if name not in record]
+        if missing:
+            context.malformed.report(where, f"the template needs the missing column {missing[0]!r}")
+            continue
+        if isinstance(row.get("prompt"), str):
+            row["prompt"] = fill(config.template, {**record, "prompt": row["prompt"]})
+        yield where, row
+
+
+def _check_columns(config: Config, where: str, record: Mapping[str, Any]) -> None:
+    """A mapping that fits not even the first row is the user's mistake, not a malformed row."""
+    roles = ("chosen", "rejected") if config.columns.prompt == "prompt" else ("prompt", "chosen", "rejected")
+    wanted = [(f"columns.{role}", getattr(config.columns, role)) for role in roles]
+    wanted += [("template", name) for name in placeholders(config.template) if name != "prompt"]
+    for option, column in wanted:
+        if column not in record:
+            raise DataError(f"{where} has no column {column!r} ({option}); it has: {', '.join(record)}")
+
+
+def _problem(row: Fields) -> str | None:
+    """What makes a row unusable, or None."""
+    wrong_prompt = check_prompt(row["prompt"]) if "prompt" in row else None
+    problems = (problem for reply in REPLIES if (problem := _reply_problem(row, reply)))
+    problem = wrong_prompt or next(problems, None)
+    if problem is not None:
+        return problem
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        return f"the margin must be a finite number, not {margin!r}"
+    if conversation(row, "chosen") == conversation(row, "rejected"):
+        return "the chosen and the rejected reply are equal"
+    return None
+
+
+def _reply_problem(row: Fields, reply: str) -> str | None:
+    said = row.get(reply)
+    if isinstance(said, str):
+        if "prompt" in row or dialogue(said):
+            return None
+        return (
+            f"there is no prompt, so `{reply}` must be a whole conversation: a list of messages, or turns that "
+            f"alternate from '\\n\\nHuman:' to '\\n\\nAssistant:', but it begins {said[:40]!r}"
+        )
+    if not isinstance(said, list) or not said:
+        return f"`{reply}` must be a string or a list of messages, not {said!r}"
+    wrong_message = next((problem for message in said if (problem := check_message(message))), None)
+    if wrong_message:
+        return f"{wrong_message} (`{reply}`)"
+    if said[-1]["role"] != "assistant":
+        return f"`{reply}` must end with the assistant's message"
+    if said[0]["role"] == "assistant" and "prompt" not in row:
+        return f"`{reply}` begins with the assistant's message and there is no prompt"
+    return None
+
+
+def _question(row: Fields) -> str:
+    """The prompt, or the first thing that the user says."""
+    if "prompt" in row:
+        return question_key(row["prompt"])
+    messages = conversation(row, "chosen")["messages"]
+    return next((message["content"] for message in messages if message["role"] == "user"), "")

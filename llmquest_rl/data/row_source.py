@@ -1,0 +1,94 @@
+"""Where the rows of a supervised data set are: files, the Hub, or a task. The options, and how they are read."""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, model_validator
+
+from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
+from llmquest_rl.data.files import read_rows
+from llmquest_rl.data.rows import DataError, Row, Rows
+from llmquest_rl.data.task import Task
+from llmquest_rl.options import Options
+
+
+class RowSource(Options):
+    """Where the rows are."""
+
+    path: str | None = None
+    """A file, a glob pattern, or a Hub id; or give a `task`."""
+    subset: str | None = None
+    """Hub only: the data set's configuration name."""
+    split: str = "train"
+    """Hub only: the split to train on."""
+    validation_path: str | None = None
+    """A file of its own for the validation loss; null = a share of the rows."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+    task: dict[str, Any] | None = None
+    """A task with text answers, e.g. `{name: arithmetic, digits: 2}`: its prompts with its gold answers become rows."""
+    task_rows: PositiveInt = 2000
+    """Training rows taken from an endless `task`."""
+
+    @model_validator(mode="after")
+    def _path_or_task(self) -> "RowSource":
+        if (self.path is None) == (self.task is None):
+            raise ValueError("give either `path` or `task`")
+        return self
+
+
+def read_source(
+    name: str,
+    source: RowSource,
+    columns: Options,
+    of_task: Callable[[Row], Fields],
+    kind: RowKind,
+    context: DatasetContext,
+) -> SupervisedData:
+    """The data set `name` of one source.
+
+    Args:
+        columns: For each role that a row's value can have, the column it is in; other columns are left out.
+        of_task: The row that a task's problem with its answer is.
+
+    Raises:
+        DataError: no such file or task, or a malformed row where those are errors.
+    """
+    if source.task is not None:
+        task = _open_task(dict(source.task), context)
+        train, held_out = (_task_rows(rows, source.task_rows, of_task) for rows in (task.train, task.held_out))
+        return rows_data(f"{name}/{task.name}", train, held_out, kind, context)
+    assert source.path is not None
+    rows = _read(source, source.path, columns, context)
+    own = source.validation_path
+    validation = source.validation_share if own is None else _read(source, own, columns, context)
+    return rows_data(f"{name}/{source.path}", rows, validation, kind, context)
+
+
+def _read(source: RowSource, path: str, columns: Options, context: DatasetContext) -> Iterator[PlacedFields]:
+    images = getattr(columns, "images", None)
+    placed = read_rows(path, source.subset, source.split, context.malformed, images)
+    roles = {getattr(columns, role): role for role in type(columns).model_fields}
+    for number, (where, record) in enumerate(placed):
+        if number == 0 and images is not None and images not in record:
+            raise DataError(f"{where} has no column {images!r} (columns.images); it has: {', '.join(record)}")
+        yield where, {roles[column]: value for column, value in record.items() if column in roles and value is not None}
+
+
+def _open_task(spec: dict[str, Any], context: DatasetContext) -> Task:
+    name = spec.pop("name", None)
+    try:
+        module = import_module(f"llmquest_rl.data.tasks.{name}")
+    except ModuleNotFoundError as error:
+        raise DataError(f"task: there is no task {name!r}: {error}") from error
+    task = module.load(module.Config(**spec), context.seed, context.malformed)
+    assert isinstance(task, Task)
+    return task
+
+
+def _task_rows(rows: Rows, limit: int, of_task: Callable[[Row], Fields]) -> Iterator[PlacedFields]:
+    indices = range(limit if rows.size is None else rows.size)
+    for row in islice(map(rows.row, indices), limit):
+        yield row.id, of_task(row)

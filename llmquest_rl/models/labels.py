@@ -1,0 +1,31 @@
+"""The names of what a model scores, as config.json keeps them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels in a config.json, by number: 2 where it gives neither names nor a number, as in transformers.
+
+    Raises:
+        ValueError: names and number contradict each other, or the names are not numbered from 0 on.
+    """
+    named = values.get("id2label")
+    number = int(values.get("num_labels", 2 if named is None else len(named)))
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(number))
+    if len(named) != number:
+        raise ValueError(f"config.json has num_labels {number}, but {len(named)} names in id2label")
+    by_number = {int(i): str(name) for i, name in named.items()}
+    if sorted(by_number) != list(range(number)):
+        raise ValueError(f"config.json numbers its id2label {sorted(by_number)}: expected 0 to {number - 1}")
+    return tuple(by_number[i] for i in range(number))
+
+
+def label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config.json from which transformers reads these labels."""
+    return {
+        "num_labels": len(labels),
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }

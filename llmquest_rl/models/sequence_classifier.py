@@ -1,0 +1,169 @@
+"""Any decoder of this folder with a number for each label in place of its output layer.
+
+The number is read at the last token of what is judged, the only one that has seen all of it: a classifier of texts
+(Radford et al. 2018, *Improving Language Understanding by Generative Pre-Training*, section 3.2), or with one label a
+reward model (Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
+Modules for multi-token prediction are left out: they serve the output layer. Shapes: T tokens of a pack, D hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmquest_rl.batch import TokenBatch
+from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.layers.linear import Linear
+from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, qwen2, qwen3, qwen3_moe, qwen3_next, sparse_moe
+from llmquest_rl.models.base import CausalLM, Scorer, Scores
+from llmquest_rl.models.labels import label_fields, read_labels
+from llmquest_rl.models.names import Form, HFMap
+
+DECODERS: dict[str, HFMap] = {
+    "DeepseekV3ForSequenceClassification": deepseek_v3.HF,
+    "GPT2ForSequenceClassification": gpt2.HF,
+    "Gemma3TextForSequenceClassification": gemma3.HF,
+    "LlamaForSequenceClassification": llama.HF,
+    "MixtralForSequenceClassification": sparse_moe.HF,
+    "Qwen2ForSequenceClassification": qwen2.HF,
+    "Qwen3ForSequenceClassification": qwen3.HF,
+    "Qwen3MoeForSequenceClassification": qwen3_moe.HF,
+    "Qwen3NextForSequenceClassification": qwen3_next.HF,
+}
+"""A classifier's name on the Hub to the decoder that it is made of."""
+
+
+@dataclass(frozen=True)
+class SequenceClassifierConfig:
+    """The shape of the decoder, and what is told apart."""
+
+    text: Any
+    """The config of a decoder in `DECODERS`, without modules for multi-token prediction."""
+    labels: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """As in config.json."""
+        return next(name for name, hf in DECODERS.items() if hf.config is type(self.text))
+
+    @property
+    def decoder(self) -> HFMap:
+        """The decoder's own map."""
+        return DECODERS[self.architecture]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text.num_layers)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.text.max_positions)
+
+    @property
+    def initializer_range(self) -> float:
+        return float(self.text.initializer_range)
+
+    @classmethod
+    def of_decoder(cls, hf: HFMap, text: Any, labels: tuple[str, ...]) -> Self:
+        """For the decoder of map `hf` and shape `text`."""
+        return cls(hf.fit(text, ()), labels)  # as for a file without keys of multi-token prediction
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read a config.json.
+
+        Raises:
+            ValueError: as the decoder's own, or the labels contradict each other.
+        """
+        hf = DECODERS[values["architectures"][0]]
+        return cls.of_decoder(hf, hf.config.from_hf(values), read_labels(values))
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 5 and vLLM read."""
+        return {**self.text.to_hf(), "architectures": [self.architecture], **label_fields(self.labels)}
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """For tests: three labels on a Llama."""
+        return cls(llama.LlamaConfig.tiny(), ("LABEL_0", "LABEL_1", "LABEL_2"))
+
+
+class SequenceClassifier(Scorer):
+    """A decoder without its output layer, and one linear layer."""
+
+    new_head = "score"
+
+    def __init__(self, config: SequenceClassifierConfig) -> None:
+        super().__init__(config)
+        decoder = config.decoder.model(config.text)
+        assert isinstance(decoder, CausalLM), "DECODERS holds no other"
+        decoder.head = nn.Identity()  # type: ignore[assignment]
+        self.decoder = decoder
+        self.score = Linear(config.text.hidden_size, len(config.labels), bias=False)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """As the decoder."""
+        return self.decoder.shares_prompts
+
+    def stays_float32(self, name: str) -> bool:
+        """See `Model.stays_float32`."""
+        return name.startswith("decoder.") and self.decoder.stays_float32(name.removeprefix("decoder."))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """See `Model.init_weights`: the decoder as its own family starts."""
+        self.decoder.init_weights(generator)
+        self.init_head(generator)
+
+    @torch.no_grad()
+    def init_head(self, generator: torch.Generator) -> None:
+        """Normal with variance 1 / (D + 1), so that scores begin at about 1 (Stiennon et al. 2020, appendix B.1)."""
+        weight = self.score.weight
+        values = torch.empty(weight.shape, dtype=torch.float32)
+        weight.copy_(values.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=generator))
+
+    def forward(self, batch: TokenBatch) -> Scores:
+        """See `Scorer.forward`.
+
+        Raises:
+            ValueError: the batch has images, which a text model would leave out.
+        """
+        if batch.images is not None:
+            raise ValueError(f"the batch has images, but {self.config.architecture} reads text only")
+        self.decoder.gradient_checkpointing = self.gradient_checkpointing
+        context = PackedAttention(batch.layout, batch.tokens.device)
+        states, aux, loads = self.decoder.hidden(batch.tokens, batch.positions, context)  # [T, D]
+        self.decoder.count(loads, batch)
+        return Scores(self.score(states.index_select(0, batch.sources)).float(), aux)
+
+    def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
+        """See `CausalLM.after_update`: the routers are the decoder's."""
+        return self.decoder.after_update(applied, all_reduce)
+
+
+def _map(architecture: str, decoder: HFMap) -> HFMap:
+    """The decoder's names, without its output layer, and the new one."""
+
+    def names(config: SequenceClassifierConfig) -> dict[str, str | Form]:
+        table = decoder.table(config.text)
+        return {f"decoder.{ours}": row for ours, row in table.items() if ours != "head"} | {"score": "score"}
+
+    return HFMap(
+        architecture=architecture,
+        config=SequenceClassifierConfig,
+        model=SequenceClassifier,
+        names=names,
+        ignored=decoder.ignored,
+        prefix=decoder.prefix,
+        copies=lambda config: decoder.copies(config.text),
+    )
+
+
+HF_MAPS = {architecture: _map(architecture, decoder) for architecture, decoder in DECODERS.items()}

@@ -1,0 +1,113 @@
+"""Classification: cross-entropy of the label, for texts and images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.options import Options
+from llmquest_rl.types import Sampling
+
+
+class Config(Options):
+    """What is told apart."""
+
+    labels: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Names of the classes, in the order of their numbers; the exported model's config.json keeps them."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability that is taken from the right label and shared out evenly among all (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7)."""
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"two labels have the same name: {', '.join(twice)}")
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Classify:
+    """Mean cross-entropy of the labels: every sequence of an update weighs the same."""
+
+    labels: tuple[str, ...]
+    label_smoothing: float = 0.0
+    source: Literal["rollout", "dataset"] = "dataset"
+    compares: bool = False
+    temperature: float = 1.0
+    needs_reference: bool = False
+    reference_every: int | None = None
+    routing_replay: bool = False
+
+    def streams(self, updates: int) -> tuple[str, ...]:
+        return ()
+
+    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
+        """See `Objective.weigh`.
+
+        Raises:
+            ValueError: a sequence does not have one target, which is the number of a label.
+        """
+        for atom in atoms:
+            self._check(atom)
+        weight = 1 / max(1, sum(len(atom.completions) for atom in atoms))
+        return [
+            atom.with_stream("weights", [[weight] * len(completion) for completion in atom.completions])
+            for atom in atoms
+        ]
+
+    def _check(self, atom: Atom) -> None:
+        for targets in _targets(atom):
+            if len(targets) != 1 or not 0 <= targets[0] < len(self.labels):
+                raise ValueError(
+                    f"the data set gives a sequence with {len(targets)} targets, but a classifier needs one, the "
+                    f"number of one of its {len(self.labels)} labels: take a data set of labels, e.g. `labelled`"
+                )
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
+        scores = model(batch)
+        weights = batch.streams["weights"]
+        losses = cross_entropy(scores.values, batch.targets, self.label_smoothing)
+        counted = weights != 0
+        right = scores.values.argmax(-1) == batch.targets
+        metrics = Metrics()
+        metrics.mean("train/loss", losses.detach()[counted].sum(), counted.sum())
+        metrics.mean("train/accuracy", (right & counted).sum(), counted.sum())
+        metrics.sum("train/sequences", counted.sum())
+        return with_aux((weights * losses).sum(), scores.aux, batch, metrics)
+
+
+def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """-sum_k q_k log softmax(scores)_k with q = (1 - smoothing) one-hot + smoothing / labels (Szegedy et al. 2016,
+    section 7).
+
+    Args:
+        scores: [targets, labels].
+        targets: Long [targets], each the number of the right label.
+        smoothing: 0 to 1.
+
+    Returns:
+        [targets], in nats.
+    """
+    return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+
+
+def _targets(atom: Atom) -> Iterator[list[int]]:
+    """What is predicted in each completion."""
+    first = 0 if atom.prompt else 1
+    for i, completion in enumerate(atom.completions):
+        mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
+        yield [token for j, token in enumerate(completion) if mask[j] and j >= first]
+
+
+def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> Classify:
+    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    return Classify(config.labels, config.label_smoothing)

@@ -1,0 +1,104 @@
+"""The Bradley-Terry loss of reward models: of two replies to a prompt the chosen one gets the higher score.
+
+-log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2, mean over the pairs of an update: Ouyang et al.
+2022 (arXiv:2203.02155), equation 1; the margin, zero where the data has none, is equation 2 of Touvron et al. 2023
+(arXiv:2307.09288); the second term, which keeps scores near 0, is from Eisenstein et al. 2023 (arXiv:2312.09244).
+
+A pair is an atom of two completions, the chosen one first, with one target each (`data.pairs`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.options import Options
+from llmquest_rl.types import Sampling
+
+
+class Config(Options):
+    """The Bradley-Terry loss of a model with one score."""
+
+    center: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Coefficient of the squared sum of a pair's scores. The loss sees their difference alone; with, say, 0.01 scores
+    stay around 0, and those of two trainings can be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """Every pair of an update weighs the same."""
+
+    center: float = 0.0
+    source: Literal["rollout", "dataset"] = "dataset"
+    labels: tuple[str, ...] = ("reward",)
+    compares: bool = True
+    temperature: float = 1.0
+    needs_reference: bool = False
+    reference_every: int | None = None
+    routing_replay: bool = False
+
+    def streams(self, updates: int) -> tuple[str, ...]:
+        return ()
+
+    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
+        """Each score gets half of its pair's weight; pairs without a margin get the margin 0.
+
+        Raises:
+            ValueError: an atom is no pair.
+        """
+        if not all(map(_is_pair, atoms)):
+            raise ValueError(
+                "the objective reward_model learns from pairs of replies: name a data set of them, e.g. "
+                "`data: {dataset: {name: preferences, path: pairs.jsonl}}`"
+            )
+        weight = 1 / (2 * max(1, len(atoms)))
+        weighed = [atom.with_stream("weights", _constant(atom, weight)) for atom in atoms]
+        return [
+            atom if "margins" in atom.streams else atom.with_stream("margins", _constant(atom, 0.0)) for atom in weighed
+        ]
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
+        """See `Objective.loss`. An odd target, the one of an idle microbatch, is in no pair and has no gradient."""
+        output = model(batch)
+        scores = output.values[:, 0]
+        weights = batch.streams["weights"]
+        assert len(scores) % 2 == 0 or len(scores) == 1, "`compares` keeps a pair in one microbatch"
+        chosen, rejected = scores[:-1:2], scores[1::2]
+        losses = -logsigmoid(chosen - rejected - batch.streams["margins"][1::2])
+        metrics = _metrics(losses, chosen, rejected)
+        if self.center:
+            losses = losses + self.center * (chosen + rejected) ** 2
+        return with_aux((2 * weights[1::2] * losses).sum(), output.aux, batch, metrics)
+
+
+def _is_pair(atom: Atom) -> bool:
+    return atom.mask is not None and [sum(mask) for mask in atom.mask] == [1, 1]
+
+
+def _constant(atom: Atom, value: float) -> list[list[float]]:
+    return [[value] * len(completion) for completion in atom.completions]
+
+
+def _metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Metrics:
+    losses, chosen, rejected = losses.detach(), chosen.detach(), rejected.detach()
+    pairs = len(losses)
+    metrics = Metrics()
+    metrics.mean("train/loss", losses.sum(), pairs)
+    metrics.mean("train/accuracy", (chosen > rejected).sum(), pairs)
+    metrics.mean("train/margin", (chosen - rejected).sum(), pairs)
+    metrics.mean("train/reward_mean", (chosen + rejected).sum(), 2 * pairs)
+    metrics.mean("train/reward_square", (chosen**2 + rejected**2).sum(), 2 * pairs)
+    metrics.sum("train/pairs", pairs)
+    return metrics
+
+
+def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> RewardModel:
+    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    return RewardModel(config.center)

@@ -1,0 +1,210 @@
+"""Pairs: the three forms of rows, what is judged, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmquest_rl.batch import Atom, collate
+from llmquest_rl.data.conversation import row_atom
+from llmquest_rl.data.dataset import DatasetContext, SupervisedData
+from llmquest_rl.data.datasets import compared_sums, preferences
+from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.rows import DataError, MalformedRows
+from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
+
+EOS = "<|im_end|>"
+ASKED = {"role": "user", "content": "2 + 2?"}
+RIGHT, WRONG = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5, I think"}
+OTHER = {"prompt": "And 1 + 1?", "chosen": "2", "rejected": "3"}
+FORMS = {
+    "strings": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5, I think"},
+    "replies of messages": {"prompt": "2 + 2?", "chosen": [RIGHT], "rejected": [WRONG]},
+    "all messages": {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]},
+    "whole conversations": {"chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "whole conversations and their prompt": {"prompt": "2 + 2?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "texts": {
+        "chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4",
+        "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5, I think",
+    },
+}
+
+Load = Callable[..., SupervisedData]
+
+
+@pytest.fixture
+def load(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> Load:
+    """Loads rows from a file; the context can be changed."""
+
+    def loaded(rows: list[Any], changes: dict[str, Any] | None = None, **options: Any) -> SupervisedData:
+        config = preferences.Config(path=jsonl(rows), **options)
+        return preferences.load(config, context(**{"tokens_per_sequence": 128} | (changes or {})))
+
+    return loaded
+
+
+def every_atom(data: SupervisedData) -> list[Atom]:
+    return [*data.train, *data.validation]
+
+
+def judged(atom: Atom, renderer: PromptRenderer) -> list[str]:
+    """Each reply with all that stands before it, and that the score is read at its end."""
+    batch = collate([atom])
+    assert batch.targets.tolist() == [0, 0] and batch.sequence_ids.tolist() == [0, 1]
+    sequences = [atom.prompt + completion[:-1] for completion in atom.completions]
+    assert batch.tokens[batch.sources].tolist() == [ids[-1] for ids in sequences]
+    return [renderer.decode(ids) for ids in sequences]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, form: str) -> None:
+    [atom] = [atom for atom in every_atom(load([FORMS[form], OTHER])) if "2 + 2" in judged(atom, renderer)[0]]
+    asked = renderer.chat_text(renderer.with_system([ASKED]), add_generation_prompt=True)
+    assert judged(atom, renderer) == [f"{asked}4{EOS}", f"{asked}5, I think{EOS}"]
+    assert renderer.decode(atom.prompt) == asked, "and is stored once"
+
+
+def test_what_is_judged_are_the_tokens_that_a_model_is_trained_to_write(renderer: PromptRenderer) -> None:
+    row = {"prompt": "2 + 2?", "completion": "4"}
+    atom = row_atom(row, renderer, mask_prompt=True)
+    assert judged_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *atom.completions[0]]
+
+
+def test_conversations_part_where_they_first_differ(load: Load, renderer: PromptRenderer) -> None:
+    """In HH an earlier reply may differ as well."""
+    begun = "\n\nHuman: Hello\n\nAssistant: Hi"
+    rows = [
+        {
+            "chosen": f"{begun}!\n\nHuman: Bye\n\nAssistant: Bye!",
+            "rejected": f"{begun}?\n\nHuman: Bye\n\nAssistant: No",
+        },
+        FORMS["texts"],
+    ]
+    [atom] = [atom for atom in every_atom(load(rows)) if "Hello" in judged(atom, renderer)[0]]
+    better, worse = judged(atom, renderer)
+    assert better.endswith(f"user\nBye{EOS}\n<|im_start|>assistant\nBye!{EOS}") and worse.endswith(f"No{EOS}")
+    assert renderer.decode(atom.prompt).endswith("assistant\nHi")
+
+
+def test_base_models_are_given_texts_as_they_are(load: Load, tokenizer: Tokenizer) -> None:
+    plain = prompt_renderer(tokenizer, chat_template="none")
+    rows = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "many"} for n in range(2)]
+    atoms = every_atom(load(rows, {"texts": plain}))
+    assert sorted(judged(atom, plain)[0] for atom in atoms) == [f"0+0=0{EOS}", f"1+1=2{EOS}"]
+    with pytest.raises(DataError, match="need a chat template"):
+        load([FORMS["whole conversations"], OTHER], {"texts": plain})
+
+
+def test_margins_travel_with_their_pair(load: Load) -> None:
+    atoms = every_atom(load([FORMS["strings"] | {"margin": 0.5}, OTHER | {"margin": 2}]))
+    margins = [collate([atom]).streams["margins"].tolist() for atom in atoms]
+    assert sorted(margins) == [[0.5, 0.5], [2.0, 2.0]]
+    assert not every_atom(load([FORMS["strings"], OTHER]))[0].streams
+    renamed = load([FORMS["strings"] | {"gap": 1}, OTHER | {"gap": 1}], columns={"margin": "gap"})
+    assert "margins" in renamed.train[0].streams
+
+
+def test_a_table_of_instructions(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> None:
+    """The form of Alpaca, as a JSON list."""
+    rows = [
+        {"instruction": f"Spell {n}.", "input": f"in {way}", "output": "?", "rejected": "no", "chosen": f"{n}-{way}"}
+        for n, way in ((1, "words"), (2, "letters"))
+    ]
+    path = Path(jsonl([])).with_name("rows.json")
+    path.write_text(json.dumps(rows))
+    config = preferences.Config(path=str(path), columns={"prompt": "instruction"}, template="{prompt}\n{input}")  # type: ignore[arg-type]
+    made = context(tokens_per_sequence=64)
+    texts = [judged(atom, made.renderer) for atom in every_atom(preferences.load(config, made))]
+    assert any("user\nSpell 1.\nin words<" in better and better.endswith(f"1-words{EOS}") for better, _ in texts)
+
+
+def test_no_prompt_is_on_both_sides(load: Load, renderer: PromptRenderer) -> None:
+    rows = [{"prompt": f"Say {n % 5}", "chosen": str(n), "rejected": "no"} for n in range(50)]
+    data = load(rows, validation_share=0.4)
+    sides = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    assert len(sides[0]) == 3 and len(sides[1]) == 2 and not sides[0] & sides[1]
+
+
+def test_the_longer_reply_decides_whether_a_pair_fits(load: Load) -> None:
+    rows = [FORMS["strings"], OTHER, {"prompt": "Go", "chosen": "a", "rejected": "long " * 200}]
+    data = load(rows, {"tokens_per_sequence": 50})
+    assert data.counters["dropped_long_rows"] == 1
+    assert all(atom.num_tokens < 100 for atom in every_atom(data))
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the row has \d+ tokens, more than batch.tokens_per_sequence"):
+        load(rows, {"tokens_per_sequence": 50, "long_rows": "error"})
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "equal": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
+    "equal in two forms": ({"prompt": "2 + 2?", "chosen": [RIGHT], "rejected": [ASKED, RIGHT]}, "are equal"),
+    "no reply": ({"prompt": "a", "chosen": "b"}, "`rejected` must be a string or a list"),
+    "no messages": ({"prompt": "a", "chosen": "b", "rejected": []}, "must be a string or a list"),
+    "no prompt": ({"chosen": "b", "rejected": "c"}, "there is no prompt, so `chosen` must be a whole conversation"),
+    "no prompt of replies": ({"chosen": [RIGHT], "rejected": [WRONG]}, "begins with the assistant's message"),
+    "unanswered": ({"chosen": [ASKED, RIGHT, ASKED], "rejected": [ASKED, WRONG]}, "must end with the assistant's"),
+    "no message": ({"chosen": ["hi"], "rejected": [ASKED, WRONG]}, "a message must be an object"),
+    "text that ends with the human": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+        "turns that alternate",
+    ),
+    "text that begins elsewhere": (
+        {"chosen": "Well.\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+        "turns that alternate",
+    ),
+    "empty prompt": ({"prompt": " ", "chosen": "b", "rejected": "c"}, "the prompt is empty"),
+    "margin of words": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "must be a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_malformed_rows_are_named_or_counted(load: Load, case: str) -> None:
+    row, problem = BROKEN[case]
+    rows = [FORMS["strings"], OTHER, row]
+    with pytest.raises(DataError, match=f"rows.jsonl:3: .*{problem}"):
+        load(rows)
+    dropped = load(rows, {"malformed": MalformedRows("drop")})
+    assert dropped.counters["dropped_malformed_rows"] == 1 and len(every_atom(dropped)) == 2
+
+
+def test_a_mapping_that_fits_no_row_is_the_users_mistake(load: Load) -> None:
+    for options, named in (
+        ({"columns": {"chosen": "better"}}, r"'better' \(columns.chosen\)"),
+        ({"columns": {"prompt": "question"}}, r"'question' \(columns.prompt\)"),
+        ({"template": "{prompt}{input}"}, r"'input' \(template\)"),
+    ):
+        with pytest.raises(DataError, match=f"has no column {named}; it has: prompt, chosen, rejected"):
+            load([FORMS["strings"], OTHER], {"malformed": MalformedRows("drop")}, **options)
+    with pytest.raises(DataError, match="the template needs the missing column 'hint'"):
+        load([FORMS["strings"] | {"hint": "x"}, OTHER], template="{prompt}{hint}")
+
+
+def test_sequences_judged_together() -> None:
+    atom = judged_together([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
+    assert atom.prompt == [1, 2] and atom.completions == [[3, 0], [0], [4, 5, 0]]
+    batch = collate([atom])
+    assert batch.tokens[batch.sources].tolist() == [3, 2, 5]
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5], "the zeros are not computed"
+    alone = collate([judged_together([[7, 8]]), judged_together([[1], [2]])])
+    assert alone.tokens[alone.sources].tolist() == [8, 1, 2]
+    assert collate([atom.unshared()]).tokens.tolist() == [1, 2, 3, 1, 2, 1, 2, 4, 5]
+
+
+def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetContext], tokenizer: Tokenizer) -> None:
+    plain = prompt_renderer(tokenizer, chat_template="none")
+    made = context(tokens_per_sequence=128, texts=plain)
+    options = {"digits": 2, "rows": 300, "held_out": 20, "direct_share": 0.2, "error_rate": 0.3}
+    data = compared_sums.load(compared_sums.Config.model_validate(options), made)
+    assert len(data.train) == 300 and len(data.validation) == 20
+    problems = []
+    for atom in every_atom(data):
+        right, wrong = (text.removesuffix(EOS) for text in judged(atom, plain))
+        question = right.partition("=")[0]
+        assert wrong.startswith(f"{question}=")
+        total = sum(map(int, question.split(" + ")))
+        assert right.rpartition("#")[2] == str(total) != wrong.rpartition("#")[2]
+        problems.append(frozenset(question.split(" + ")))
+    assert not set(problems[:300]) & set(problems[300:])
+    with pytest.raises(DataError, match="are all alike: choose an error_rate"):
+        compared_sums.load(compared_sums.Config.model_validate(options | {"error_rate": 0, "direct_share": 0}), made)

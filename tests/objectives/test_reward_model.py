@@ -1,0 +1,215 @@
+"""The Bradley-Terry loss: against its equation in float64 NumPy, against TRL's, and packed in any way."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.data.pairs import judged_together
+from llmquest_rl.metrics import DERIVED, DESCRIPTIONS, Metrics
+from llmquest_rl.models.base import Scores
+from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.objectives import Loss
+from llmquest_rl.objectives.reward_model import RewardModel
+from trainer.learner_batches import idle_atom
+
+score = st.floats(-30, 30)
+Pairs = list[tuple[float, float, float]]
+"""Scores of the chosen and the rejected reply, and the margin."""
+many = st.lists(st.tuples(score, score, st.floats(0, 3)), min_size=1, max_size=8)
+
+
+class Given(nn.Module):
+    """Scores that are given: what a model would answer."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(scores, dtype=torch.float64))
+
+    def forward(self, batch: TokenBatch) -> Scores:
+        return Scores(self.scores[batch.tokens[batch.sources], None], {})
+
+
+def atoms(pairs: Pairs) -> list[Atom]:
+    """Pairs of one token each, its number is its place among the scores."""
+    made = [Atom([], [[2 * i, 0], [2 * i + 1, 0]], mask=[[False, True]] * 2) for i in range(len(pairs))]
+    return [atom.with_stream("margins", [[m, m]] * 2) for atom, (_, _, m) in zip(made, pairs, strict=True)]
+
+
+def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
+    """Loss and the gradient of every score."""
+    model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center)
+    batch = collate(objective.weigh(atoms(pairs)))
+    streams = {name: stream.double() for name, stream in batch.streams.items()}
+    streams["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
+    streams["weights"] = torch.full_like(streams["weights"], 1 / (2 * len(pairs)))
+    loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "streams": streams}))
+    [gradient] = torch.autograd.grad(loss.value, model.scores)
+    return loss, gradient
+
+
+FIELDS = ("tokens", "positions", "layout", "sources", "targets", "sequence_ids")
+
+
+def oracle(pairs: Pairs, center: float) -> tuple[float, list[float]]:
+    """Equation 2 of arXiv:2307.09288 and the second term of arXiv:2312.09244, with their derivatives by hand."""
+    total, gradient = 0.0, []
+    for chosen, rejected, margin in pairs:
+        difference = chosen - rejected - margin
+        total += float(np.logaddexp(0.0, -difference)) + center * (chosen + rejected) ** 2
+        slope = -math.exp(-float(np.logaddexp(0.0, difference)))  # of -log sigmoid(x): -sigmoid(-x)
+        pull = 2 * center * (chosen + rejected)
+        gradient += [(slope + pull) / len(pairs), (-slope + pull) / len(pairs)]
+    return total / len(pairs), gradient
+
+
+@settings(max_examples=200, deadline=None)
+@given(many, st.sampled_from([0.0, 0.01, 0.5]))
+def test_equals_the_equation_and_its_gradient(pairs: Pairs, center: float) -> None:
+    loss, gradient = computed(pairs, center)
+    expected, by_hand = oracle(pairs, center)
+    assert loss.value.item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
+    assert gradient.tolist() == pytest.approx(by_hand, rel=1e-12, abs=1e-13)
+
+
+@settings(max_examples=50, deadline=None)
+@given(many)
+def test_metrics(pairs: Pairs) -> None:
+    floats = computed(pairs, 0.1)[0].metrics.to_floats()
+    chosen, rejected, _ = np.array(pairs).T
+    scores = np.concatenate([chosen, rejected])
+    assert floats["train/loss"] == pytest.approx(oracle(pairs, 0.0)[0], rel=1e-9, abs=1e-12)
+    assert floats["train/accuracy"] == pytest.approx(np.mean(chosen > rejected))
+    assert floats["train/margin"] == pytest.approx(np.mean(chosen - rejected), abs=1e-9)
+    assert floats["train/reward_mean"] == pytest.approx(scores.mean(), abs=1e-9)
+    assert floats["train/pairs"] == len(pairs)
+    if scores.mean() and np.mean(scores**2):
+        assert floats["train/reward_std"] == pytest.approx(scores.std(), abs=1e-5)
+    assert set(floats) <= set(DESCRIPTIONS) and "train/reward_std" in DERIVED
+
+
+def tiny_model() -> SequenceClassifier:
+    model = SequenceClassifier(SequenceClassifierConfig(LlamaConfig.tiny(), ("reward",))).double()
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def random_pairs(seed: int, count: int) -> list[Atom]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(longest: int) -> list[int]:
+        size = int(torch.randint(1, longest, (), generator=generator))
+        return torch.randint(0, 256, (size,), generator=generator).tolist()
+
+    prompts = [ids(6) for _ in range(count)]
+    return [judged_together([[*prompt, *ids(8)], [*prompt, *ids(8)]]) for prompt in prompts]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_split_changes_nothing(parts: int) -> None:
+    model, objective = tiny_model(), RewardModel(0.01)
+    weighed = objective.weigh(random_pairs(1, 5))
+    found = []
+    for groups in ([weighed], [weighed[i::parts] for i in range(parts)]):
+        model.zero_grad()
+        losses = [objective.loss(model, collate(group)) for group in groups]
+        for loss in losses:
+            loss.value.backward()  # type: ignore[no-untyped-call]
+        merged = Metrics().merge(loss.metrics for loss in losses).to_floats()
+        found.append((sum(loss.value.item() for loss in losses), gradients(model), merged))
+    (whole, whole_gradient, metrics), (split, split_gradient, split_metrics) = found
+    assert whole == pytest.approx(split, rel=1e-6) and metrics == pytest.approx(split_metrics, rel=1e-6)
+    for mine, theirs in zip(whole_gradient, split_gradient, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_copies_of_the_prompt_change_nothing() -> None:
+    """For models that cannot share a prompt, as the learner gives them."""
+    model, objective = tiny_model(), RewardModel()
+    weighed = objective.weigh(
+        [atom.with_stream("margins", [[0.5] * len(ids) for ids in atom.completions]) for atom in random_pairs(2, 4)]
+    )
+    shared = objective.loss(model, collate(weighed)).value
+    repeated = objective.loss(model, collate([atom.unshared() for atom in weighed])).value
+    torch.testing.assert_close(shared, repeated, rtol=1e-9, atol=1e-9)
+
+
+def test_an_idle_microbatch_changes_nothing() -> None:
+    model, objective = tiny_model(), RewardModel(0.1)
+    loss = objective.loss(model, collate([idle_atom(["margins", "weights"])]))
+    loss.value.backward()  # type: ignore[no-untyped-call]
+    assert loss.value.item() == 0
+    assert all(not gradient.any() for gradient in gradients(model)), "and every parameter was reached"
+    assert len(gradients(model)) == len(list(model.parameters()))
+    assert loss.metrics.to_floats() == {"train/pairs": 0}
+
+
+def test_a_margin_that_is_missing_is_none() -> None:
+    with_margin, without = random_pairs(3, 2)
+    with_margin = with_margin.with_stream("margins", [[2.0] * len(ids) for ids in with_margin.completions])
+    batch = collate(RewardModel().weigh([with_margin, without]))
+    assert batch.streams["margins"].tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("atom", [Atom([1], [[2, 3]]), Atom([1], [[2], [3], [4]], mask=[[True]] * 3)])
+def test_what_is_no_pair_is_refused(atom: Atom) -> None:
+    with pytest.raises(ValueError, match="learns from pairs of replies"):
+        RewardModel().weigh([atom])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("center", [None, 0.01])
+@pytest.mark.parametrize("has_margin", [True, False])
+def test_equals_trl(center: float | None, has_margin: bool) -> None:
+    """RewardTrainer's own `compute_loss` runs, on scores put in place of its model's."""
+    pytest.importorskip("trl", reason="TRL is not installed: requirements/benchmark.txt, see benchmarks/README.md")
+    from trl import RewardTrainer
+
+    pairs = [(1.5, 0.25, 1.0), (-2.0, 3.0, 1 / 3), (0.5, 0.5, 0.0)]
+    pairs = pairs if has_margin else [(chosen, rejected, 0.0) for chosen, rejected, _ in pairs]
+    chosen, rejected, margin = torch.tensor(pairs, dtype=torch.float64).T
+    logits = torch.cat([chosen, rejected])[:, None].requires_grad_()
+
+    class Answer(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return SimpleNamespace(logits=logits)
+
+    def gathered(value: Tensor) -> Tensor:
+        return value
+
+    class Recorded(dict[str, dict[str, list[Any]]]):
+        def __missing__(self, key: str) -> dict[str, list[Any]]:
+            self[key] = {name: [] for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")}
+            return self[key]
+
+    trainer = SimpleNamespace(
+        model=Answer(),
+        args=SimpleNamespace(center_rewards_coefficient=center),
+        accelerator=SimpleNamespace(gather=gathered, gather_for_metrics=gathered),
+        _metrics=Recorded(),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs: dict[str, Any] = {"attention_mask": torch.ones(6, 2)} | ({"margin": margin} if has_margin else {})
+    theirs = RewardTrainer.compute_loss(trainer, trainer.model, inputs)
+    [gradient] = torch.autograd.grad(theirs, logits)
+    ours, our_gradient = computed(pairs, center or 0.0)
+    assert ours.value.item() == pytest.approx(theirs.item(), rel=1e-12)
+    theirs_by_pair = gradient.reshape(2, -1).T.reshape(-1)
+    torch.testing.assert_close(our_gradient, theirs_by_pair, rtol=1e-12, atol=1e-13)
+    floats = ours.metrics.to_floats()
+    recorded = trainer._metrics["train"]
+    assert recorded["accuracy"] == pytest.approx([floats["train/accuracy"]], rel=1e-6)
+    assert recorded["margin"] == pytest.approx([floats["train/margin"]], rel=1e-6)

@@ -1,0 +1,131 @@
+"""Vision-language models through the real loop: RL on pictures and captioning, with every decoder."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+from llmquest_rl.batch import Atom
+from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.names import named_weights
+from llmquest_rl.models.vit import ViTConfig
+from llmquest_rl.models.vlm import VLMConfig
+from llmquest_rl.models.vlm_assembly import assemble
+from tests.models.families import LANGUAGE_MODELS, tiny_folder
+from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
+from tests.trainer.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
+from tests.trainer.test_families import tiny_of
+from tests.trainer.test_learner_group import assert_same
+from trainer.cluster import free_port
+from trainer.config import LearnerConfig
+from trainer.learner import Learner
+from trainer.replay import load_rollouts
+
+pytestmark = pytest.mark.slow
+
+TINY = VLMConfig.tiny()
+
+PICTURES = (
+    "data.task.name=shapes",
+    "rollout.engine.name=native",
+    "rollout.save=true",
+    "steps=2",
+)
+
+
+def vlm_of(decoder: str, tokenizer: Path, folder: Path) -> Path:
+    """A random model of 5 vision tokens before the text of the tiny tokenizer, whose `~` stands for them."""
+    language = tiny_of(decoder, tokenizer, folder / "language")
+    vision = folder / "vision"
+    vision.mkdir()
+    (vision / "config.json").write_text(json.dumps(replace(ViTConfig.tiny(), initializer_range=0.1).to_hf()))
+    mark = json.loads((language / "config.json").read_text())["vocab_size"] - 1
+    assemble(vision, language, folder / "vlm", mark)
+    return folder / "vlm"
+
+
+@pytest.mark.parametrize("decoder", LANGUAGE_MODELS)
+def test_two_grpo_steps_with_images(decoder: str, tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
+    folder = vlm_of(decoder, tiny_model, tmp_path / "family")
+    run = runs.train(f"model.path={folder}", "model.gradient_checkpointing=true", *PICTURES)
+    logged = rows(run)
+    assert [row["rollout/weight_version"] for row in logged] == [1, 2]
+    assert all(row["policy/logp_gap"] < 1e-4 for row in logged), "the engine computes what the learner computes"
+    groups = load_rollouts(run / "rollouts", 2)
+    assert all(group.sample.images is not None and len(group.sample.images) == 1 for group in groups)
+    before = dict(named_weights(load_model(folder, torch.float32)))
+    after = dict(named_weights(load_model(run / "checkpoints" / "step-000002" / "model", torch.float32)))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"vision.patches.weight", "vision.blocks.0.attention.query.weight", "adapter.up.weight"} <= changed
+
+
+def test_rollouts_with_images_are_replayed_bit_for_bit(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
+    folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
+    options = (f"model.path={folder}", *PICTURES)
+    run = runs.train(*options)
+    replayed = runs.train(*options, "name=replayed", "rollout.save=false", replay=run / "rollouts")
+    assert saved(replayed, 2) == saved(run, 2)
+    completions = (run / "completions.jsonl").read_text()
+    assert "How many" in completions and "array" not in completions
+
+
+def test_a_run_with_images_resumes_bit_for_bit(
+    tiny_model: Path, runs: Runs, tmp_path: Path, interrupt_at: Callable[[int], None]
+) -> None:
+    folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
+    options = (f"model.path={folder}", *PICTURES)
+    expected = runs.train(*options)
+    interrupt_at(1)
+    stopped = runs.train(*options)
+    assert len(rows(stopped)) == 1
+    assert_equal_runs(runs.train(*options, resume=stopped), expected, 2)
+
+
+def test_captions_are_learnt(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
+    """The colour of the shape in a picture, which nothing but the picture says: a model that does not look at it cannot
+    do better than the entropy of the colour, shared out among the tokens of its name."""
+    folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
+    task = {"name": "shapes", "ask": "colour", "size": 16, "template": "{question}="}
+    runs.values["objective"] = {"name": "next_token"}
+    runs.values["data"] = {"dataset": {"name": "sft", "task": task}, "eval_samples": 16}
+    runs.values["batch"] |= {"sequences_per_step": 16, "tokens_per_sequence": 256, "tokens_per_microbatch": 2048}
+    runs.values["optimizer"] = {"lr": 3e-3}
+    run = runs.train(f"model.path={folder}", "steps=30", "eval.every=30", "eval.at_start=true")
+    losses = [row["eval/loss"] for row in rows(run) if "eval/loss" in row]
+    blind = math.log(4) / mean(len(colour) + 1 for colour in ("red", "green", "blue", "yellow"))
+    assert losses[-1] < 0.75 * blind < 0.05 * losses[0]
+
+
+def mixed(seed: int, groups: int) -> list[list[Atom]]:
+    """Minibatches of 1, of 2 and of `groups` groups; every other one, the first to begin with, has an image."""
+    pixels = torch.Generator().manual_seed(seed)
+
+    def seen(atom: Atom, number: int) -> Atom:
+        text = [min(token, TINY.image_token_id - 1) for token in atom.prompt]
+        if number % 2:
+            return replace(atom, prompt=text)
+        mark = [TINY.image_token_id] * TINY.image_format.tokens
+        return replace(atom, prompt=mark + text, images=torch.randn(1, 3, 16, 16, generator=pixels))
+
+    drawn = [minibatches(seed, count=1, groups=count)[0] for count in (1, 2, groups)]
+    return [[seen(atom, i) for i, atom in enumerate(atoms)] for atoms in drawn]
+
+
+def test_processes_with_and_without_images_are_one(tmp_path: Path) -> None:
+    """Of one group the second process has nothing, of two it has text alone; of five, both have some of each."""
+    folder = tiny_folder(tmp_path / "model", "VisionLanguageForCausalLM")
+    setup = make_setup(folder, tokens_per_microbatch=60)
+    learners = [LearnerConfig.model_validate({"processes": 2, "zero_stage": n, "timeout_s": 60}) for n in (0, 2, 3)]
+    setups = [replace(setup, learner=learner) for learner in learners]
+    ranks = run_group(Case(setups, 2, free_port("127.0.0.1"), draw=mixed))
+    alone = Learner(make_setup(folder))
+    metrics = run_steps(alone, Case([], 1, 0, draw=mixed), 0)
+    weights = {name: tensor for name, tensor in whole_weights(alone).items() if not name.endswith("key.bias")}
+    alone.close()
+    for result in ranks[0]:  # a key's bias has no gradient but rounding
+        assert_same(result, (weights, metrics))

@@ -1,0 +1,259 @@
+"""Reward models: trained from pairs, exported, and judging rollouts that a policy is trained on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.dataset import DatasetContext
+from llmquest_rl.data.datasets import preferences
+from llmquest_rl.data.rows import MalformedRows
+from llmquest_rl.data.stream import AtomStream
+from llmquest_rl.models.hf import save_model
+from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.scorers import load_scorer
+from llmquest_rl.types import Score
+from rewards.combine import combined
+from rewards.types import GradeItem
+from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
+from tests.trainer.pair_cases import write_pairs
+from tests.trainer.test_resume import resumed_at_every_step
+from trainer import inference
+from trainer.config_tree import ConfigError
+from trainer.dry_run import dry_run
+from trainer.learner_batches import fitting
+from trainer.reward_model_config import RewardModelConfig
+from trainer.score_worker import ScorerSetup, ScoreWorker
+
+JUDGE = {"name": "judge", "system_prompt": "Add.", "dtype": "float32"}
+ITEMS = [
+    GradeItem("12 + 34=", "46", None),
+    GradeItem("12 + 34=", "zzz", None),
+    GradeItem("12 + 34=", "", None),
+    GradeItem([{"role": "user", "content": "Hello"}], "123 abc", None),
+    GradeItem("7 + 8=", "*" * 20, None),
+]
+
+
+@pytest.fixture(scope="session")
+def model(judge: Path) -> Path:
+    """The trained reward model's folder."""
+    return inference.trained_model(str(judge))
+
+
+def worker(path: Path, **changes: Any) -> ScoreWorker:
+    config = RewardModelConfig.model_validate(JUDGE | {"path": str(path)} | changes)
+    return ScoreWorker(ScorerSetup(config, path))
+
+
+def judged_by(runs: Runs, path: Path, **changes: Any) -> None:
+    """The run has one reward model and no reward."""
+    runs.values["rewards"] = []
+    runs.values["reward_models"] = [JUDGE | {"path": str(path)} | changes]
+
+
+def with_head(model: Path, folder: Path, value: float) -> Path:
+    """A copy whose head has this weight everywhere."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = torch.full_like(tensors["score.weight"], value)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_it_learns_which_reply_was_chosen(judge: Path) -> None:
+    first, *_, last = rows(judge)
+    assert last["eval/accuracy"] >= 0.9 > 0.7 > first["eval/accuracy"], "of pairs that it was not trained on"
+    assert last["eval/loss"] < 0.4 < first["eval/loss"]
+    assert abs(last["eval/reward_mean"]) < 0.5 * last["eval/reward_std"], "scores are around 0, as `center` asks"
+    assert last["eval/pairs"] == 100
+
+
+def test_the_worker_gives_the_scores_that_the_learner_gave(judge: Path, model: Path) -> None:
+    """On the pairs that the learner validated on, from their texts; its metrics say what its scores were."""
+    judging = worker(model)
+    pairs = [json.loads(line) for line in (judge.parents[2] / "pairs.jsonl").read_text().splitlines()]
+    context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"))
+    data = preferences.load(preferences.Config(path=str(judge.parents[2] / "pairs.jsonl")), context)
+    held_out = {tuple(atom.prompt + ids[:-1]) for atom in data.validation for ids in atom.completions}
+    items = [GradeItem(pair["prompt"], pair[reply], None) for pair in pairs for reply in ("chosen", "rejected")]
+    read = [tuple(judging.token_ids(item)) for item in items]
+    assert held_out <= set(read), "a rollout is judged by the tokens of a training pair"
+
+    last = rows(judge)[-1]
+    scored = dict(zip(read, [score.value for score in judging.grade(items)], strict=True))
+    validated = AtomStream(data, 0).validation(100)
+    chosen, rejected = (
+        torch.tensor([scored[tuple(atom.prompt + atom.completions[i][:-1])] for atom in validated]) for i in (0, 1)
+    )
+    assert float((chosen - rejected).mean()) == pytest.approx(last["eval/margin"], abs=1e-5)
+    assert float((chosen > rejected).float().mean()) == pytest.approx(last["eval/accuracy"])
+    assert float(torch.cat([chosen, rejected]).mean()) == pytest.approx(last["eval/reward_mean"], abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [8192, 60, 1])
+def test_scores_are_those_of_transformers_however_they_are_batched(model: Path, tokens_per_batch: int) -> None:
+    judging = worker(model, tokens_per_batch=tokens_per_batch, weight=0.5)
+    theirs = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    scores = judging.grade([*ITEMS, ITEMS[1]])
+    with torch.no_grad():
+        expected = [float(theirs(torch.tensor([judging.token_ids(item)])).logits) for item in ITEMS]
+    assert [score.parts["judge"] for score in scores] == pytest.approx([*expected, expected[1]], abs=1e-5)
+    assert [score.value for score in scores] == pytest.approx([0.5 * score.parts["judge"] for score in scores])  # type: ignore[operator]
+    assert judging.grade([]) == []
+
+
+def test_system_prompt_and_template_are_those_of_its_training(model: Path) -> None:
+    plain, prompted = worker(model, system_prompt=None, chat_template="none"), worker(model)
+    texts = [judging.renderer.decode(judging.token_ids(ITEMS[0])) for judging in (plain, prompted)]
+    assert texts[0] == "12 + 34=46<|im_end|>"
+    assert texts[1].startswith("<|im_start|>system\nAdd.<|im_end|>") and texts[1].endswith("46<|im_end|>")
+    [refused] = plain.grade([ITEMS[3]])
+    assert refused.failure == "invalid" and "need a chat template" in refused.detail
+
+
+def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Path, tmp_path: Path) -> None:
+    scores = worker(model, max_tokens=60).grade([ITEMS[0], GradeItem("12 + 34=", "4" * 60, None), ITEMS[1]])
+    assert [score.failure for score in scores] == [None, "invalid", None]
+    assert scores[1].value is None and scores[1].parts == {}
+    assert "the reward model judges 60 at most" in scores[1].detail
+    plain = worker(model).grade([ITEMS[0], ITEMS[1]])
+    assert [scores[0].value, scores[2].value] == pytest.approx([score.value for score in plain], abs=1e-5)
+    broken = worker(with_head(model, tmp_path / "nan", float("nan"))).grade(ITEMS[:2])
+    assert [score.failure for score in broken] == ["invalid", "invalid"] and "score is nan" in broken[0].detail
+
+
+def test_a_policy_learns_from_it_alone(runs: Runs, model: Path) -> None:
+    """What it was trained to prefer is what the policy then writes: characters before `A`."""
+    judged_by(runs, model, weight=0.5)
+    runs.values["rewards"] = [{"function": f"{REWARDS}:low_characters", "weight": 0.0}]  # to be looked at only
+    run = runs.train("steps=8", "eval.at_start=true", "eval.every=8", "eval.reward=judge", "eval.threshold=0.0")
+    first, last = rows(run)[0], rows(run)[-1]
+    assert last["eval/reward"] > first["eval/reward"] + 0.3
+    assert last["reward/low_characters"] > rows(run)[1]["reward/low_characters"] + 0.1
+    assert last["reward/mean"] == pytest.approx(0.5 * last["reward/judge"], rel=1e-5)
+    assert last["eval/accuracy"] > 0.5, "a score above 0 counts as correct"
+
+
+def test_rewards_and_reward_models_add_up(runs: Runs, model: Path, tmp_path: Path) -> None:
+    """A second reward model always says the same."""
+    same = with_head(model, tmp_path / "same", 0.0)
+    runs.values["reward_models"] = [
+        JUDGE | {"path": str(model), "weight": 0.25},
+        {"name": "zero", "path": str(same), "weight": 3.0},
+    ]
+    row = rows(runs.train("steps=1", "optimizer.warmup_steps=0"))[-1]
+    expected = row["reward/low_characters"] + 0.25 * row["reward/judge"]
+    assert row["reward/zero"] == 0 and row["reward/mean"] == pytest.approx(expected, rel=1e-5)
+    metrics, groups = inference.evaluate(runs.config())
+    assert {"low_characters", "judge", "zero"} == set(groups[0].scores[0].parts)
+    assert metrics["eval/reward"] != 0
+
+
+def test_scores_are_combined() -> None:
+    first, second = Score(1.0, {"a": 2.0}, seconds=1.0), Score(-0.5, {"b": -0.5}, seconds=2.0)
+    assert combined([first, second]) == Score(0.5, {"a": 2.0, "b": -0.5}, seconds=3.0)
+    silent = Score(None, {"c": None})
+    assert combined([first, silent]).value == 1.0 and combined([silent, silent]).value is None
+    assert combined([silent]).failure is None
+    late, crashed = Score(None, {}, "timeout", "5 s"), Score(None, {}, "crash", "died")
+    failed = combined([first, late, crashed])
+    assert failed.parts == {"a": 2.0}
+    assert (failed.value, failed.failure, failed.detail) == (None, "timeout", "5 s; died") and failed.parts == {
+        "a": 2.0
+    }
+
+
+@pytest.mark.parametrize("objective", ["policy", "reward_model"])
+def test_resumed_at_every_step_nothing_changes(
+    objective: str, runs: Runs, model: Path, interrupt_at: Callable[[int], None]
+) -> None:
+    judged_by(runs, model)
+    if objective == "reward_model":
+        pairs = write_pairs(runs.folder / "pairs.jsonl", 200)
+        runs.values["data"] = {
+            "dataset": {"name": "preferences", "path": str(pairs)},
+            "system_prompt": "Add.",
+            "eval_samples": 4,
+        }
+        runs.values["batch"] |= {"sequences_per_step": 8, "tokens_per_sequence": 100}
+    options = (f"objective.name={objective}", "batch.updates_per_step=2", "checkpoint.every=0")
+    expected = runs.train(*options, "algorithm.surrogate=clip")
+    stopped = resumed_at_every_step(runs, interrupt_at, *options, "algorithm.surrogate=clip")
+    assert_equal_runs(stopped, expected, 3)
+
+
+def test_a_folder_that_cannot_judge_is_refused_before_the_start(
+    runs: Runs, model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    judged_by(runs, tiny_model)
+    for start in (runs.train, lambda: list(dry_run(runs.config()))):
+        with pytest.raises(
+            ValueError, match="the reward model `judge`: .* holds a LlamaForCausalLM, which gives no score"
+        ):
+            start()
+    assert not (runs.folder / "runs").exists()
+
+    two = load_scorer(model, ("good", "bad"), torch.float32)
+    save_model(model, disk_tensors(two), tmp_path / "two", config_fields=two.config_fields)
+    judged_by(runs, tmp_path / "two")
+    with pytest.raises(ValueError, match="the reward model `judge`: .* scores 2 labels, good, bad: it must have one"):
+        runs.train()
+
+    judged_by(runs, model, chat_template="missing.jinja")
+    with pytest.raises(ValueError, match="the reward model `judge`: .*missing.jinja is neither a file"):
+        runs.train()
+
+
+def test_a_dry_run_says_who_judges(runs: Runs, model: Path) -> None:
+    judged_by(runs, model)
+    findings = {finding.name: finding for finding in dry_run(runs.config())}
+    assert findings["rewards"].text == "none: reward models alone judge"
+    assert findings["reward models"].text == f"judge: {model}, float32"
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no judge": ({"rewards": []}, "give at least one reward"),
+    "the name of a reward": ({"reward_models": [{"name": "low_characters", "path": "x"}]}, "has the name of another"),
+    "twice": ({"reward_models": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "has the name of another"),
+    "no path": ({"reward_models": [{"name": "a"}]}, "path"),
+    "nobody decides": ({"eval": {"reward": "c"}, "reward_models": [{"name": "a", "path": "x"}]}, "no reward has this"),
+    "pairs that do not fit": (
+        {
+            "objective": {"name": "reward_model"},
+            "data": {"dataset": {"name": "preferences", "path": "pairs.jsonl"}},
+            "batch": {"tokens_per_sequence": 200, "tokens_per_microbatch": 399},
+        },
+        "twice tokens_per_sequence",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configurations_are_refused(runs: Runs, case: str) -> None:
+    values, message = BAD[case]
+    runs.values |= values
+    with pytest.raises(ConfigError, match=message):
+        runs.config()
+
+
+def test_pairs_need_a_data_set_of_pairs(runs: Runs) -> None:
+    runs.values["data"] = {"dataset": {"name": "worked_sums", "rows": 50}}
+    runs.values["batch"] |= {"tokens_per_sequence": 128}
+    with pytest.raises(ValueError, match="learns from pairs of replies"):
+        runs.train("objective.name=reward_model")
+
+
+def test_pairs_stay_whole_whatever_the_model_can_share() -> None:
+    pair = Atom([1, 2], [[3, 0], [4, 5, 0]], mask=[[False, True], [False, False, True]])
+    assert fitting([pair], 3, shares_prompts=True, compares=True) == [pair]
+    [unshared] = fitting([pair], 100, shares_prompts=False, compares=True)
+    assert unshared == Atom([], [[1, 2, 3, 0], [1, 2, 4, 5, 0]], {}, [[False] * 3 + [True], [False] * 4 + [True]])
+    assert len(fitting([pair], 3, shares_prompts=True, compares=False)) == 2
