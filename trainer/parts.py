@@ -4,8 +4,9 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
-from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.images import ImageReader, image_reader
+from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import MalformedRows
 from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.data.task import open_task

@@ -1,9 +1,7 @@
 """What every supervised data set gives, and what it is given to load."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Literal, overload
 
 import torch
@@ -11,11 +9,8 @@ import torch
 from llmquest_rl.batch import Atom
 from llmquest_rl.data.conversation import check_row, row_atom
 from llmquest_rl.data.images import ImageReader, check_images, image_list
-from llmquest_rl.data.rows import MAX_ROWS, DataError, MalformedRows, RawImage, held_out_keys, question_key
+from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
-from llmquest_rl.options import Options
-
-VALIDATION_SHARE = 0.05
 
 Fields = Mapping[str, Any]
 """A row: what it has, by name."""
@@ -179,7 +174,8 @@ def rows_data(
     convert = RowsToAtoms(context, kind)
     sequences = convert(rows)
     if isinstance(validation, float):
-        held_out = {key: sequences[key] for key in held_out_keys(sequences, validation, context.seed)}
+        keys = held_out_keys(sequences, validation, context.seed) if sequences else ()
+        held_out = {key: sequences[key] for key in keys}
         overlapping = 0
     else:
         held_out = convert(validation)
@@ -195,32 +191,3 @@ def rows_data(
         raise DataError(f"data set {name} has no {'validation' if train else 'training'} rows left ({left_out})")
     validated = [sequence for key in sorted(held_out) for sequence in held_out[key]]
     return SupervisedData(name, Sequences(train, context.images), Sequences(validated, context.images), counters)
-
-
-def open_dataset(name: str, function: Callable[..., Any], options: Options, context: DatasetContext) -> SupervisedData:
-    """The data set that a section of the configuration names.
-
-    `function` is the `load` of a data set file, or, when `name` has a colon, a user's function: it is called with its
-    options as keyword arguments (and `seed`, if it takes one) and returns an iterable of prompt/completion or messages
-    rows, or a whole `SupervisedData`.
-
-    Raises:
-        DataError: no usable rows, or a malformed one where those are errors.
-    """
-    if ":" not in name:
-        loaded = function(options, context)
-        assert isinstance(loaded, SupervisedData), f"{name}: load must return SupervisedData"
-        return loaded
-    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
-    if "seed" in inspect.signature(function).parameters:
-        keywords["seed"] = context.seed
-    result = function(**keywords)
-    if isinstance(result, SupervisedData):
-        return result
-    if not isinstance(result, Iterable):
-        raise DataError(f"{name} must return rows, not {type(result).__name__}")
-    rows = list(islice(result, MAX_ROWS + 1))
-    if len(rows) > MAX_ROWS:
-        raise DataError(f"{name} yielded more than {MAX_ROWS} rows: return SupervisedData if it is that large")
-    placed = [(f"{name}, row {i}", row if isinstance(row, Mapping) else {}) for i, row in enumerate(rows)]
-    return rows_data(name.rpartition(":")[2], placed, VALIDATION_SHARE, replies(context.renderer, True), context)

@@ -8,25 +8,48 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, model_validator
 
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
-from llmquest_rl.data.files import read_rows
+from llmquest_rl.data.files import is_local, read_rows
 from llmquest_rl.data.rows import DataError, Row, Rows
 from llmquest_rl.data.task import Task
 from llmquest_rl.options import Options
 
+Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
+"""Rows to train on, and rows to validate on or the share of the questions that becomes them."""
 
-class RowSource(Options):
-    """Where the rows are."""
 
-    path: str | None = None
-    """A file, a glob pattern, or a Hub id; or give a `task`."""
+class Location(Options):
+    """Which rows of a file, or of a data set of the Hub, are trained on, and which validate."""
+
     subset: str | None = None
     """Hub only: the data set's configuration name."""
     split: str = "train"
     """Hub only: the split to train on."""
     validation_path: str | None = None
-    """A file of its own for the validation loss; null = a share of the rows."""
+    """A file of its own for the validation; null = `validation_split` of a Hub data set, else a share of the rows."""
+    validation_split: str | None = None
+    """Hub only: the split to validate on."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+
+    def sides(self, path: str, read: Callable[[str, str], Iterator[PlacedFields]]) -> Sides:
+        """Rows to train on, and those to validate on or their share.
+
+        Args:
+            path: A file, a glob pattern, or a Hub id.
+            read: Gives the rows of a path and a split.
+        """
+        has_own = self.validation_path is not None or (self.validation_split is not None and not is_local(path))
+        if not has_own:
+            return read(path, self.split), self.validation_share
+        own = read(self.validation_path or path, self.validation_split or self.split)
+        return read(path, self.split), own
+
+
+class RowSource(Location):
+    """Where the rows are."""
+
+    path: str | None = None
+    """A file, a glob pattern, or a Hub id; or give a `task`."""
     task: dict[str, Any] | None = None
     """A task with text answers, e.g. `{name: arithmetic, digits: 2}`: its prompts with its gold answers become rows."""
     task_rows: PositiveInt = 2000
@@ -61,15 +84,16 @@ def read_source(
         train, held_out = (_task_rows(rows, source.task_rows, of_task) for rows in (task.train, task.held_out))
         return rows_data(f"{name}/{task.name}", train, held_out, kind, context)
     assert source.path is not None
-    rows = _read(source, source.path, columns, context)
-    own = source.validation_path
-    validation = source.validation_share if own is None else _read(source, own, columns, context)
-    return rows_data(f"{name}/{source.path}", rows, validation, kind, context)
+
+    sides = source.sides(source.path, lambda path, split: _read(path, source.subset, split, columns, context))
+    return rows_data(f"{name}/{source.path}", *sides, kind, context)
 
 
-def _read(source: RowSource, path: str, columns: Options, context: DatasetContext) -> Iterator[PlacedFields]:
+def _read(
+    path: str, subset: str | None, split: str, columns: Options, context: DatasetContext
+) -> Iterator[PlacedFields]:
     images = getattr(columns, "images", None)
-    placed = read_rows(path, source.subset, source.split, context.malformed, images)
+    placed = read_rows(path, subset, split, context.malformed, images)
     roles = {getattr(columns, role): role for role in type(columns).model_fields}
     for number, (where, record) in enumerate(placed):
         if number == 0 and images is not None and images not in record:

@@ -9,8 +9,9 @@ import pytest
 
 from llmquest_rl.batch import collate
 from llmquest_rl.data.conversation import row_atom, targets
-from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import sft, text
+from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import DataError, MalformedRows
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
 from llmquest_rl.options import Options
@@ -131,6 +132,17 @@ def test_sft_learns_the_gold_answers_of_a_task(
 def test_a_user_function_gives_rows(context: Callable[..., DatasetContext], renderer: PromptRenderer) -> None:
     data = open_dataset("mine.py:rows", lambda: iter(ROWS), Options(), context())
     assert (len(data.train), len(data.validation), data.name) == (38, 2, "rows")
+
+
+def test_a_user_function_gives_pairs_or_labels(context: Callable[..., DatasetContext]) -> None:
+    pairs: list[dict[str, Any]] = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    data = open_dataset("mine.py:pairs", lambda: pairs, Options(), context(labels=("reward",)))
+    assert {len(atom.completions) for atom in [*data.train, *data.validation]} == {2}
+    labels: list[dict[str, Any]] = [{"text": f"message {i}", "label": "spam"} for i in range(4)]
+    data = open_dataset("mine.py:labels", lambda: labels, Options(), context(labels=("ham", "spam")))
+    assert {atom.completions[0][-1] for atom in [*data.train, *data.validation]} == {1}
+    with pytest.raises(DataError, match="the objective tells none apart"):
+        open_dataset("mine.py:labels", lambda: labels, Options(), context())
 
 
 def test_text_is_joined_by_the_end_token_and_cut_into_blocks(

@@ -14,10 +14,11 @@ from PIL import Image
 from transformers.image_utils import load_image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from llmquest_rl.data.dataset import DatasetContext, open_dataset
+from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import sft
 from llmquest_rl.data.files import read_hub
 from llmquest_rl.data.images import ImageReader, check_images, image_reader
+from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import DataError, ListedRows, MalformedRows, Row, question_key
 from llmquest_rl.data.stream import AtomStream, PromptStream
 from llmquest_rl.data.task import Task, open_task

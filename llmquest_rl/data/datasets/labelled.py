@@ -47,12 +47,7 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     Raises:
         DataError: the objective has no labels, no such file, or a malformed row where those are errors.
     """
-    if not context.labels:
-        raise DataError(
-            "the data set `labelled` gives each sequence a label, but the objective tells none apart: take an "
-            "objective with labels, e.g. `objective: {name: classify, labels: [no, yes]}`"
-        )
-    return read_source("labelled", config, config.columns, _answer, _kind(context), context)
+    return read_source("labelled", config, config.columns, _answer, labels_of(context), context)
 
 
 def _answer(row: Row) -> Fields:
@@ -60,7 +55,17 @@ def _answer(row: Row) -> Fields:
     return {role: row.prompt, "label": row.answer, "images": row.images}
 
 
-def _kind(context: DatasetContext) -> RowKind:
+def labels_of(context: DatasetContext) -> RowKind:
+    """Rows of a text, messages or an image, with a label.
+
+    Raises:
+        DataError: the objective has no labels.
+    """
+    if not context.labels:
+        raise DataError(
+            "the data set `labelled` gives each sequence a label, but the objective tells none apart: take an "
+            "objective with labels, e.g. `objective: {name: classify, labels: [no, yes]}`"
+        )
     numbers = {name: i for i, name in enumerate(context.labels)}
     images, texts = context.images, context.texts
     if texts is None:

@@ -11,13 +11,12 @@ Three forms of rows are read:
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
-from llmquest_rl.data.files import PlacedRow, is_local, read_files, read_hub
+from llmquest_rl.data.files import read_rows
 from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.row_source import Location
 from llmquest_rl.data.rows import DataError, check_message, check_prompt, question_key
 from llmquest_rl.data.template import fill, placeholders
 from llmquest_rl.data.tokenizer import PromptRenderer, as_messages
@@ -42,21 +41,11 @@ class Columns(Options):
     """How much better, a number that the scores shall differ by; a table without this column has no margins."""
 
 
-class Config(Options):
+class Config(Location):
     """Where the pairs are, and how they are read."""
 
     path: str
     """A file, a glob pattern, or a Hub id such as `Anthropic/hh-rlhf`."""
-    subset: str | None = None
-    """Hub only: the data set's configuration name."""
-    split: str = "train"
-    """Hub only: the split to train on."""
-    validation_path: str | None = None
-    """A file of its own for the validation; null = `validation_split` of a Hub data set, else a share of the rows."""
-    validation_split: str | None = None
-    """Hub only: the split to validate on."""
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
     columns: Columns = Columns()
     """The column mapping."""
     template: str = "{prompt}"
@@ -69,12 +58,8 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     Raises:
         DataError: no such file or column, or a malformed row where those are errors.
     """
-    validation: Iterator[PlacedFields] | float = config.validation_share
-    if config.validation_path is not None or (config.validation_split is not None and not is_local(config.path)):
-        path, split = config.validation_path or config.path, config.validation_split or config.split
-        validation = _rows(config, path, split, context)
-    train = _rows(config, config.path, config.split, context)
-    return rows_data(f"preferences/{config.path}", train, validation, pairs(context.renderer), context)
+    sides = config.sides(config.path, lambda path, split: _rows(config, path, split, context))
+    return rows_data(f"preferences/{config.path}", *sides, pairs(context.renderer), context)
 
 
 def pairs(renderer: PromptRenderer) -> RowKind:
@@ -111,9 +96,7 @@ def dialogue(text: str) -> list[Message]:
 
 
 def _rows(config: Config, path: str, split: str, context: DatasetContext) -> Iterator[PlacedFields]:
-    placed: Iterator[PlacedRow] = (
-        read_files(path, context.malformed) if is_local(path) else read_hub(path, config.subset, split)
-    )
+    placed = read_rows(path, config.subset, split, context.malformed)
     roles = {role: getattr(config.columns, role) for role in type(config.columns).model_fields}
     wanted = [name for name in placeholders(config.template) if name != "prompt"]
     for number, (where, record) in enumerate(placed):

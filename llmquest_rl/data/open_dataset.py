@@ -1,0 +1,57 @@
+"""The data set that a section of the configuration names: a file of `datasets/`, or a user's own function."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from llmquest_rl.data.dataset import DatasetContext, RowKind, SupervisedData, replies, rows_data
+from llmquest_rl.data.datasets.labelled import labels_of
+from llmquest_rl.data.datasets.preferences import pairs
+from llmquest_rl.data.rows import MAX_ROWS, DataError
+from llmquest_rl.options import Options
+
+VALIDATION_SHARE = 0.05
+
+KINDS: dict[str, Callable[[DatasetContext], RowKind]] = {
+    "completion": lambda context: replies(context.renderer, True),
+    "messages": lambda context: replies(context.renderer, True),
+    "chosen": lambda context: pairs(context.renderer),
+    "label": labels_of,
+}
+"""What a user's rows are by a key that the first of them has; the last such key in this table counts."""
+
+
+def open_dataset(name: str, function: Callable[..., Any], options: Options, context: DatasetContext) -> SupervisedData:
+    """The data set of a name.
+
+    `function` is the `load` of a data set file, or, when `name` has a colon, a user's function: it is called with its
+    options as keyword arguments (and `seed`, if it takes one) and returns an iterable of rows, as `sft`, `preferences`
+    or `labelled` read them from files under the default columns, or a whole `SupervisedData`.
+
+    Raises:
+        DataError: no usable rows, or a malformed one where those are errors.
+    """
+    if ":" not in name:
+        loaded = function(options, context)
+        assert isinstance(loaded, SupervisedData), f"{name}: load must return SupervisedData"
+        return loaded
+    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
+    if "seed" in inspect.signature(function).parameters:
+        keywords["seed"] = context.seed
+    result = function(**keywords)
+    if isinstance(result, SupervisedData):
+        return result
+    if not isinstance(result, Iterable):
+        raise DataError(f"{name} must return rows, not {type(result).__name__}")
+    rows = list(islice(result, MAX_ROWS + 1))
+    if len(rows) > MAX_ROWS:
+        raise DataError(f"{name} yielded more than {MAX_ROWS} rows: return SupervisedData if it is that large")
+    placed = [(f"{name}, row {i}", row if isinstance(row, Mapping) else {}) for i, row in enumerate(rows)]
+    kind = _kind(placed[0][1] if placed else {})
+    return rows_data(name.rpartition(":")[2], placed, VALIDATION_SHARE, kind(context), context)
+
+
+def _kind(row: Mapping[str, Any]) -> Callable[[DatasetContext], RowKind]:
+    found = [kind for key, kind in KINDS.items() if key in row]
+    return found[-1] if found else KINDS["completion"]  # which says what a row must have
