@@ -85,3 +85,18 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """Forward pass and loss of one microbatch."""
         ...
+
+
+class Supervised:
+    """What objectives that learn from given sequences have in common: one model, and its targets as they are."""
+
+    source: Literal["rollout", "dataset"] = "dataset"
+    labels: tuple[str, ...] = ()
+    compares: bool = False
+    temperature: float = 1.0
+    needs_reference: bool = False
+    reference_every: int | None = None
+    routing_replay: bool = False
+
+    def streams(self, updates: int) -> tuple[str, ...]:
+        return ()

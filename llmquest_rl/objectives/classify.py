@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field, field_validator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
@@ -35,20 +35,11 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class Classify:
+class Classify(Supervised):
     """Mean cross-entropy of the labels: every sequence of an update weighs the same."""
 
     labels: tuple[str, ...]
     label_smoothing: float = 0.0
-    source: Literal["rollout", "dataset"] = "dataset"
-    compares: bool = False
-    temperature: float = 1.0
-    needs_reference: bool = False
-    reference_every: int | None = None
-    routing_replay: bool = False
-
-    def streams(self, updates: int) -> tuple[str, ...]:
-        return ()
 
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
         """See `Objective.weigh`.

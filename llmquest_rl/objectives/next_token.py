@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
@@ -19,19 +18,8 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class NextToken:
+class NextToken(Supervised):
     """Mean negative log-prob of the target tokens: every target of an update weighs the same."""
-
-    source: Literal["rollout", "dataset"] = "dataset"
-    labels: tuple[str, ...] = ()
-    compares: bool = False
-    temperature: float = 1.0
-    needs_reference: bool = False
-    reference_every: int | None = None
-    routing_replay: bool = False
-
-    def streams(self, updates: int) -> tuple[str, ...]:
-        return ()
 
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
         weight = 1 / max(1, sum(_num_targets(atom) for atom in atoms))

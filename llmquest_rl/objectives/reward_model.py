@@ -9,7 +9,7 @@ A pair is an atom of two completions, the chosen one first, with one target each
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
@@ -32,20 +32,12 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class RewardModel:
+class RewardModel(Supervised):
     """Every pair of an update weighs the same."""
 
     center: float = 0.0
-    source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ("reward",)
     compares: bool = True
-    temperature: float = 1.0
-    needs_reference: bool = False
-    reference_every: int | None = None
-    routing_replay: bool = False
-
-    def streams(self, updates: int) -> tuple[str, ...]:
-        return ()
 
     def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
         """Each score gets half of its pair's weight; pairs without a margin get the margin 0.
