@@ -20,6 +20,7 @@ from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceC
 from llmquest_rl.types import Score
 from rewards.types import GradeItem
 from rollout.engine import cpu_threads
+from trainer.learner_batches import fitting
 from trainer.reward_model_config import RewardModelConfig
 
 
@@ -118,18 +119,17 @@ class ScoreWorker:
         found: dict[int, float] = {}
         budget = self.setup.config.tokens_per_batch
         with cpu_threads(self.setup.threads):
-            for atoms in pack(list(self._atoms(items, sequences)), budget):
+            groups = list(self._atoms(items, sequences))
+            for atoms in pack(fitting(groups, budget, self.model.shares_prompts, compares=False), budget):
                 batch = collate(atoms)
                 values = self.model(batch.to(self.device)).values[:, 0].tolist()
                 found |= zip(batch.streams["items"].long().tolist(), values, strict=True)
         return found
 
     def _atoms(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> Iterator[Atom]:
-        """Neighbours with the same prompt together, where the model can share it; stream `items` has their numbers."""
+        """Neighbours with the same prompt together; stream `items` has their numbers."""
         for _, numbers in groupby(sequences, key=lambda number: items[number].prompt):
             group = list(numbers)
             atom = judged_together([sequences[number] for number in group])
             places = [[float(n)] * len(ids) for n, ids in zip(group, atom.completions, strict=True)]
-            atom = atom.with_stream("items", places)
-            fits = self.model.shares_prompts and atom.num_tokens <= self.setup.config.tokens_per_batch
-            yield from [atom] if fits else atom.expanded()
+            yield atom.with_stream("items", places)

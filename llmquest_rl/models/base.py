@@ -67,6 +67,29 @@ class ModelConfig(Protocol):
         ...
 
 
+class AroundDecoder:
+    """What a config that holds a decoder's has of it."""
+
+    text: Any
+    """The decoder's config."""
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text.num_layers)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.text.max_positions)
+
+    @property
+    def initializer_range(self) -> float:
+        return float(self.text.initializer_range)
+
+
 def image_format(config: Any) -> ImageFormat | None:
     """How the model of a config wants its images; None = it reads text only."""
     found: ImageFormat | None = getattr(config, "image_format", None)

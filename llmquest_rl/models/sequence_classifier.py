@@ -17,7 +17,7 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, qwen2, qwen3, qwen3_moe, qwen3_next, sparse_moe
-from llmquest_rl.models.base import CausalLM, Scorer, Scores
+from llmquest_rl.models.base import AroundDecoder, CausalLM, Scorer, Scores
 from llmquest_rl.models.labels import label_fields, read_labels
 from llmquest_rl.models.names import Form, HFMap
 
@@ -36,7 +36,7 @@ DECODERS: dict[str, HFMap] = {
 
 
 @dataclass(frozen=True)
-class SequenceClassifierConfig:
+class SequenceClassifierConfig(AroundDecoder):
     """The shape of the decoder, and what is told apart."""
 
     text: Any
@@ -52,22 +52,6 @@ class SequenceClassifierConfig:
     def decoder(self) -> HFMap:
         """The decoder's own map."""
         return DECODERS[self.architecture]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.text.vocab_size)
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.text.num_layers)
-
-    @property
-    def max_positions(self) -> int:
-        return int(self.text.max_positions)
-
-    @property
-    def initializer_range(self) -> float:
-        return float(self.text.initializer_range)
 
     @classmethod
     def of_decoder(cls, hf: HFMap, text: Any, labels: tuple[str, ...]) -> Self:

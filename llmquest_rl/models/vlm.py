@@ -22,7 +22,7 @@ from llmquest_rl.layers.fused_embedding import FusedEmbedding
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
-from llmquest_rl.models.base import CausalLM, Hidden, Model, Output
+from llmquest_rl.models.base import AroundDecoder, CausalLM, Hidden, Model, Output
 from llmquest_rl.models.hf import find_architecture
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.names import Experts, Form, HFMap
@@ -49,7 +49,7 @@ ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": Linear, "mlp":
 
 
 @dataclass(frozen=True)
-class VLMConfig:
+class VLMConfig(AroundDecoder):
     """The shapes of both parts, and how they meet."""
 
     vision: ViTConfig
@@ -68,22 +68,6 @@ class VLMConfig:
             raise ValueError(f"adapter {self.adapter!r} is not implemented: expected one of {', '.join(ADAPTERS)}")
         if not 0 <= self.image_token_id < self.vocab_size:
             raise ValueError(f"image_token_id {self.image_token_id} is not in the vocabulary of {self.vocab_size}")
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.text.vocab_size)
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.text.num_layers)
-
-    @property
-    def max_positions(self) -> int:
-        return int(self.text.max_positions)
-
-    @property
-    def initializer_range(self) -> float:
-        return float(self.text.initializer_range)
 
     @property
     def image_format(self) -> ImageFormat:
