@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmquest_rl.data.datasets.preferences import dialogue
-from llmquest_rl.data.pairs import judged_ids
-from llmquest_rl.data.tokenizer import load_tokenizer, prompt_renderer
 from llmquest_rl.models.count import count_parameters
-from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.models.scorers import check_scorer
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
@@ -168,25 +164,43 @@ def test_the_stages_before_fit_their_gpus_and_assemble(path: Path, folders: dict
         check_scorer(folder, parts.objective.labels)
 
 
+RLHF = PAPERS / "gpu" / "rloo_vs_grpo.yaml"
+FINE_TUNING, JUDGE = (PAPERS / "gpu" / "stages" / f"hh_{name}.yaml" for name in ("sft", "reward_model"))
+
+
 def test_the_stages_of_rlhf_read_and_write_one_form() -> None:
     """The judge is given what it was trained on, and the policy starts from what the stages before export."""
-    rlhf = load_config(PAPERS / "gpu" / "rloo_vs_grpo.yaml")
-    fine_tuned, judge = (load_config(PAPERS / "gpu" / "stages" / f"hh_{name}.yaml") for name in ("sft", "reward_model"))
+    rlhf, fine_tuned, judge = map(load_config, (RLHF, FINE_TUNING, JUDGE))
     assert rlhf.model.path == judge.model.path == f"runs/models/{fine_tuned.name}"
-    [helpful] = rlhf.reward_models
-    assert helpful.path == f"runs/models/{judge.name}"
-    templates = {c.data.chat_template for c in (rlhf, fine_tuned, judge)} | {helpful.chat_template}
-    assert templates == {str((PAPERS / "gpu" / "stages" / "hh_dialogue.jinja").relative_to(CONFIGS.parent))}
-    assert {c.data.system_prompt for c in (rlhf, fine_tuned, judge)} == {helpful.system_prompt} == {None}
+    [preferred] = rlhf.reward_models
+    assert preferred.path == f"runs/models/{judge.name}"
+    assert {c.data.chat_template for c in (rlhf, fine_tuned, judge)} == {preferred.chat_template} == {"none"}
+    assert {c.data.system_prompt for c in (rlhf, fine_tuned, judge)} == {preferred.system_prompt} == {None}
     longest = rlhf.data.max_prompt_tokens + rlhf.rollout.sampling.max_tokens
-    assert longest <= judge.batch.tokens_per_sequence <= 2048
+    assert longest <= judge.batch.tokens_per_sequence == fine_tuned.batch.tokens_per_sequence
 
 
-def test_dialogues_are_written_as_hh_has_them() -> None:
-    tokenizer = load_tokenizer(resolve_model("smollm2-135m-instruct"))
-    renderer = prompt_renderer(tokenizer, chat_template=str(PAPERS / "gpu" / "stages" / "hh_dialogue.jinja"))
-    text = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Good bye."
-    *prompt, reply = dialogue(text)
-    read = renderer.decode(judged_ids({"prompt": prompt, "completion": f" {reply['content']}"}, renderer))
-    assert read == tokenizer.bos_token + text.replace("Hello.", "Hello.<|im_end|>") + "<|im_end|>"
-    assert renderer.decode(renderer.prompt_ids(prompt)) == read.removesuffix(" Good bye.<|im_end|>")
+def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:
+    """Dahoas/full-hh-rlhf has dialogues as texts; policy and judge are trained on the tokens that rollouts have."""
+    before = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Say"
+    rows = [{"prompt": f"{before} {n}.\n\nAssistant:", "chosen": f" {n}.", "rejected": " No."} for n in range(8)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({**row, "response": row["chosen"]}) + "\n" for row in rows))
+
+    def parts(path: Path, option: str) -> Parts:
+        return Parts(load_config(path, ["model.path=smollm2-135m-instruct", f"data.{option}.path={file}"]))
+
+    rlhf = parts(RLHF, "task")
+    prompts = {tuple(sample.prompt_ids): sample.prompt for sample in rlhf.prompts.take(7)}
+    assert set(prompts.values()) < {row["prompt"] for row in rows}
+    assert {rlhf.renderer.decode(ids) for ids in prompts} == set(prompts.values()), "texts as they are"
+    eos = rlhf.renderer.tokenizer.eos_token
+    replies = {row["prompt"]: (f"{row['chosen']}{eos}", f"{row['rejected']}{eos}") for row in rows}
+    for atom in parts(FINE_TUNING, "dataset").sequences.take(7):
+        prompt = rlhf.renderer.decode(atom.prompt)
+        assert [rlhf.renderer.decode(ids) for ids in atom.completions] == [replies[prompt][0]]
+        assert prompts.get(tuple(atom.prompt), prompt) == prompt
+    for pair in parts(JUDGE, "dataset").sequences.take(7):
+        chosen, rejected = (rlhf.renderer.decode([*pair.prompt, *ids[:-1]]) for ids in pair.completions)
+        prompt = next(prompt for prompt in replies if chosen.startswith(prompt))
+        assert (chosen, rejected) == tuple(prompt + reply for reply in replies[prompt])
