@@ -96,14 +96,18 @@ DESCRIPTIONS: dict[str, str] = {
 }
 """Every name given by algorithms, dynamic sampling, objectives and the learner. `<name>` stands for any word."""
 
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
 DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
-    "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: weight**2 / square),
+    "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: _ratio(weight**2, square)),
     "train/reward_std": (
         ("train/reward_mean", "train/reward_square"),
         lambda mean, square: math.sqrt(max(0.0, square - mean**2)),
     ),
     "train/perplexity": (("train/loss", "train/tokens"), lambda loss, tokens: math.exp(min(loss, 700.0))),
-    "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), lambda tokens, seconds: tokens / seconds),
+    "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), _ratio),
 }
 """Numbers that no merging gives: computed from merged ones, by name."""
 
@@ -178,6 +182,6 @@ class Metrics:
             if entry.kind != "mean" or entry.count
         }
         for name, (inputs, function) in DERIVED.items():
-            if all(floats.get(needed) for needed in inputs):
+            if all(needed in floats for needed in inputs):
                 floats[name] = function(*(floats[needed] for needed in inputs))
         return floats

@@ -48,7 +48,7 @@ def train(
     replay: Annotated[Path | None, typer.Option(help="Train on rollouts saved in this folder.")] = None,
 ) -> None:
     """Train as a recipe says; the last line printed is what it led to."""
-    from trainer.config_rules import sizes_table
+    from trainer.config_sizes import sizes_table
 
     settings = _load(config, overrides)
     console.print(sizes_table(settings))

@@ -5,7 +5,7 @@ components (`task`, `engine`, ...) are validated against the component's own fil
 `docs/configuration.md` is made from the docstrings here.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
+from llmquest_rl.algorithms.unread import check_read
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 from rewards.config import GraderConfig, RewardConfig
@@ -92,8 +93,9 @@ class BatchConfig(Options):
     which are means over each pass."""
     uniform_rewards: Literal["skip", "take"] = "skip"
     """Groups with equal rewards have no advantages. `skip` leaves them out of the forward and backward passes (the
-    gradient is the same; with a KL term or an entropy bonus they are computed all the same), and a step of such groups
-    alone makes no update; metrics of `policy/` then describe the other groups. `take` computes all of them."""
+    gradient is the same; metrics of `policy/` then describe the other groups), and a step of such groups alone makes no
+    update. With a KL term or an entropy bonus, which they have all the same, they are computed. `take` computes all of
+    them."""
     max_uniform_steps: PositiveInt = 5
     """Such steps in a row before a warning with sample completions."""
 
@@ -208,7 +210,8 @@ class TrackingConfig(Options):
 
 
 class AlgorithmSection(Algorithm):
-    """A policy-gradient algorithm: a preset row, any cell of which can be overridden beside its name."""
+    """A policy-gradient algorithm: a preset row, any cell of which can be overridden beside its name. The defaults are
+    those of cells that the row leaves open: what it sets itself, `llmquest-rl algorithms` lists."""
 
     name: str = "grpo"
     """A row of `llmquest_rl/algorithms/presets.py`: `grpo`, `dr_grpo`, `dapo`, ...; `llmquest-rl algorithms` lists
@@ -222,6 +225,11 @@ class AlgorithmSection(Algorithm):
         name = value.get("name", "grpo")
         resolve(name)
         return {**PRESETS[name], "name": name, **value}
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        check_read(self, resolve(self.name))
+        return self
 
 
 class ClusterConfig(Options):

@@ -1,15 +1,12 @@
-"""Rules that join several options, and the numbers that follow from them. The one place for both."""
+"""Rules that join several options."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.table import Table
-
-from llmquest_rl.algorithms.advantages import WITHOUT_GROUP
+from llmquest_rl.algorithms.advantages import IN_DEVIATIONS, WITHOUT_GROUP
 from llmquest_rl.algorithms.surrogates import ON_POLICY
 from llmquest_rl.objectives import Objective
 from trainer.config import Config
-from trainer.dynamic_sampling import prompts_to_ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +30,19 @@ def from_rollouts(config: Config) -> bool:
     return _objective(config).source == "rollout"
 
 
-def _optimizer_updates(config: Config) -> int:
-    return config.steps * _updates_per_step(config)
+def optimizer_updates(config: Config) -> int:
+    """In the whole run."""
+    return config.steps * updates_per_step(config)
 
 
-def _updates_per_step(config: Config) -> int:
+def updates_per_step(config: Config) -> int:
+    """Optimizer updates that a step's data serves."""
     return config.batch.updates_per_step * config.batch.passes_per_step
 
 
 def _computes_old_logprobs(config: Config) -> bool:
     """And with them records which experts a mixture chose."""
-    return "old_logprobs" in _objective(config).streams(_updates_per_step(config))
+    return "old_logprobs" in _objective(config).streams(updates_per_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -102,6 +101,29 @@ RULES = [
         "this algorithm normalises the advantages of a step: one sample cannot be, so take more prompts or samples",
     ),
     Rule(
+        "algorithm.normalization",
+        lambda c: (
+            not from_rollouts(c)
+            or c.algorithm.normalization != "batch_std"
+            or c.algorithm.advantage not in IN_DEVIATIONS
+        ),
+        "these advantages are in units of their group's deviation already, and batch_std would divide them once more: "
+        "set algorithm.advantage: group_mean",
+    ),
+    Rule(
+        "algorithm.entropy_share",
+        lambda c: not from_rollouts(c) or c.algorithm.entropy_share == 1 or not c.algorithm.mixes_tokens,
+        "here the loss of a token has the gradients of all tokens of its completion, so leaving out its loss would leave "
+        "its gradient in: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
+        "geometric_clip",
+    ),
+    Rule(
+        "algorithm.mismatch",
+        lambda c: not from_rollouts(c) or c.algorithm.mismatch != "token_mask" or not c.algorithm.mixes_tokens,
+        "here the loss of a token has the gradients of all tokens of its completion, so masking it would leave its "
+        "gradient in: take sequence_mask, geometric_mask or reject, or ratio: sequence_token",
+    ),
+    Rule(
         "algorithm.dynamic_sampling",
         lambda c: (
             not from_rollouts(c) or not c.algorithm.dynamic_sampling or c.algorithm.advantage not in WITHOUT_GROUP
@@ -119,7 +141,7 @@ RULES = [
     ),
     Rule(
         "algorithm.surrogate",
-        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or _updates_per_step(c) == 1,
+        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or updates_per_step(c) == 1,
         "log_prob has no importance ratio, so a step's data serves one update: set batch.updates_per_step and "
         "batch.passes_per_step to 1, or take clip or clipped_weight",
     ),
@@ -158,6 +180,12 @@ RULES = [
         "it weights the KL in the loss, and there is none: set algorithm.beta above 0 and kl_in: loss",
     ),
     Rule(
+        "algorithm.kl_unbiased",
+        lambda c: not from_rollouts(c) or not c.algorithm.kl_unbiased or c.algorithm.kl in ("k1", "k3"),
+        "k2 has the KL's gradient without the weight, and neither k2 nor abs has it with one: take k1 or k3, or set "
+        "kl_unbiased: false",
+    ),
+    Rule(
         "batch.updates_per_step",
         lambda c: _items_per_step(c) % c.batch.updates_per_step == 0,
         "it must divide prompts_per_step (RL) or sequences_per_step (supervised), so that minibatches are equal",
@@ -175,7 +203,7 @@ RULES = [
     ),
     Rule(
         "optimizer.warmup_steps",
-        lambda c: c.optimizer.warmup_steps < _optimizer_updates(c) or c.optimizer.warmup_steps == 0,
+        lambda c: c.optimizer.warmup_steps < optimizer_updates(c) or c.optimizer.warmup_steps == 0,
         "the warm-up must end before the run does: fewer than steps x updates_per_step x passes_per_step",
     ),
     Rule(
@@ -214,81 +242,3 @@ RULES = [
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """(key, message) of every rule that the configuration breaks."""
     return [(rule.key, rule.message) for rule in RULES if not rule.holds(config)]
-
-
-def sizes(config: Config) -> list[tuple[str, str, str]]:
-    """(what, how many, from what) of every number that follows from the configured sizes."""
-    batch, learners = config.batch, config.learner.processes
-    updates = _updates_per_step(config)
-    rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
-    cluster, scorers = config.cluster, sum(model.workers for model in config.reward_models)
-    sampling_gpus = config.rollout.workers * cluster.gpus_per_rollout_worker + scorers * cluster.gpus_per_scorer
-    total_gpus = learners * cluster.gpus_per_learner + sampling_gpus * from_rollouts(config)
-    update = f"{batch.updates_per_step} minibatch(es) x {batch.passes_per_step} pass(es)"
-    return [
-        *rows,
-        ("optimizer updates per step", f"{updates:,}", update),
-        ("optimizer updates in the run", f"{_optimizer_updates(config):,}", f"{config.steps:,} steps x {updates:,}"),
-        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of one learner; memory only"),
-        ("learner processes", f"{learners:,}", f"ZeRO stage {config.learner.zero_stage}"),
-        ("GPUs", f"{total_gpus:g}", "rollout workers, reward models and learners" if total_gpus else "all on CPUs"),
-    ]
-
-
-def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
-    batch, longest, graders = config.batch, config.rollout.sampling.max_tokens, config.graders
-    prompts, samples = batch.prompts_per_step, batch.samples_per_prompt
-    completions = prompts * samples
-    computed = prompts * config.data.max_prompt_tokens + completions * longest
-    groups = prompts // batch.updates_per_step
-    grading = graders.workers * graders.processes if config.rewards else 0
-    return [
-        ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
-        (
-            "prompts asked per step",
-            f"<= {_most_prompts(config):,}",
-            "more than a step trains on with dynamic sampling only",
-        ),
-        (
-            "sampled tokens per step",
-            f"<= {_most_prompts(config) * samples * longest:,}",
-            f"{longest} tokens each at most",
-        ),
-        ("tokens computed per pass", f"<= {computed:,}", "completions, and each prompt once"),
-        ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
-        ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
-        ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
-        ("grader processes", f"{grading:,}", f"{graders.workers} x {graders.processes}" if grading else "no rewards"),
-        ("reward model processes", f"{sum(m.workers for m in config.reward_models):,}", "each holds a whole model"),
-    ]
-
-
-def _most_prompts(config: Config) -> int:
-    """That a step asks: with dynamic sampling, when no round brings a usable group."""
-    batch = config.batch
-    if not config.algorithm.dynamic_sampling:
-        return batch.prompts_per_step
-    return prompts_to_ask(batch, batch.prompts_per_step) * batch.max_rounds
-
-
-def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:
-    batch = config.batch
-    tokens = batch.sequences_per_step * batch.tokens_per_sequence
-    shape = f"{batch.sequences_per_step} sequences x {batch.tokens_per_sequence} tokens"
-    per_update = batch.sequences_per_step // batch.updates_per_step
-    return [
-        ("tokens per step", f"<= {tokens:,}", shape),
-        ("sequences per update", f"{per_update:,}", f"{batch.updates_per_step} updates share a step's sequences"),
-        ("tokens in the run", f"<= {tokens * config.steps:,}", f"{config.steps:,} steps"),
-    ]
-
-
-def sizes_table(config: Config) -> Table:
-    """`sizes` as a table to print before the start."""
-    table = Table(title=f"{config.name}: what follows from the configured sizes", title_justify="left")
-    table.add_column("what")
-    table.add_column("how many", justify="right")
-    table.add_column("from", style="dim")
-    for row in sizes(config):
-        table.add_row(*row)
-    return table

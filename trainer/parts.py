@@ -20,6 +20,7 @@ from llmquest_rl.models.scorers import check_scorer
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from trainer.config import Config
+from trainer.config_rules import optimizer_updates
 from trainer.learner_setup import LearnerSetup
 from trainer.score_worker import ScorerSetup
 
@@ -131,7 +132,7 @@ class Parts:
             objective=self.objective,
             optimizer=config.optimizer,
             learner=config.learner,
-            total_updates=config.steps * config.batch.updates_per_step * config.batch.passes_per_step,
+            total_updates=optimizer_updates(config),
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             folder=folder,
             init=config.model.init,

@@ -100,11 +100,11 @@ class RolloutSource:
         atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
         metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
         metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
-        uniform = self._is_uniform(atoms, groups)
+        self._watch_uniform(atoms, groups)
         metrics["reward/uniform_steps"] = float(self.uniform_steps)
         minibatches = updates(atoms, self.objective, self.batch)
         if self.batch.uniform_rewards == "skip":
-            minibatches = [] if uniform else self._with_signal(minibatches)
+            minibatches = self._with_signal(minibatches)
         return StepBatch(minibatches, self.batch.passes_per_step, metrics, groups)
 
     def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
@@ -131,11 +131,11 @@ class RolloutSource:
         kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
         return [minibatch for minibatch in kept if minibatch]
 
-    def _is_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> bool:
-        """Whether no group has anything to learn from; a run of such steps is shown to the user."""
+    def _watch_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> None:
+        """Count steps in a row in which no group has anything to learn from; a run of them is shown to the user."""
         if any(map(_has_signal, atoms)):
             self.uniform_steps = 0
-            return False
+            return
         self.uniform_steps += 1
         log.warning("all rewards are equal within every group of this step: there is nothing to learn from")
         if self.uniform_steps % self.batch.max_uniform_steps == 0:
@@ -144,7 +144,6 @@ class RolloutSource:
                 "easy, or the reward does not see what the model writes"
             )
             Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
-        return True
 
 
 def _has_signal(atom: Atom) -> bool:

@@ -86,5 +86,8 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 BY_MEAN = frozenset({"group_mean", "group_mean_std", "leave_one_out"})
 """Advantages that a group's mean reward is taken off: a phantom reward may join that mean."""
 
+IN_DEVIATIONS = frozenset({"group_mean_std", "pass_at_k"})
+"""Advantages in units of a deviation already."""
+
 WITHOUT_GROUP = frozenset({"reward"})
 """Advantages that do not compare the samples of a group: a group of one, or of equal rewards, teaches something."""

@@ -11,9 +11,14 @@ from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
-from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES, Bounds
+from llmquest_rl.algorithms.ratios import OF_SEQUENCES, RATIOS
+from llmquest_rl.algorithms.surrogates import OWN_GRADIENT, SURROGATES, Bounds
 from llmquest_rl.options import Options
+
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Shape = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+"""A number above 0 in a formula that infinity would make NaN."""
 
 
 def _known(table: Mapping[str, object]) -> Callable[[str], str]:
@@ -41,15 +46,15 @@ class Algorithm(Options):
     """What is done to the advantages of a whole step: `none`, `whiten` (mean 0 and deviation 1 over its tokens),
     `batch_std` (in units of the deviation of its rewards), `valid_groups` (made up for groups of equal rewards)."""
     advantage_limit: PositiveFloat | None = None
-    """Advantages are cut at +- this, last of all; null = not."""
-    positive_weight: NonNegativeFloat = 1.0
+    """Advantages are cut at +- this, after the step's normalisation and the two weights; null = not."""
+    positive_weight: Weight = 1.0
     """Multiplies advantages above 0 (0.1 with `reward` and rewards of +-1: W-REINFORCE, arXiv 2506.01347)."""
-    negative_weight: NonNegativeFloat = 1.0
+    negative_weight: Weight = 1.0
     """Multiplies advantages below 0."""
     length_penalty: Annotated[str, AfterValidator(_known(LENGTH_PENALTIES))] = "none"
     """What a completion's length adds to its reward before the comparison: `none`, `soft_overlong` (DAPO), `relative`
     to the group's (Kimi k1.5)."""
-    length_weight: NonNegativeFloat = 1.0
+    length_weight: Weight = 1.0
     """Multiplies it; rewards of DAPO are +-1, so halve it for rewards of 0 and 1."""
     overlong_buffer: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """`soft_overlong`: the last share of `rollout.sampling.max_tokens`, in which the penalty grows from 0 to 1."""
@@ -81,17 +86,17 @@ class Algorithm(Options):
     `geometric_clip`: the log-ratio up to clip_high; `binary_tv`, `binary_kl`: up to this divergence."""
     dual_clip: PositiveFloat | None = None
     """`clip`: the ratio counts up to this where the advantage is negative; above 1 + clip_high. null = no limit."""
-    tau_positive: PositiveFloat = 1.0
+    tau_positive: Shape = 1.0
     """`soft_gate`: how fast the gate closes where the advantage is positive."""
-    tau_negative: PositiveFloat = 1.05
+    tau_negative: Shape = 1.05
     """`soft_gate`: the same elsewhere."""
-    power_positive: PositiveFloat = 2.0
+    power_positive: Shape = 2.0
     """`gamma_weight`, r^power exp(decay (1 - r)): how fast it falls below r = 1 where the advantage is positive."""
-    power_negative: PositiveFloat = 3.0
+    power_negative: Shape = 3.0
     """`gamma_weight`: the same elsewhere."""
-    decay_positive: PositiveFloat = 3.0
+    decay_positive: Shape = 3.0
     """`gamma_weight`: how fast it falls above r = 1 where the advantage is positive."""
-    decay_negative: PositiveFloat = 2.0
+    decay_negative: Shape = 2.0
     """`gamma_weight`: the same elsewhere."""
     aggregation: Annotated[str, AfterValidator(_known(AGGREGATIONS))] = "sequence_mean"
     """How token losses become one: `sequence_mean`, `sequence_sum`, `token_mean`, `prompt_mean`, `max_tokens_mean`."""
@@ -99,16 +104,16 @@ class Algorithm(Options):
     """Estimator of the KL to the reference model: `k3`, `k2`, `k1`, `abs`."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where it counts: a term of the loss, or what is taken off the advantage: the sum of it from a token to the end,
-    without gradient and after the group comparison."""
+    without gradient and after the group comparison. There only `k1` has the KL's gradient."""
     kl_unbiased: bool = False
-    """In the loss: weighted with the token's ratio, so that its gradient is the KL's (DeepSeek-V3.2, arXiv 2512.02556,
-    equation 7)."""
-    beta: NonNegativeFloat = 0.0
+    """`k1` and `k3` in the loss: weighted with the token's ratio, so that their gradient is the KL's (DeepSeek-V3.2, arXiv
+    2512.02556, equation 7)."""
+    beta: Weight = 0.0
     """Weight of that KL; 0 = none, and no reference model is held."""
     reference_every: PositiveInt | None = None
     """Steps after which the reference becomes the current model, again and again (DeepSeekMath, algorithm 1); null =
     it stays the initial one."""
-    entropy_bonus: NonNegativeFloat = 0.0
+    entropy_bonus: Weight = 0.0
     """Weight of the policy's entropy, which is taken off the loss with the same weights of tokens."""
     entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The policy loss of the rest is left out: this share of each completion's tokens, those of largest entropy, stays
@@ -160,6 +165,12 @@ class Algorithm(Options):
             decay_positive=self.decay_positive,
             decay_negative=self.decay_negative,
         )
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether the loss of a token has gradients of others in its sequence: to leave it out leaves theirs."""
+        by_sequence = self.ratio in OF_SEQUENCES and self.surrogate not in OWN_GRADIENT
+        return by_sequence or self.surrogate == "geometric_clip"
 
     @property
     def needs_advantage(self) -> bool:

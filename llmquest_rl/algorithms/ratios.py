@@ -35,6 +35,9 @@ def sequence_product(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tenso
     return bounded_exp(sequence_sum(logprobs - old_logprobs, sequence_ids))
 
 
+OF_SEQUENCES = frozenset({"sequence", "sequence_product"})
+"""Ratios with one value and one gradient for all tokens of a sequence."""
+
 RATIOS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "token": token,
     "sequence": sequence,

@@ -120,6 +120,9 @@ SURROGATES: dict[str, Callable[[Tokens, Bounds], Tensor]] = {
 ON_POLICY = frozenset({"log_prob"})
 """Surrogates without a ratio: a step's data may serve one update only."""
 
+OWN_GRADIENT = frozenset({"clipped_weight", "gamma_weight", "log_prob"})
+"""Surrogates in which a token's loss has the gradient of its own log-prob alone, whatever the ratio is of."""
+
 Cuts = tuple[Tensor, Tensor]
 """Which tokens were cut at the lower bound, and at the upper one."""
 

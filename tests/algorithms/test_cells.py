@@ -121,12 +121,13 @@ def test_kl_estimators_are_unbiased(name: str) -> None:
     torch.testing.assert_close(value, (logprobs.exp() * (logprobs - reference)).sum())
 
 
-@pytest.mark.parametrize(
-    ("name", "weighted", "right"),
-    [("k1", False, False), ("k2", False, True), ("k3", False, False), ("k1", True, True), ("k3", True, True)],
-)
-def test_which_estimators_have_the_gradient_of_the_kl(name: str, weighted: bool, right: bool) -> None:
-    """The expected gradient over all tokens against the KL's own: the claim of DeepSeek-V3.2, equation 7."""
+HAVE_THE_GRADIENT = {("loss", "k2"), ("weighted", "k1"), ("weighted", "k3"), ("reward", "k1")}
+
+
+@pytest.mark.parametrize("where", ["loss", "weighted", "reward"])
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_which_estimators_have_the_gradient_of_the_kl(name: str, where: str) -> None:
+    """The expected gradient over all tokens against the KL's own; weighted: the claim of DeepSeek-V3.2, equation 7."""
     logits, reference = two_distributions()
     leaf = logits.clone().requires_grad_()
     logprobs = leaf.log_softmax(-1)
@@ -134,9 +135,10 @@ def test_which_estimators_have_the_gradient_of_the_kl(name: str, weighted: bool,
     assert leaf.grad is not None
     expected, leaf.grad = leaf.grad, None
     logprobs = leaf.log_softmax(-1)
-    ratio = (logprobs - logprobs.detach()).exp() if weighted else 1.0
-    (logprobs.detach().exp() * ratio * KL_ESTIMATORS[name](logprobs, reference)).sum().backward()
-    assert torch.allclose(leaf.grad, expected, rtol=1e-9, atol=1e-12) == right
+    kl = KL_ESTIMATORS[name](logprobs, reference)
+    terms = {"loss": kl, "weighted": (logprobs - logprobs.detach()).exp() * kl, "reward": kl.detach() * logprobs}
+    (logprobs.detach().exp() * terms[where]).sum().backward()
+    assert torch.allclose(leaf.grad, expected, rtol=1e-9, atol=1e-12) == ((where, name) in HAVE_THE_GRADIENT)
 
 
 @CASES

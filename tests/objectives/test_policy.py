@@ -189,20 +189,25 @@ def test_microbatches_and_order_change_nothing(seed: int, preset: str, parts: in
 
 def test_metrics_by_hand() -> None:
     old, rollout = [-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0 - np.log(4), -1.0 + np.log(2), -1.0]
-    new = torch.tensor([-1.0, -1 + np.log(1.5), -1 + np.log(0.5), -1 + np.log(1.5)])
+    ratios = np.array([1.5, 1.5, 0.5, 1.5])
+    new = torch.tensor(-1 + np.log(ratios))
     streams = {
         "advantages": [[1.0, 1.0, -1.0, -1.0]],
         "old_logprobs": [old],
         "rollout_logprobs": [rollout],
+        "ref_logprobs": [[-1.0, -2.0, -1.0, -1.0]],
         "weights": [[0.25] * 4],
     }
     batch = collate([Atom([0], [[1, 2, 3, 4]], streams)])
-    policy = Policy(resolve("dapo", {"tis_cap": 2.0}), 1.0, MAX_TOKENS)
+    policy = Policy(resolve("dapo", {"tis_cap": 2.0, "beta": 0.1}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(new, batch)
     floats = metrics.to_floats()
     assert floats["policy/clip_low_frac"] == 0.25
-    assert floats["policy/clip_high_frac"] == 0.25
-    assert floats["policy/clip_frac"] == 0.5
+    assert floats["policy/clip_high_frac"] == 0.5
+    assert floats["policy/clip_frac"] == 0.75
+    assert floats["policy/approx_kl"] == pytest.approx((ratios - 1 - np.log(ratios)).mean()), "KL(old || current)"
+    to_reference = np.array([0, -1, 0, 0]) - np.log(ratios)
+    assert floats["policy/kl"] == pytest.approx((np.exp(to_reference) - 1 - to_reference).mean()), "KL(current || ref)"
     assert floats["policy/ratio_max"] == pytest.approx(1.5)
     assert floats["policy/tis_capped_share"] == 0.25
     assert floats["policy/logp_gap"] == pytest.approx((np.log(4) + np.log(2)) / 4)
@@ -211,6 +216,14 @@ def test_metrics_by_hand() -> None:
     assert floats["policy/logp_gap_k3"] == pytest.approx((np.exp(gaps) - 1 - gaps).mean())
     weights = np.array([1, 2, 0.5, 1])
     assert floats["policy/tis_ess"] == pytest.approx(weights.mean() ** 2 / (weights**2).mean())
+
+
+def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
+    streams = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
+    policy = Policy(resolve("grpo", {"mismatch": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
+    _, metrics = policy.token_losses(torch.tensor([-0.1]), collate([Atom([0], [[1]], streams)]))
+    floats = metrics.to_floats()
+    assert (floats["policy/tis_capped_share"], floats["policy/tis_weight"], floats["policy/tis_ess"]) == (1, 0, 0)
 
 
 def test_tokens_without_weight_are_in_no_metric() -> None:

@@ -8,7 +8,8 @@ import yaml
 from rich.console import Console
 
 from trainer.config_load import ConfigError, dump, load_config, parse_config
-from trainer.config_rules import RULES, from_rollouts, sizes, sizes_table
+from trainer.config_rules import RULES, from_rollouts
+from trainer.config_sizes import sizes, sizes_table
 
 RL: dict[str, Any] = {
     "name": "a",
@@ -195,6 +196,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 ONE_SAMPLE = {"prompts_per_step": 1, "samples_per_prompt": 1}
 WHITENED: dict[str, Any] = {**RL, "algorithm": {"name": "reinforce_pp"}}
 REPLAYED = changed(changed(RL, "batch.passes_per_step", 2), "algorithm.routing_replay", True)
+UNBIASED = ("algorithm.kl_unbiased", True, "algorithm.kl_unbiased")
+MASKED = ("algorithm.entropy_share", 0.2, "algorithm.entropy_share")
 BROKEN = [
     (RL, "data.task", None, "data.task"),
     (SUPERVISED, "data.dataset", None, "data.dataset"),
@@ -210,6 +213,11 @@ BROKEN = [
     (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
     (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
+    (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k2"), *UNBIASED),
+    (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "abs"), *UNBIASED),
+    (RL, "algorithm.normalization", "batch_std", "algorithm.normalization"),
+    *((changed(RL, "algorithm.name", name), *MASKED) for name in ("gspo", "luspo", "gmpo")),
+    (changed(RL, "algorithm.name", "gspo"), "algorithm.mismatch", "token_mask", "algorithm.mismatch"),
     (RL, "algorithm.reference_every", 4, "algorithm.reference_every"),
     (RL, "algorithm.routing_replay", True, "algorithm.routing_replay"),
     (REPLAYED, "algorithm.old_policy", "engine", "algorithm.routing_replay"),
@@ -236,6 +244,36 @@ def test_rules_across_fields(values: dict[str, Any], key: str, value: Any, broke
 
 def test_every_rule_has_a_configuration_that_breaks_it() -> None:
     assert {rule.key for rule in RULES} <= {broken for *_, broken in BROKEN}
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "value", "reader"),
+    [
+        ("grpo", "tau_negative", 2.0, "surrogate: soft_gate, and here it is clip"),
+        ("sapo", "clip_high", 0.3, "surrogate: binary_kl or binary_tv or clip or clipped_weight or geometric_clip"),
+        ("cispo", "dual_clip", 9.0, "surrogate: clip, and here it is clipped_weight"),
+        ("grpo", "pass_k", 2, "advantage: pass_at_k"),
+        ("grpo", "overlong_buffer", 0.5, "length_penalty: soft_overlong"),
+        ("dppo", "tis_cap", 5.0, "old_policy: learner, and here it is engine"),
+    ],
+)
+def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, reader: str) -> None:
+    values = changed(RL, "algorithm.name", row)
+    (problem,) = problems_of(changed(values, f"algorithm.{key}", value))
+    assert problem.startswith(f"file.yaml: algorithm: {key} is read with {reader}")
+    same = getattr(parse_config(values).algorithm, key)
+    parse_config(changed(values, f"algorithm.{key}", same))  # as a saved configuration has it
+
+
+def test_what_turns_a_correction_off_is_no_such_number() -> None:
+    parse_config(changed(changed(RL, "algorithm.name", "dppo"), "algorithm.tis_cap", None))
+
+
+@pytest.mark.parametrize("key", ["beta", "positive_weight", "entropy_bonus", "length_weight"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_weights_are_finite(key: str, value: float) -> None:
+    (problem,) = problems_of(changed(RL, f"algorithm.{key}", value))
+    assert problem.startswith(f"file.yaml: algorithm.{key}: expected ")
 
 
 @pytest.mark.parametrize("values", [RL, SUPERVISED, changed(RL, "algorithm.clip_high", 0.3)])

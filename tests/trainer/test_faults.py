@@ -62,6 +62,14 @@ def test_steps_without_a_difference_in_reward_can_be_taken(runs: Runs) -> None:
     assert saved(run, 2)["weights"] != saved(run, 3)["weights"], "weight decay and the KL term move the weights"
 
 
+def test_with_a_kl_steps_without_a_difference_in_reward_are_updates(runs: Runs) -> None:
+    """They have no advantages, and a KL all the same, as such groups beside others have."""
+    reward(runs, "constant")
+    run = runs.train("algorithm.beta=0.1")
+    assert [row["learner/updates"] for row in rows(run)] == [1, 2, 3]
+    assert [row["reward/uniform_steps"] for row in rows(run)] == [1, 2, 3]
+
+
 def test_bad_numbers_are_skipped_counted_and_end_the_run(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     reward(runs, "huge")
     with pytest.raises(BadStepsError, match=r"2 updates in a row had NaN or inf .* The last batch is in") as error:

@@ -16,7 +16,7 @@ from rollout.vllm_limits import check_computed_alike, read_shape
 from trainer.assemble import needs
 from trainer.config import Config
 from trainer.config_load import load_config
-from trainer.config_rules import sizes
+from trainer.config_sizes import sizes
 from trainer.parts import Parts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
