@@ -96,6 +96,7 @@ DESCRIPTIONS: dict[str, str] = {
 }
 """Every name given by algorithms, dynamic sampling, objectives and the learner. `<name>` stands for any word."""
 
+
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 

@@ -1,5 +1,6 @@
 """The commands beside training: rewards, models, recipes, papers' curves, the installation."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,11 +143,14 @@ def reproduce(
         configs(FOLDER)
         return
     path = find_recipe(recipe)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, as Ctrl-C does
     report = run_recipe(path, seeds, out, lambda line: console.print(Text(line), soft_wrap=True))
     for verdict in report.verdicts:
         mark = Text("holds         ", "green") if verdict.holds else Text("does not hold ", "bold red")
         console.print(mark, Text(f"{verdict.says}\n    {verdict.numbers}"), soft_wrap=True)
     console.print(Text(f"figure: {report.figure}\nnumbers: {report.numbers}"), soft_wrap=True)
+    if seeds < 3:
+        console.print("fewer than three seeds: that an arm is above another one may well be chance")
     if not report.holds:
         failed = sum(not verdict.holds for verdict in report.verdicts)
         console.print(f"{failed} of {len(report.verdicts)} claims do not hold")

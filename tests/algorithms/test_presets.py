@@ -257,7 +257,7 @@ def random_answer(draw: np.random.Generator, reward: float, ends: FinishReason, 
 def random_step(seed: int) -> tuple[Step, bool]:
     """Three groups, the last of equal rewards; whether an update came before, so that old log-probs are others."""
     draw = np.random.default_rng(seed)
-    reused, sizes = draw.random() < 0.8, draw.integers((5, 1, 1), (9, 9, 6))
+    reused, sizes = draw.random() < 0.8, draw.integers((5, 1, 1), (11, 9, 6))
     rewards = [draw.integers(0, 2, n) if draw.random() < 0.5 else draw.normal(size=n) for n in sizes]
     rewards[2][:] = rewards[2][0]
     ends: Iterator[FinishReason] = ("length" if i and draw.random() < 0.25 else "stop" for i in count())

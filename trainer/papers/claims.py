@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from llmquest_rl.options import Options
 from trainer.papers.series import Results, Window, statistic
@@ -26,14 +26,33 @@ class _Claim(Options):
     """The share of each run over which the metric is averaged."""
 
 
-class Rises(_Claim):
-    """In every seed the metric changes by at least `by` from the run's beginning to `over`."""
+class _Change(_Claim):
+    """What claims on a change have, from the run's beginning to `over`."""
 
-    kind: Literal["rises"]
     arm: str
-    by: float
     start: Window = (0.0, 0.1)
     """The share of the run that counts as its beginning."""
+
+
+class Rises(_Change):
+    """In every seed the metric rises by at least `by`."""
+
+    kind: Literal["rises"]
+    by: NonNegativeFloat
+
+
+class Falls(_Change):
+    """In every seed the metric falls by at least `by`."""
+
+    kind: Literal["falls"]
+    by: NonNegativeFloat
+
+
+class Stays(_Change):
+    """In every seed the metric changes by at most `within`."""
+
+    kind: Literal["stays"]
+    within: NonNegativeFloat
 
 
 class Above(_Claim):
@@ -47,24 +66,30 @@ class Above(_Claim):
 
 
 class Close(_Claim):
-    """The means of two arms differ by at most `within`."""
+    """The means of two arms over their seeds differ by at most `within`."""
 
     kind: Literal["close"]
     arm: str
     than: str
-    within: float
+    within: NonNegativeFloat
 
 
 class Inside(_Claim):
-    """Every seed of `arm` lies between two bounds."""
+    """Every seed of `arm` lies between two bounds, of which one may be left out."""
 
     kind: Literal["inside"]
     arm: str
     low: float = float("-inf")
     high: float = float("inf")
 
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Self:
+        if not self.low < self.high or self.low == -self.high == float("-inf"):
+            raise ValueError(f"give a `low` or a `high`, or a low below high, not {self.low:g} and {self.high:g}")
+        return self
 
-Claim = Annotated[Rises | Above | Close | Inside, Field(discriminator="kind")]
+
+Claim = Annotated[Rises | Falls | Stays | Above | Close | Inside, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +118,42 @@ def _values(claim: _Claim, arm: str, results: Results, window: Window | None = N
     return [statistic(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
 
 
-def _rises(claim: Rises, results: Results) -> tuple[bool, str]:
+def _changes(claim: _Change, results: Results) -> tuple[list[float], str]:
     before, after = (_values(claim, claim.arm, results, window) for window in (claim.start, claim.over))
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    return min(changes) >= claim.by, f"{claim.arm} {_range(before)} -> {_range(after)}, wanted {claim.by:+g} or more"
+    return changes, f"{claim.arm} {_range(before)} -> {_range(after)}, wanted "
+
+
+def _rises(claim: Rises, results: Results) -> tuple[bool, str]:
+    changes, numbers = _changes(claim, results)
+    return all(change >= claim.by for change in changes), f"{numbers}{claim.by:+g} or more"
+
+
+def _falls(claim: Falls, results: Results) -> tuple[bool, str]:
+    changes, numbers = _changes(claim, results)
+    return all(change <= -claim.by for change in changes), f"{numbers}{-claim.by:+g} or less"
+
+
+def _stays(claim: Stays, results: Results) -> tuple[bool, str]:
+    changes, numbers = _changes(claim, results)
+    return all(abs(change) <= claim.within for change in changes), f"{numbers}within {claim.within:g}"
 
 
 def _above(claim: Above, results: Results) -> tuple[bool, str]:
     high, low = (_values(claim, arm, results) for arm in (claim.arm, claim.than))
-    apart, difference = min(high) > max(low), fmean(high) - fmean(low)
+    apart, difference = _apart(high, low), fmean(high) - fmean(low)
     holds = apart and difference >= claim.by and fmean(high) >= claim.times * fmean(low)
     wanted = f", wanted {claim.by:+g}" * (claim.by != 0) + f", wanted {claim.times:g} times" * (claim.times != 1)
-    chance = (
-        f"; every seed apart, 1 in {comb(len(high) + len(low), len(low))} by chance" if apart else "; seeds overlap"
-    )
-    return holds, f"{claim.arm} {_range(high)} above {claim.than} {_range(low)}{wanted}{chance}"
+    chance = f", 1 in {comb(len(high) + len(low), len(low))} by chance"
+    if apart:
+        order = f"every seed apart{chance}"
+    else:
+        order = f"every seed the other way round{chance}" if _apart(low, high) else "seeds overlap"
+    return holds, f"{claim.arm} {_range(high)} above {claim.than} {_range(low)}{wanted}; {order}"
+
+
+def _apart(high: list[float], low: list[float]) -> bool:
+    return all(one > other for one in high for other in low)
 
 
 def _close(claim: Close, results: Results) -> tuple[bool, str]:
@@ -119,7 +165,7 @@ def _close(claim: Close, results: Results) -> tuple[bool, str]:
 
 def _inside(claim: Inside, results: Results) -> tuple[bool, str]:
     values = _values(claim, claim.arm, results)
-    holds = claim.low <= min(values) and max(values) <= claim.high
+    holds = all(claim.low <= value <= claim.high for value in values)
     return holds, f"{claim.arm} {_range(values)}, wanted {claim.low:g} to {claim.high:g}"
 
 
@@ -130,6 +176,8 @@ def _range(values: list[float]) -> str:
 
 _DECIDE: dict[str, Callable[..., tuple[bool, str]]] = {
     "rises": _rises,
+    "falls": _falls,
+    "stays": _stays,
     "above": _above,
     "close": _close,
     "inside": _inside,

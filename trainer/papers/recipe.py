@@ -6,6 +6,7 @@ some of its keys. The first lines say what the paper shows and what the small ve
 
 import pkgutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,6 +19,7 @@ from trainer.config_tree import ConfigError, ConfigTree
 from trainer.papers import measures
 from trainer.papers.claims import Claim
 from trainer.papers.figure import Panel
+from trainer.papers.measures import Labels
 
 FOLDER = Path("configs/papers")
 MEASURES = tuple(info.name for info in pkgutil.iter_modules(measures.__path__))
@@ -66,10 +68,27 @@ class Recipe(Options):
             raise ValueError(f"measure: there is no {self.measure!r}; there are: {', '.join(MEASURES)}")
         named = {arm for panel in self.panels for arm in panel.arms}
         named |= {arm for claim in self.claims for arm in (claim.arm, getattr(claim, "than", claim.arm))}
-        unknown = named - set(self.arms)
-        if unknown and self.measure is None:  # a measure has labels of its own
-            raise ValueError(f"claims and panels name {', '.join(sorted(unknown))}, which is no arm")
+        known = set(self.arms) | self._measured()
+        if named - known:
+            unknown, there_is = (", ".join(sorted(labels)) for labels in (named - known, known))
+            raise ValueError(f"claims and panels name {unknown}, which is no arm; there are: {there_is}")
         return self
+
+    @model_validator(mode="after")
+    def _leaves_what_is_set(self) -> Self:
+        for place, values in (("run", self.run), *((f"arms.{arm}", values) for arm, values in self.arms.items())):
+            model = values.get("model")
+            path = {"model.path"} if isinstance(model, dict) and "path" in model else set()
+            own = ({"name", "seed"} & set(values)) | path
+            if own:
+                raise ValueError(f"{place}: {', '.join(sorted(own))} follows from the recipe, the arm and the seed")
+        return self
+
+    def _measured(self) -> set[str]:
+        if self.measure is None:
+            return set()
+        labels: Labels = import_module(f"{measures.__name__}.{self.measure}").labels
+        return labels(self.arms)
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -55,12 +55,12 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
     start = start_model(recipe, work, origin)
     report(f"start model: {start}")
     results = _with_runs(recipe, seeds, start.resolve(), work / path.stem, origin, report)
-    verdicts = [check(claim, results) for claim in recipe.claims]
     figure = draw_figure(recipe.panels, results, recipe.columns, out / f"{path.stem}.png")
-    metrics = sorted({panel.metric for panel in recipe.panels} | {claim.metric for claim in recipe.claims})
+    verdicts = [check(claim, results) for claim in recipe.claims]
+    curves = sorted({(panel.metric, panel.x) for panel in recipe.panels} | {(c.metric, "step") for c in recipe.claims})
     numbers = out / f"{path.stem}.json"
     content = {"paper": recipe.paper, "seeds": seeds, "claims": [asdict(verdict) for verdict in verdicts]}
-    numbers.write_text(_json(content | {"curves": summary(results, metrics)}), encoding="utf-8")
+    numbers.write_text(_json(content | {"curves": summary(results, curves)}), encoding="utf-8")
     return Report(verdicts, figure, numbers)
 
 

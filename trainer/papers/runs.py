@@ -7,8 +7,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, chdir, contextmanager
 from hashlib import blake2b
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 from llmquest_rl.hardware import available_cores
 from trainer.config import Config
@@ -22,11 +23,23 @@ class ArmError(RuntimeError):
 
 
 def run_training(config: Config, folder: Path, log: Path) -> Path:
-    """Train in this process, below `folder`, printing into the file `log`; returns the run folder."""
+    """Train in this process, below `folder`, printing into the file `log`; returns the run folder.
+
+    Raises:
+        ArmError: it was stopped before its end, by Ctrl-C or SIGTERM.
+    """
     from trainer.loop import train
 
     with _printing_into(log), chdir(folder):
-        return train(config)
+        run = train(config)
+    if not _ended(run, config):
+        raise ArmError(f"stopped before step {config.steps}: run the command again, this run then begins anew")
+    return run
+
+
+def _ended(run: Path, config: Config) -> bool:
+    metrics = RunFolder(run).metrics
+    return metrics.is_file() and [row["step"] for row in JsonLines(metrics).read()][-1:] == [config.steps]
 
 
 @contextmanager
@@ -49,8 +62,7 @@ def finished(config: Config, folder: Path) -> Path | None:
         run = RunFolder.open(folder / "runs" / config.name)
     except RunFolderError:
         return None
-    done = run.metrics.is_file() and [row["step"] for row in JsonLines(run.metrics).read()][-1:] == [config.steps]
-    return run.path if done and run.config.read_text() == dump(config) else None
+    return run.path if _ended(run.path, config) and run.config.read_text() == dump(config) else None
 
 
 def place_of(config: Config, folder: Path) -> Path:
@@ -62,7 +74,7 @@ def run_all(configs: dict[str, Config], folder: Path, report: Callable[[str], No
     """Train every configuration that was not trained before; name to run folder.
 
     Args:
-        report: called with a name when its run is there.
+        report: called with a name when its run is there, and whether it was kept.
 
     Raises:
         ArmError: a run failed. Those that ended stay and are not run again.
@@ -70,7 +82,7 @@ def run_all(configs: dict[str, Config], folder: Path, report: Callable[[str], No
     places = {name: place_of(config, folder) for name, config in configs.items()}
     done = {name: run for name, config in configs.items() if (run := finished(config, places[name])) is not None}
     for name in done:
-        report(name)
+        report(f"{name} (kept)")
     waiting = [name for name in configs if name not in done]
     for name, run in _in_processes(waiting, configs, places):
         report(name)
@@ -84,13 +96,18 @@ def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str
     for name in names:
         places[name].mkdir(parents=True, exist_ok=True)
     # Spawned, not forked: threads of torch do not survive a fork.
-    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _begin_worker)
     with pool:
         futures = {pool.submit(run_training, configs[n], places[n], places[n].resolve() / "log.txt"): n for n in names}
         try:
             for future in as_completed(futures):
                 yield futures[future], _result(future, futures[future], places)
-        except BaseException:
+        except KeyboardInterrupt:
+            for worker in active_children():
+                worker.terminate()  # ends its run with this step
+            pool.shutdown(cancel_futures=True)
+            raise
+        except Exception:
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -98,11 +115,22 @@ def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str
 def _result(future: "Future[Path]", name: str, places: dict[str, Path]) -> Path:
     try:
         return places[name] / future.result().relative_to(places[name].resolve())
+    except ArmError as error:
+        raise ArmError(f"{name}: {error}") from error
     except BrokenProcessPool as error:
         raise ArmError(f"{name}: the process died (out of memory?); log: {places[name] / 'log.txt'}") from error
     except Exception as error:
         raise ArmError(f"{name}: {type(error).__name__}: {error}; log: {places[name] / 'log.txt'}") from error
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """However it ends: nobody would read what this process computes, and the next try would run beside it."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

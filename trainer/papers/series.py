@@ -4,13 +4,24 @@ import math
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 Rows = list[dict[str, Any]]
 """Of one run: its metrics by step; or what a measure gave, with `step` or another key as the abscissa."""
 Results = dict[str, dict[int, Rows]]
 """Arm to seed to rows."""
-Window = tuple[float, float]
+
+
+def _in_order(window: tuple[float, float]) -> tuple[float, float]:
+    low, high = window
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"a share of a run goes up, from 0 at the earliest to 1, not from {low:g} to {high:g}")
+    return window
+
+
+Window = Annotated[tuple[float, float], AfterValidator(_in_order)]
 """Which share of a run, e.g. (0.8, 1.0): its last fifth."""
 
 SUMS = {"generated tokens": "rollout/tokens"}
@@ -50,18 +61,22 @@ def smooth(values: list[float], width: int) -> list[float]:
     return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
-def summary(results: Mapping[str, Mapping[int, Rows]], metrics: Iterable[str]) -> dict[str, Any]:
-    """Curves by metric, arm and seed as lists that JSON keeps, rounded to six figures."""
+def summary(results: Mapping[str, Mapping[int, Rows]], curves: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Curves by metric (`metric over x` where the abscissa is not the step), arm and seed, rounded to six figures.
+
+    Args:
+        curves: metrics with their abscissas.
+    """
     return {
-        metric: {
+        metric if x == "step" else f"{metric} over {x}": {
             arm: {
-                str(seed): [[_rounded(a), _rounded(b)] for a, b in points(rows, metric) if math.isfinite(b)]
+                str(seed): [[_rounded(a), _rounded(b)] for a, b in points(rows, metric, x) if math.isfinite(b)]
                 for seed, rows in seeds.items()
             }
             for arm, seeds in results.items()
-            if any(points(rows, metric) for rows in seeds.values())
+            if any(points(rows, metric, x) for rows in seeds.values())
         }
-        for metric in metrics
+        for metric, x in curves
     }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from trainer.papers.claims import Claim, check
 from trainer.papers.series import Results, points, smooth, statistic, with_sums
@@ -34,6 +34,13 @@ FLAT, RISING, HIGH = [0.1] * 10, [0.1 * i for i in range(10)], [0.5] * 10
         ({"kind": "rises", "arm": "rising", "by": 0.8}, True),
         ({"kind": "rises", "arm": "rising", "by": 0.9}, False),
         ({"kind": "rises", "arm": "mixed", "by": 0.1}, False),
+        ({"kind": "falls", "arm": "falling", "by": 0.8}, True),
+        ({"kind": "falls", "arm": "falling", "by": 0.9}, False),
+        ({"kind": "falls", "arm": "rising", "by": 0.0}, False),
+        ({"kind": "stays", "arm": "rising", "within": 0.9}, True),
+        ({"kind": "stays", "arm": "rising", "within": 0.8}, False),
+        ({"kind": "stays", "arm": "falling", "within": 0.8}, False),
+        ({"kind": "stays", "arm": "flat", "within": 0.0}, True),
         ({"kind": "above", "arm": "high", "than": "flat"}, True),
         ({"kind": "above", "arm": "flat", "than": "high"}, False),
         ({"kind": "above", "arm": "mixed", "than": "flat"}, False),
@@ -49,6 +56,7 @@ FLAT, RISING, HIGH = [0.1] * 10, [0.1 * i for i in range(10)], [0.5] * 10
 )
 def test_a_claim_is_decided_seed_by_seed(claim: dict[str, Any], expected: bool) -> None:
     data = results(flat=[FLAT] * 3, rising=[RISING] * 3, high=[HIGH] * 3, mixed=[RISING, FLAT, HIGH])
+    data |= results(falling=[RISING[::-1]] * 3)
     assert holds(data, **claim) is expected
 
 
@@ -57,13 +65,43 @@ def test_the_verdict_shows_mean_and_range() -> None:
     claim = {"says": "one is larger", "kind": "above", "arm": "one", "than": "other", "metric": "score"}
     verdict = check(CLAIM.validate_python(claim), data)
     assert "one 2 [1, 3] above other 0.6 [0.5, 0.7]" in verdict.numbers and "1 in 20" in verdict.numbers
+    reverse = check(CLAIM.validate_python({**claim, "arm": "other", "than": "one"}), data)
+    assert not reverse.holds and "every seed the other way round, 1 in 20" in reverse.numbers
+    overlapping = check(CLAIM.validate_python(claim), results(one=[[1.0], [2.0]], other=[[0.5], [1.5]]))
+    assert not overlapping.holds and overlapping.numbers.endswith("seeds overlap")
+
+
+@pytest.mark.parametrize("kind", ["rises", "above", "inside"])
+def test_a_number_that_is_none_holds_nothing(kind: str) -> None:
+    """Infinity minus infinity, in one seed of two."""
+    infinite = [float("inf")] * 10
+    claims = {"rises": {"by": 0.5}, "above": {"than": "flat"}, "inside": {"low": 0.0}}
+    data = results(one=[RISING, infinite] if kind == "rises" else [HIGH, HIGH], flat=[FLAT, infinite])
+    if kind == "inside":
+        data = results(one=[HIGH, [-float("inf")] * 10])
+    assert not holds(data, kind=kind, arm="one", **claims[kind])
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"kind": "inside"},
+        {"kind": "inside", "low": 0.5, "high": 0.4},
+        {"kind": "close", "than": "other", "within": -0.1},
+        {"kind": "rises", "by": 0.1, "over": [0.9, 0.1]},
+        {"kind": "rises", "by": 0.1, "start": [2.0, 3.0]},
+    ],
+)
+def test_a_claim_that_says_nothing_is_refused(claim: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CLAIM.validate_python({"says": "so", "metric": "score", "arm": "one", **claim})
 
 
 def test_what_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match="nobody"):
-        holds(results(one=[HIGH]), kind="inside", arm="nobody")
+        holds(results(one=[HIGH]), kind="inside", arm="nobody", low=0.0)
     with pytest.raises(ValueError, match="missing has no value"):
-        holds(results(one=[HIGH]), kind="inside", arm="one", metric="missing")
+        holds(results(one=[HIGH]), kind="inside", arm="one", metric="missing", low=0.0)
 
 
 def test_statistics_take_their_share_of_the_run() -> None:

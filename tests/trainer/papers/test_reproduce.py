@@ -1,12 +1,18 @@
 """A recipe from its file to the figure, at a size that takes seconds; and every recipe of configs/papers."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -18,6 +24,7 @@ from trainer.papers.recipe import find_recipe, load_recipe
 from trainer.papers.reproduce import WORK, Report, reproduce
 from trainer.papers.runs import ArmError
 
+BOUND = {"says": "", "kind": "inside", "metric": "m", "high": 1.0}
 RECIPES = sorted((ROOT / "configs" / "papers").glob("*.yaml"))
 
 
@@ -79,7 +86,7 @@ def test_a_recipe_runs_draws_and_decides(done: Done) -> None:
     assert done.report.holds and done.report.figure.read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(done.report.numbers.read_text())
     assert [claim["holds"] for claim in numbers["claims"]] == [True]
-    curve = numbers["curves"]["rollout/completion_tokens"]
+    curve = numbers["curves"]["rollout/completion_tokens over generated tokens"]
     assert {arm: sorted(seeds) for arm, seeds in curve.items()} == {"one": ["0", "1"], "two": ["0", "1"]}
     assert curve["one"]["0"] != curve["one"]["1"], "seeds differ"
     assert len(done.times()) == 4 and len(done.lines) == 5
@@ -136,6 +143,49 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(done: Done, tmp_path:
     assert not list(done.work.glob("failing/arm-two-*/runs/*/*/checkpoints/*"))
 
 
+@pytest.mark.parametrize(("number", "part"), [(signal.SIGINT, "start"), (signal.SIGTERM, "run")])
+def test_what_was_interrupted_does_not_count_as_trained(
+    done: Done, tmp_path: Path, number: signal.Signals, part: str
+) -> None:
+    """Neither a start model nor an arm, nor does a process stay behind."""
+    changes = values()
+    steps = changes["start"]["run"] if part == "start" else changes["run"]
+    steps["steps"] = 100_000
+    recipe = write(tmp_path, **changes).rename(tmp_path / "interrupted.yaml")
+    rows = f"{WORK}/{'start-*' if part == 'start' else 'interrupted/arm-*'}/runs/*/*/metrics.jsonl"
+    before = set(done.folder.glob(rows))
+    command = [sys.executable, "-m", "trainer.cli", "reproduce", str(recipe), "--seeds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "printed").open("wb") as printed:
+        process = subprocess.Popen(command, cwd=done.folder, env=environment, stdout=printed, stderr=printed)
+        try:
+            wait_until(lambda: any(file.stat().st_size for file in {*done.folder.glob(rows)} - before))
+            process.send_signal(number)
+            assert process.wait(120) != 0
+        finally:
+            process.kill()
+    assert "numbers:" not in (tmp_path / "printed").read_text()
+    assert len(list(done.work.glob("start-*/model"))) == 1, "that of the other tests"
+    wait_until(lambda: not processes_in(done.folder))
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Those that work below the folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -143,8 +193,11 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(done: Done, tmp_path:
         ({"arms": {"one": {"algorithm": {"name": "nothing"}}}}, "arms.one: .*nothing"),
         ({"run": {"stepz": 1}}, "stepz"),
         ({"claims": [{"says": "", "kind": "larger", "arm": "one", "metric": "m"}]}, "claims.0"),
-        ({"claims": [{"says": "", "kind": "inside", "arm": "three", "metric": "m"}]}, "three"),
+        ({"claims": [{**BOUND, "arm": "three"}]}, "three"),
         ({"measure": "nothing"}, "nothing"),
+        ({"measure": "own_weights", "claims": [{**BOUND, "arm": "three, own weights"}]}, "no arm; .* one, own weights"),
+        ({"arms": {"one": {"seed": 3}}}, "arms.one: seed follows"),
+        ({"run": {"name": "mine", "model": {"path": "m"}}}, "run: model.path, name follows"),
     ],
 )
 def test_an_unsound_recipe_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

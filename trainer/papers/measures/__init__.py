@@ -1,6 +1,6 @@
-"""What recipes compute on trained models, one file each with a function `measure`."""
+"""What recipes compute on trained models, one file each with the functions `measure` and `labels`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,3 +23,5 @@ class Trained:
 
 Measure = Callable[[Trained], dict[str, Rows]]
 """`measure` of a file in `trainer/papers/measures/`: rows by label."""
+Labels = Callable[[Iterable[str]], set[str]]
+"""`labels` of the same file: those labels, of a recipe with these arms."""

@@ -5,7 +5,7 @@ must be averaged until signal and noise are equal. It does not depend on the sca
 estimated from the same batches, the bias of the squared mean taken off (McCandlish et al. 2018, arXiv:1812.06162, A.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,6 +36,11 @@ ALGORITHMS: dict[str, tuple[Algorithm, float]] = {
     "grpo baseline": (resolve("grpo", AGGREGATION), 0.0),
 }
 """By label, with what is added to every reward: a baseline from the group takes it out again."""
+
+
+def labels(arms: Iterable[str]) -> set[str]:
+    """What `measure` gives rows of."""
+    return set(ALGORITHMS)
 
 
 def measure(trained: Trained) -> dict[str, Rows]:

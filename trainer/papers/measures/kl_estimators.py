@@ -11,7 +11,7 @@ logits, where grad log p(a) = e_a - p:
 * an estimator in the loss: k'(a) grad log p(a), expected over a ~ p, with k' its derivative by log p(a)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
 
@@ -42,6 +42,11 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k3": KL_ESTIMATORS["k3"],
     "k3, ratio-weighted": _weighted_k3,
 }
+
+
+def labels(arms: Iterable[str]) -> set[str]:
+    """What `measure` gives rows of."""
+    return set(ESTIMATORS)
 
 
 def measure(trained: Trained) -> dict[str, Rows]:

@@ -3,6 +3,8 @@
 Training curves are those of the engine, which may round them.
 """
 
+from collections.abc import Iterable
+
 from trainer.config_load import parse_config
 from trainer.inference import evaluate, trained_model
 from trainer.papers.measures import Trained
@@ -10,6 +12,11 @@ from trainer.papers.series import Rows
 
 SAMPLES = 4
 """Of each problem."""
+
+
+def labels(arms: Iterable[str]) -> set[str]:
+    """What `measure` gives rows of."""
+    return {f"{arm}, own weights" for arm in arms}
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
