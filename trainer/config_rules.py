@@ -113,8 +113,8 @@ RULES = [
     Rule(
         "algorithm.entropy_share",
         lambda c: not from_rollouts(c) or c.algorithm.entropy_share == 1 or not c.algorithm.mixes_tokens,
-        "here the loss of a token has the gradients of all tokens of its completion, so leaving out its loss would leave "
-        "its gradient in: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
+        "here the loss of a token has the gradients of all tokens of its completion, so leaving out its loss would "
+        "leave its gradient in: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
         "geometric_clip",
     ),
     Rule(

@@ -15,7 +15,6 @@ from llmquest_rl.algorithms.ratios import OF_SEQUENCES, RATIOS
 from llmquest_rl.algorithms.surrogates import OWN_GRADIENT, SURROGATES, Bounds
 from llmquest_rl.options import Options
 
-
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Shape = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 """A number above 0 in a formula that infinity would make NaN."""
@@ -106,8 +105,8 @@ class Algorithm(Options):
     """Where it counts: a term of the loss, or what is taken off the advantage: the sum of it from a token to the end,
     without gradient and after the group comparison. There only `k1` has the KL's gradient."""
     kl_unbiased: bool = False
-    """`k1` and `k3` in the loss: weighted with the token's ratio, so that their gradient is the KL's (DeepSeek-V3.2, arXiv
-    2512.02556, equation 7)."""
+    """`k1` and `k3` in the loss: weighted with the token's ratio, so that their gradient is the KL's (DeepSeek-V3.2,
+    arXiv 2512.02556, equation 7)."""
     beta: Weight = 0.0
     """Weight of that KL; 0 = none, and no reference model is held."""
     reference_every: PositiveInt | None = None
