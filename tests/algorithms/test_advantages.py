@@ -151,7 +151,7 @@ def test_groups_without_a_difference_are_made_up_for() -> None:
 
 
 @CASES
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=8), st.floats(0.01, 1.0))
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=8), st.floats(0.01, 1.0))
 def test_soft_overlong(lengths: list[int], buffer: float) -> None:
     """DAPO equation 13, by cases."""
     longest, cache = 100, buffer * 100

@@ -175,6 +175,24 @@ def test_an_engine_that_agrees_needs_no_correction(name: str) -> None:
     assert not cut.any()
 
 
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (0.5, 1.0)])
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_ratio_that_equals_a_bound_is_kept(name: str, low: float, high: float) -> None:
+    weights, cut = MISMATCHES[name](torch.zeros(3), torch.tensor([0, 0, 1]), low, high)
+    assert weights.tolist() == [1.0] * 3 and not cut.any()
+
+
+def test_a_sequence_as_far_off_policy_as_allowed_is_kept() -> None:
+    new, rollout, advantages = torch.tensor([-1.0]), torch.tensor([-0.5]), torch.tensor([-1.0])
+    assert on_policy_enough(new, rollout, advantages, torch.tensor([0]), 0.5).tolist() == [True]
+    assert on_policy_enough(new, rollout, advantages, torch.tensor([0]), 0.25).tolist() == [False]
+
+
+def test_a_share_that_is_a_whole_number_of_tokens_is_not_rounded_up() -> None:
+    """0.1 x 30 is above 3 in binary."""
+    assert int(most_uncertain(tensor(range(30)), ids_of([30]), 0.1).sum()) == 3
+
+
 @CASES
 @given(sequence_lengths, st.integers(0, 2**31), st.floats(0.01, 1.0))
 def test_off_policy_sequences(lengths: list[int], seed: int, delta: float) -> None:

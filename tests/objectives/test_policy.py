@@ -228,7 +228,7 @@ def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
 
 def test_tokens_without_weight_are_in_no_metric() -> None:
     policy = Policy(resolve("grpo"), 1.0, MAX_TOKENS)
-    atoms = policy.weigh(random_atoms(1, streams=("ref_logprobs",)))
+    atoms = policy.weigh(random_atoms(1, streams=("ref_logprobs", "old_logprobs")))
     empty = Atom([0], [[0]], {name: [[0.0]] for name in atoms[0].streams})
     model = Bigram()
     alone, padded = (policy.loss(model, float64(collate(a))) for a in (atoms, [*atoms, empty]))
