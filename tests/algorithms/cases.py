@@ -21,6 +21,12 @@ from llmquest_rl.objectives.policy import Policy
 MAX_TOKENS = 9
 PER_TARGET = ("new", "old_logprobs", "ref_logprobs", "entropies")
 
+
+def _dual_in_reach(row: dict[str, Any]) -> dict[str, Any]:
+    """A dual bound that ratios of random cases reach, where the upper bound allows it."""
+    return row | {"dual_clip": 1.5} if row["dual_clip"] is not None and row["clip_high"] < 0.5 else row
+
+
 rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "ratio": st.sampled_from(sorted(RATIOS)),
@@ -47,7 +53,7 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "tis_floor": st.sampled_from([0.0, 0.5]),
         "tis_cap": st.sampled_from([None, 1.2, 5.0]),
     }
-)
+).map(_dual_in_reach)
 """Any combination of the cells that the loss is made of."""
 
 

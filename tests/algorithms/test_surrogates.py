@@ -91,14 +91,22 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient(name: str, advantage: fl
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "slope"),
-    [(1.3, 1.0, 0), (0.7, 1.0, 1), (1.3, -1.0, 1), (0.7, -1.0, 0), (2.5, -1.0, 1), (3.5, -1.0, 0)],
+    [
+        *((1.3, 1.0, 0), (0.7, 1.0, 1), (1.3, -1.0, 1), (0.7, -1.0, 0), (2.5, -1.0, 1), (3.5, -1.0, 0)),
+        *((1.25, 1.0, 1), (0.75, -1.0, 0)),
+    ],
 )
 def test_clip_stops_the_gradient_only_where_it_would_go_too_far(ratio: float, advantage: float, slope: int) -> None:
-    """With a dual bound of 3. What `CUTS` says is what happens."""
-    values, limits = tokens([ratio], [advantage]), Bounds(0.2, 0.2, 3.0)
+    """With bounds of 0.2 and 0.28, and a dual one of 3. What `CUTS` says is what happens."""
+    values, limits = tokens([ratio], [advantage]), Bounds(0.2, 0.28, 3.0)
     assert gradient("clip", values, limits, values.ratio) == [-advantage * slope]
     low, high = CUTS["clip"](values, limits)
     assert bool(low | high) == (slope == 0)
+
+
+def test_which_weights_are_cut() -> None:
+    low, high = CUTS["clipped_weight"](tokens([0.1, 0.5, 1.9, 4.0, 6.0], [1.0, -1.0] * 2 + [1.0]), Bounds(0.8, 4.0))
+    assert (low.tolist(), high.tolist()) == ([True] + [False] * 4, [False] * 4 + [True])
 
 
 @CASES

@@ -218,6 +218,22 @@ def test_metrics_by_hand() -> None:
     assert floats["policy/tis_ess"] == pytest.approx(weights.mean() ** 2 / (weights**2).mean())
 
 
+@pytest.mark.parametrize(("cells", "loss"), [({}, 4.0), ({"dual_clip": 3.0}, 3.0)])
+def test_a_dual_clip_bounds_what_a_bad_sample_costs(cells: dict[str, float], loss: float) -> None:
+    """A sample with A = -1 that has become four times as likely."""
+    old = -3.0
+    streams = {"advantages": [[-1.0]], "rollout_logprobs": [[old]], "old_logprobs": [[old]], "weights": [[1.0]]}
+    policy = Policy(resolve("grpo", {"beta": 0.0, **cells}), 1.0, MAX_TOKENS)
+    losses, _ = policy.token_losses(torch.tensor([old + np.log(4)]), collate([Atom([0], [[1]], streams)]))
+    assert losses.tolist() == pytest.approx([loss])
+
+
+@pytest.mark.parametrize("cells", [{"beta": 0.1}, {"beta": 0.0, "entropy_bonus": 0.1}])
+def test_a_group_without_advantages_has_a_gradient_of_other_terms(cells: dict[str, float]) -> None:
+    assert not resolve("grpo", cells).needs_advantage
+    assert resolve("grpo", {"beta": 0.0}).needs_advantage
+
+
 def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
     streams = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
     policy = Policy(resolve("grpo", {"mismatch": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
