@@ -101,6 +101,20 @@ RULES = [
         "this algorithm normalises the advantages of a step: one sample cannot be, so take more prompts or samples",
     ),
     Rule(
+        "algorithm.length_penalty",
+        lambda c: not from_rollouts(c) or c.algorithm.length_penalty != "relative" or c.batch.samples_per_prompt > 1,
+        "`relative` compares the lengths of a group: take at least two samples of a prompt, or soft_overlong",
+    ),
+    Rule(
+        "algorithm.normalization",
+        lambda c: (
+            not from_rollouts(c)
+            or c.algorithm.normalization != "valid_groups"
+            or c.algorithm.advantage not in WITHOUT_GROUP
+        ),
+        "valid_groups makes up for groups of equal rewards, which without a comparison have advantages: take another",
+    ),
+    Rule(
         "algorithm.normalization",
         lambda c: (
             not from_rollouts(c)

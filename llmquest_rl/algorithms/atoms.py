@@ -65,7 +65,7 @@ def is_usable(group: Group, algorithm: Algorithm) -> bool:
     part = _compared(group)
     if part is None:
         return False
-    advantages = _group_advantages(part.rewards, part.lengths, algorithm).tolist()
+    advantages = _weighed(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
     pairs = zip(part.completions, advantages, strict=True)
     return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
@@ -107,11 +107,13 @@ def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Ten
     rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
     normalized = NORMALIZATIONS[algorithm.normalization](estimated, rewards, lengths)
     limit = algorithm.advantage_limit
-    weighed = [
-        group.clamp(min=0) * algorithm.positive_weight + group.clamp(max=0) * algorithm.negative_weight
-        for group in normalized
-    ]
+    weighed = [_weighed(group, algorithm) for group in normalized]
     return weighed if limit is None else [group.clamp(-limit, limit) for group in weighed]
+
+
+def _weighed(advantages: Tensor, algorithm: Algorithm) -> Tensor:
+    """Times the weight of their sign."""
+    return advantages.clamp(min=0) * algorithm.positive_weight + advantages.clamp(max=0) * algorithm.negative_weight
 
 
 def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:

@@ -1,36 +1,45 @@
-"""Numbers that only some cells read: set beside other cells they would change nothing, silently."""
+"""Settings that only some cells read: beside other cells they would change nothing, silently."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from llmquest_rl.algorithms.cells import Algorithm
+from llmquest_rl.algorithms.surrogates import CUTS, ON_POLICY
 
 
 class _Reader(NamedTuple):
-    """Who reads a number."""
+    """Who reads a setting."""
 
-    cell: str
-    choices: frozenset[str]
-
-
-def _of(cell: str, *choices: str) -> _Reader:
-    return _Reader(cell, frozenset(choices))
+    who: str
+    reads: Callable[[Algorithm], bool]
 
 
+def _cell(cell: str, *choices: str) -> _Reader:
+    return _Reader(f"{cell}: {' or '.join(choices)}", lambda algorithm: getattr(algorithm, cell) in choices)
+
+
+_BOUNDED = _cell("surrogate", *sorted(CUTS))
+_CORRECTED = _Reader("old_policy: learner and a tis_cap", lambda a: a.old_policy == "learner" and a.tis_cap is not None)
+_WITH_KL = _Reader("a beta above 0", lambda a: a.beta > 0)
 READERS: dict[str, _Reader] = {
-    "pass_k": _of("advantage", "pass_at_k"),
-    "overlong_buffer": _of("length_penalty", "soft_overlong"),
-    "clip_low": _of("surrogate", "clip", "geometric_clip", "clipped_weight", "binary_tv", "binary_kl"),
-    "clip_high": _of("surrogate", "clip", "geometric_clip", "clipped_weight", "binary_tv", "binary_kl"),
-    "dual_clip": _of("surrogate", "clip"),
-    "tau_positive": _of("surrogate", "soft_gate"),
-    "tau_negative": _of("surrogate", "soft_gate"),
-    "power_positive": _of("surrogate", "gamma_weight"),
-    "power_negative": _of("surrogate", "gamma_weight"),
-    "decay_positive": _of("surrogate", "gamma_weight"),
-    "decay_negative": _of("surrogate", "gamma_weight"),
-    "mismatch": _of("old_policy", "learner"),
-    "tis_floor": _of("old_policy", "learner"),
-    "tis_cap": _of("old_policy", "learner"),
+    "pass_k": _cell("advantage", "pass_at_k"),
+    "length_weight": _cell("length_penalty", "soft_overlong", "relative"),
+    "overlong_buffer": _cell("length_penalty", "soft_overlong"),
+    "ratio": _Reader("a surrogate that has a ratio", lambda a: a.surrogate not in ON_POLICY),
+    "clip_low": _BOUNDED,
+    "clip_high": _BOUNDED,
+    "dual_clip": _cell("surrogate", "clip"),
+    "tau_positive": _cell("surrogate", "soft_gate"),
+    "tau_negative": _cell("surrogate", "soft_gate"),
+    "power_positive": _cell("surrogate", "gamma_weight"),
+    "power_negative": _cell("surrogate", "gamma_weight"),
+    "decay_positive": _cell("surrogate", "gamma_weight"),
+    "decay_negative": _cell("surrogate", "gamma_weight"),
+    "kl": _WITH_KL,
+    "kl_in": _WITH_KL,
+    "mismatch": _CORRECTED,
+    "tis_floor": _CORRECTED,
+    "tis_cap": _CORRECTED,
 }
 
 
@@ -42,12 +51,11 @@ def check_read(algorithm: Algorithm, row: Algorithm) -> None:
         row: the row as it is.
 
     Raises:
-        ValueError: a number differs from the row's, and none of the cells reads it. (null asks for nothing.)
+        ValueError: a setting differs from the row's, and no cell reads it. (null asks for nothing.)
     """
-    for number, (cell, choices) in READERS.items():
-        value, choice = getattr(algorithm, number), getattr(algorithm, cell)
-        if value not in (None, getattr(row, number)) and choice not in choices:
+    for setting, reader in READERS.items():
+        value = getattr(algorithm, setting)
+        if value not in (None, getattr(row, setting)) and not reader.reads(algorithm):
             raise ValueError(
-                f"{number} is read with {cell}: {' or '.join(sorted(choices))}, and here it is {choice}, so "
-                f"{number}: {value} would change nothing; leave it out"
+                f"{setting} is read with {reader.who}, so here {setting}: {value} would change nothing; leave it out"
             )

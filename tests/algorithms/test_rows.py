@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.presets import Algorithm, resolve
+from llmquest_rl.algorithms.surrogates import CUTS
 from llmquest_rl.batch import Atom
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
@@ -60,6 +61,21 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name: str, seed: int) -> 
 def test_zero_advantages_have_no_gradient(name: str, seed: int, old: bool) -> None:
     case = with_advantages(random_case(seed), [0.0])
     assert not value_and_gradient(resolve(name, {"beta": 0.0}), case, old)[1].any()
+
+
+@CASES
+@pytest.mark.parametrize("name", [name for name in all_rows() if resolve(name).surrogate in CUTS])
+@given(seeds)
+def test_the_clip_fraction_is_the_share_of_tokens_without_a_gradient(name: str, seed: int) -> None:
+    """But for CISPO's, whose cut weights leave one; and it is what was cut below and above."""
+    algorithm = resolve(name, PLAIN)
+    row, case = policy(algorithm), with_advantages(random_case(seed), [1.0, -0.5, 2.0])
+    _, gradient, _, metrics = total(row, batch_of(row, case), case.new, case.entropies)
+    floats = metrics.to_floats()
+    assert 0 <= floats["policy/clip_frac"] <= 1
+    assert floats["policy/clip_frac"] == pytest.approx(floats["policy/clip_low_frac"] + floats["policy/clip_high_frac"])
+    without = 0.0 if algorithm.surrogate == "clipped_weight" else floats["policy/clip_frac"]
+    assert float((gradient == 0).double().mean()) == pytest.approx(without)
 
 
 def parts_of(case: Case, parts: list[list[int]]) -> list[Case]:

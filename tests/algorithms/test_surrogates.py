@@ -149,15 +149,15 @@ def test_the_soft_gate_is_the_policy_gradient_times_4_p_1_minus_p(
 
 
 @CASES
-@given(st.floats(0.0, 6.0), st.floats(0.2, 4), st.floats(0.01, 2))
-def test_a_larger_tau_closes_the_gate_faster(ratio: float, tau: float, more: float) -> None:
+@given(st.floats(0.0, 6.0), st.floats(0.2, 4), st.floats(0.01, 2), st.sampled_from([1.0, -1.0]))
+def test_a_larger_tau_closes_the_gate_faster(ratio: float, tau: float, more: float, advantage: float) -> None:
     """Monotone in tau: the weight of a gradient away from ratio 1 only falls, and at 1 it stays 1."""
-    values = tokens([ratio, 1.0], [1.0, 1.0])
+    values, mine = tokens([ratio, 1.0], [advantage] * 2), "tau_positive" if advantage > 0 else "tau_negative"
     less, further = (
-        gradient("soft_gate", values, Bounds(tau_positive=value), values.ratio) for value in (tau, tau + more)
+        gradient("soft_gate", values, Bounds(**{mine: value}), values.ratio) for value in (tau, tau + more)
     )
-    assert -further[0] <= -less[0] + 1e-12
-    assert (less[1], further[1]) == (pytest.approx(-1.0), pytest.approx(-1.0))
+    assert abs(further[0]) <= abs(less[0]) + 1e-12
+    assert (less[1], further[1]) == (pytest.approx(-advantage), pytest.approx(-advantage))
 
 
 def test_a_clipped_weight_leaves_every_token_its_gradient() -> None:

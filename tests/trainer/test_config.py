@@ -196,6 +196,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 ONE_SAMPLE = {"prompts_per_step": 1, "samples_per_prompt": 1}
 WHITENED: dict[str, Any] = {**RL, "algorithm": {"name": "reinforce_pp"}}
 REPLAYED = changed(changed(RL, "batch.passes_per_step", 2), "algorithm.routing_replay", True)
+REINFORCE = changed(RL, "algorithm.name", "reinforce")
 UNBIASED = ("algorithm.kl_unbiased", True, "algorithm.kl_unbiased")
 MASKED = ("algorithm.entropy_share", 0.2, "algorithm.entropy_share")
 BROKEN = [
@@ -205,13 +206,21 @@ BROKEN = [
     (RL, "rewards", [{"name": "exact_number"}, {"name": "exact_number"}], "rewards"),
     (RL, "reward_models", [{"name": "exact_number", "path": "judge"}], "reward_models"),
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
+    (changed(RL, "algorithm.name", "dr_grpo"), "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
+    (
+        changed(REINFORCE, "batch.samples_per_prompt", 1),
+        "algorithm.length_penalty",
+        "relative",
+        "algorithm.length_penalty",
+    ),
+    (REINFORCE, "algorithm.normalization", "valid_groups", "algorithm.normalization"),
     (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
     (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
     (changed(RL, "algorithm.name", "rloo"), "batch.updates_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "opo"), "batch.passes_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
-    (changed(RL, "algorithm.kl", "k1"), "algorithm.beta", 0.1, "algorithm.kl"),
+    (changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k1", "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k2"), *UNBIASED),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "abs"), *UNBIASED),
@@ -249,12 +258,16 @@ def test_every_rule_has_a_configuration_that_breaks_it() -> None:
 @pytest.mark.parametrize(
     ("row", "key", "value", "reader"),
     [
-        ("grpo", "tau_negative", 2.0, "surrogate: soft_gate, and here it is clip"),
+        ("grpo", "tau_negative", 2.0, "surrogate: soft_gate,"),
         ("sapo", "clip_high", 0.3, "surrogate: binary_kl or binary_tv or clip or clipped_weight or geometric_clip"),
-        ("cispo", "dual_clip", 9.0, "surrogate: clip, and here it is clipped_weight"),
+        ("cispo", "dual_clip", 9.0, "surrogate: clip,"),
+        ("dr_grpo", "kl", "k2", "a beta above 0"),
+        ("dr_grpo", "kl_in", "reward", "a beta above 0"),
+        ("rloo", "ratio", "sequence", "a surrogate that has a ratio"),
+        ("grpo", "length_weight", 0.5, "length_penalty: soft_overlong or relative"),
         ("grpo", "pass_k", 2, "advantage: pass_at_k"),
         ("grpo", "overlong_buffer", 0.5, "length_penalty: soft_overlong"),
-        ("dppo", "tis_cap", 5.0, "old_policy: learner, and here it is engine"),
+        ("dppo", "tis_cap", 5.0, "old_policy: learner and a tis_cap"),
     ],
 )
 def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, reader: str) -> None:
@@ -266,7 +279,10 @@ def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, 
 
 
 def test_what_turns_a_correction_off_is_no_such_number() -> None:
-    parse_config(changed(changed(RL, "algorithm.name", "dppo"), "algorithm.tis_cap", None))
+    for row in ("dppo", "grpo"):
+        parse_config(changed(changed(RL, "algorithm.name", row), "algorithm.tis_cap", None))
+    without = changed(RL, "algorithm.tis_cap", None)
+    assert "mismatch is read with" in problems_of(changed(without, "algorithm.mismatch", "reject"))[0]
 
 
 @pytest.mark.parametrize("key", ["beta", "positive_weight", "entropy_bonus", "length_weight"])
