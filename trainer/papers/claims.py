@@ -42,10 +42,10 @@ class Rises(_Change):
 
 
 class Falls(_Change):
-    """In every seed the metric falls by at least `by`."""
+    """In every seed the metric falls by at least `by`; a negative one: it rises by no more than that."""
 
     kind: Literal["falls"]
-    by: NonNegativeFloat
+    by: float
 
 
 class Stays(_Change):

@@ -37,6 +37,8 @@ FLAT, RISING, HIGH = [0.1] * 10, [0.1 * i for i in range(10)], [0.5] * 10
         ({"kind": "falls", "arm": "falling", "by": 0.8}, True),
         ({"kind": "falls", "arm": "falling", "by": 0.9}, False),
         ({"kind": "falls", "arm": "rising", "by": 0.0}, False),
+        ({"kind": "falls", "arm": "rising", "by": -0.9}, True),
+        ({"kind": "falls", "arm": "rising", "by": -0.8}, False),
         ({"kind": "stays", "arm": "rising", "within": 0.9}, True),
         ({"kind": "stays", "arm": "rising", "within": 0.8}, False),
         ({"kind": "stays", "arm": "falling", "within": 0.8}, False),
