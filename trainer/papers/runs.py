@@ -102,12 +102,10 @@ def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str
         try:
             for future in as_completed(futures):
                 yield futures[future], _result(future, futures[future], places)
-        except KeyboardInterrupt:
-            for worker in active_children():
-                worker.terminate()  # ends its run with this step
-            pool.shutdown(cancel_futures=True)
-            raise
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                for worker in active_children():
+                    worker.terminate()  # ends its run with this step
             pool.shutdown(cancel_futures=True)
             raise
 
