@@ -24,7 +24,7 @@ lint: setup  ## formatting, lint, types, import rules, configuration files: what
 	@.ci/lint
 
 docs: setup  ## make docs/configuration.md from the typed tree
-	@$(BIN)/python -m trainer.config_docs
+	@$(BIN)/python -m trainer.config.reference_docs
 
 clean:  ## remove .venv and caches (runs are kept)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

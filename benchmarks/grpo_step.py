@@ -60,7 +60,7 @@ def config(args: argparse.Namespace, uniform_rewards: str) -> dict[str, Any]:
 
 def run_ours(args: argparse.Namespace, uniform_rewards: str = "skip") -> list[Row]:
     """Rows by step from the run's own metrics."""
-    from trainer.config_load import parse_config
+    from trainer.config.load import parse_config
     from trainer.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,9 +131,9 @@ def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
     from trl import GRPOConfig
 
     from llmquest_rl.data.tokenizer import load_tokenizer
-    from rewards.exact_number import Config, reward
-    from trainer.config_load import parse_config
-    from trainer.parts import Parts
+    from rewards.builtin.exact_number import Config, reward
+    from trainer.components import Parts
+    from trainer.config.load import parse_config
 
     parts = Parts(parse_config(config(args, "take")))
     samples = parts.prompts.take(PROMPTS * (args.steps + 1))

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.data.packing import pack
 from llmquest_rl.layers import linear
-from llmquest_rl.models.hf import load_model
-from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.objectives import policy
+from llmquest_rl.packing import pack
 from llmquest_rl.types import Sampling
 
 GROUP = 8

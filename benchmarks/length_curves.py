@@ -39,14 +39,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3Ro
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import AttentionContext, PackedAttention
-from llmquest_rl.layers.cache import Decode, Prefill
-from llmquest_rl.layers.delta_rule import gated_delta_rule, gated_delta_step
-from llmquest_rl.layers.mla import LatentAttention, LatentShape
+from llmquest_rl.layers.attention.attention import AttentionContext, PackedAttention
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import SlotCache
+from llmquest_rl.layers.attention.mla import LatentAttention, LatentShape
+from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
 from llmquest_rl.layers.rope import RoPE
-from llmquest_rl.layers.slots import SlotCache
 from llmquest_rl.models import gemma3
-from trainer.plot import COLOURS
+from trainer.run.plot import COLOURS
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LONGEST_RECURRENT = 1024

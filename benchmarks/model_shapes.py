@@ -85,7 +85,7 @@ SHAPES = {
     "qwen3": ("Qwen3", _llama),
     "gemma3": ("Gemma3", _gemma3),
     "qwen3_moe": ("Qwen3Moe", _qwen3_moe),
-    "sparse_moe": ("Mixtral", _mixtral),
+    "mixtral": ("Mixtral", _mixtral),
     "deepseek_v3": ("DeepseekV3", _deepseek_v3),
     "qwen3_next": ("Qwen3Next", _qwen3_next),
 }

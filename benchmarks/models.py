@@ -66,7 +66,7 @@ def best_of(run: Callable[[], Any], repeats: int) -> float:
 
 def train_ours(path: str, sequences: list[list[int]], repeats: int) -> float:
     from llmquest_rl.batch import Atom, collate
-    from llmquest_rl.models.hf import load_model
+    from llmquest_rl.models.checkpoint.load_save import load_model
 
     model = load_model(path, torch.float32).train()
     batch = collate([Atom([], [sequence]) for sequence in sequences])
@@ -199,7 +199,7 @@ def jobs(family: str, size: str, path: str, vocab: int, repeats: int) -> list[di
         {**base, "kind": "train", "who": who, "tokens": tokens, "long": long}
         for tokens, long in [(TRAIN_TOKENS, False), *([(LONG[family], True)] if family in LONG else [])]
         for who in TRAINERS
-        if (who != "grouped" or family in ("qwen3_moe", "sparse_moe", "deepseek_v3", "qwen3_next"))
+        if (who != "grouped" or family in ("qwen3_moe", "mixtral", "deepseek_v3", "qwen3_next"))
         and (who != "packed" or (family not in ("gpt2", "qwen3_next") and not long))
     ]
     return train + [{**base, "kind": "generate", "who": who} for who in GENERATORS]

@@ -12,8 +12,9 @@ from llmquest_rl.options import Options
 
 
 def builtin_rewards() -> list[str]:
-    """Names of the built-in rewards: the files of this package that define `reward`."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef reward(" in path.read_text())
+    """Names of the built-in rewards: the files of `rewards/builtin/`."""
+    files = (Path(__file__).parent / "builtin").glob("*.py")
+    return sorted(path.stem for path in files if path.stem != "__init__")
 
 
 def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
@@ -87,7 +88,7 @@ class RewardConfig(Options):
             message = unknown_key_message("the built-in reward", self.function, known)
             raise ValueError(f"{message} A function of your own is `module:function` or `path/file.py:function`.")
         try:
-            config_class: type[Options] = importlib.import_module(f"rewards.{self.function}").Config
+            config_class: type[Options] = importlib.import_module(f"rewards.builtin.{self.function}").Config
         except ImportError as error:
             raise ValueError(f"the built-in reward `{self.function}` cannot be imported: {error}") from error
         for key in self.options:

@@ -103,7 +103,7 @@ def load_reward(config: RewardConfig) -> LoadedReward:
 
 def _find(config: RewardConfig) -> Callable[..., Any]:
     target, _, attribute = config.function.rpartition(":")
-    target, attribute = (target, attribute) if target else (f"rewards.{attribute}", "reward")
+    target, attribute = (target, attribute) if target else (f"rewards.builtin.{attribute}", "reward")
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
     except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported

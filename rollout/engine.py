@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures
-from llmquest_rl.models.weight_files import read_json
+from llmquest_rl.models.checkpoint.load_save import architectures
+from llmquest_rl.models.checkpoint.weight_files import read_json
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.check_configs import problems
+from trainer.cli.check_configs import problems
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")

@@ -9,22 +9,24 @@ from llmquest_rl.data.rows import DataError
 from rewards.grader import Grader, check_rewards
 from rollout.engine import check_engine
 from rollout.worker import RolloutWorker
-from trainer.cluster import Cluster, Need, open_cluster
-from trainer.config import Config
-from trainer.config_load import dump
-from trainer.dynamic_sampling import UntilFull
-from trainer.learner import Learner
-from trainer.learners import LearnerGroup
-from trainer.parts import Parts
-from trainer.replay import check_replay
-from trainer.reward_model_config import RewardModelConfig
-from trainer.rollouts import Judge, Rollouts
-from trainer.run import Progress, RunFolder, StopSignal
-from trainer.sampler import Gather, LiveSampler, OneRound, ReplayedSampler, Sampler
-from trainer.score_worker import ScorerSetup, ScoreWorker, check_reward_model
+from trainer.cluster.worker_group import Cluster, Need, open_cluster
+from trainer.components import Parts
+from trainer.config.load import dump
+from trainer.config.reward_model import RewardModelConfig
+from trainer.config.schema import Config
+from trainer.learner.group import LearnerGroup
+from trainer.learner.learner import Learner
+from trainer.run.folder import RunFolder
+from trainer.run.progress import Progress
+from trainer.run.stop import StopSignal
+from trainer.run.tracking import Tracker, check_trackers
 from trainer.session import Session, resume
-from trainer.sources import BatchSource, DatasetSource, RolloutSource
-from trainer.tracking import Tracker, check_trackers
+from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
+from trainer.sources.dynamic_sampling import UntilFull
+from trainer.sources.generate_and_grade import Judge, Rollouts
+from trainer.sources.replay import check_replay
+from trainer.sources.reward_model_worker import ScorerSetup, ScoreWorker, check_reward_model
+from trainer.sources.sampler import Gather, LiveSampler, OneRound, ReplayedSampler, Sampler
 
 log = logging.getLogger(__name__)
 

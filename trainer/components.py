@@ -1,168 +1,181 @@
-"""Components named in YAML: `{name: x, key: value, ...}`, where x is a file of the component's package.
+"""What a run is made of, built from its configuration when first asked for; no process starts, no weights load."""
 
-Nothing is registered. `name: gsm8k` in the task section is the file `llmquest_rl/data/tasks/gsm8k.py`; a name with a
-colon, `module:function` or `path/to/file.py:function`, is a user's own code. The keys beside `name` are validated
-against the class `Config(Options)` of that file (or else the function's parameters) before anything starts.
-"""
-
-import importlib
-import importlib.util
-import inspect
-import pkgutil
-from collections.abc import Callable
-from difflib import get_close_matches
+import logging
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, create_model, model_serializer, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from llmquest_rl.data.dataset import DatasetContext
+from llmquest_rl.data.images import ImageReader, image_reader
+from llmquest_rl.data.open_dataset import open_dataset
+from llmquest_rl.data.rows import MalformedRows
+from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.data.task import open_task
+from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
+from llmquest_rl.models.base import image_format, reads_text
+from llmquest_rl.models.checkpoint.count import count_parameters
+from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
+from llmquest_rl.models.checkpoint.load_classifier import check_scorer
+from llmquest_rl.models.checkpoint.load_save import read_shape
+from llmquest_rl.objectives import Objective
+from rollout.engine import EngineSetup
+from trainer.cluster.hardware import available_cores, choose_dtype
+from trainer.config.rules import optimizer_updates
+from trainer.config.schema import Config
+from trainer.learner.setup import LearnerSetup
+from trainer.sources.reward_model_worker import ScorerSetup
 
-from llmquest_rl.options import Options
+log = logging.getLogger(__name__)
 
 
-class NoOptions(Options):
-    """What a component without a `Config` class accepts: nothing beside its name."""
+class Parts:
+    """The parts of one run."""
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
-class Component(BaseModel):
-    """A section whose keys beside `name` belong to the component that `name` points to."""
+    @cached_property
+    def objective(self) -> Objective:
+        section = self.config.objective
+        objective: Objective = section.module.build(
+            section.options, self.config.algorithm, self.config.rollout.sampling
+        )
+        return objective
 
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-    package: ClassVar[str]
-    entry: ClassVar[str] = ""
-    """The function of the component's file that users may point to directly, e.g. `load`."""
+    @cached_property
+    def model_path(self) -> Path:
+        return resolve_model(self.config.model.path)
 
-    name: str
-    """A file of the component's package, or the user's own `module:function` or `path/file.py:function`."""
+    def check_model(self) -> None:
+        """Check that every weight is there, without reading one, and that the objective can be had of the model.
 
-    _options: Options = PrivateAttr(default_factory=NoOptions)
+        Raises:
+            ValueError: a file is missing or cut short, or a tensor is; the message names it. The objective has labels,
+                and the model is none that scores could be made of.
+        """
+        if self.config.model.init == "pretrained":
+            check_model_files(self.model_path)
+        if self.objective.labels:
+            check_scorer(self.model_path, self.objective.labels)
+
+    def check_experts(self) -> None:
+        """Check that a model whose routing is to be replayed has some.
+
+        Raises:
+            ValueError: it has no experts to choose from; the message names the architecture and what to do.
+        """
+        if not self.objective.routing_replay:
+            return
+        count = count_parameters(self.model_path)
+        if count.active == count.total:
+            raise ValueError(
+                f"algorithm.routing_replay: in {count.architecture} ({self.model_path}) every token passes through "
+                "every weight, so there is no choice of experts to replay: set it to false, or train a mixture of "
+                "experts"
+            )
+
+    @cached_property
+    def renderer(self) -> PromptRenderer:
+        data = self.config.data
+        tokenizer = load_tokenizer(self.model_path)
+        return prompt_renderer(tokenizer, data.system_prompt, data.chat_template, self.image_reader)
 
     @property
-    def options(self) -> Any:
-        """The validated `Config` of the component's file."""
-        return self._options
+    def texts(self) -> PromptRenderer | None:
+        """The renderer of a model that reads text; None for one that reads images alone."""
+        return self.renderer if reads_text(read_shape(self.model_path)[1]) else None
 
-    @property
-    def module(self) -> ModuleType:
-        """The component's file, imported."""
-        return find_module(self.package, self.name)
+    @cached_property
+    def image_reader(self) -> ImageReader | None:
+        _, shape = read_shape(self.model_path)
+        wanted = image_format(shape)
+        return None if wanted is None else image_reader(self.model_path, wanted)
 
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The user's function when `name` has a colon, else the file's entry function."""
-        return getattr(self.module, self.name.partition(":")[2] or self.entry)  # type: ignore[no-any-return]
+    @cached_property
+    def prompts(self) -> PromptStream:
+        data = self.config.data
+        assert data.task is not None, "a rule of the configuration: objectives that learn from rollouts have a task"
+        malformed = MalformedRows(data.malformed_rows)
+        task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
+        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
 
-    @model_validator(mode="after")
-    def _validate_options(self) -> "Component":
-        try:
-            options = options_class(self.package, self.name)
-        except (ImportError, AttributeError) as error:
-            raise PydanticCustomError("component", "{reason}", {"reason": str(error)}) from error
-        self._options = options(**(self.model_extra or {}))
-        return self
+    @cached_property
+    def sequences(self) -> AtomStream:
+        data = self.config.data
+        assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
+        malformed = MalformedRows(data.malformed_rows)
+        context = DatasetContext(
+            self.texts,
+            self.config.batch.tokens_per_sequence,
+            self.config.seed,
+            malformed,
+            data.long_prompts,
+            self.objective.labels,
+            self.image_reader,
+        )
+        return AtomStream(
+            open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
+        )
 
-    @model_serializer(mode="plain")
-    def _resolved(self) -> dict[str, Any]:
-        options = self._options.model_dump(mode="json")
-        return {"name": self.name} | {key: value for key, value in options.items() if key != "name"}
+    def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
+        """The arithmetic that `auto` means for a part, and why."""
+        if configured != "auto":
+            return configured, "configured"
+        dtype, reason = choose_dtype("cuda" if gpus else "cpu", purpose)
+        log.info("%s: %s, because %s", purpose, dtype, reason)
+        return str(dtype).removeprefix("torch."), reason
 
+    def learner_setup(self, folder: Path) -> LearnerSetup:
+        """What every learner process is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_learner
+        return LearnerSetup(
+            model_path=self.model_path,
+            objective=self.objective,
+            optimizer=config.optimizer,
+            learner=config.learner,
+            total_updates=optimizer_updates(config),
+            tokens_per_microbatch=config.batch.tokens_per_microbatch,
+            folder=folder,
+            init=config.model.init,
+            dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
+            device="cuda" if gpus else "cpu",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.seed,
+            threads=threads(config.cluster.cpus_per_learner, config.learner.processes),
+        )
 
-def component_names(package: str) -> list[str]:
-    """The names that a component package offers: its files."""
-    paths = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
+    @cached_property
+    def scorer_setups(self) -> list[ScorerSetup]:
+        """What every process of each reward model is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_scorer
+        return [
+            ScorerSetup(
+                config=model,
+                model_path=resolve_model(model.path),
+                dtype=self.dtype(model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
+                device="cuda" if gpus else "cpu",
+                threads=threads(config.cluster.cpus_per_scorer, model.workers),
+            )
+            for model in config.reward_models
+        ]
 
-
-def options_class(package: str, name: str) -> type[Options]:
-    """The class `Config` of a component's file.
-
-    Raises:
-        ImportError: see `find_module`.
-    """
-    module = find_module(package, name)
-    function = getattr(module, name.partition(":")[2]) if ":" in name else None
-    found: type[Options] = getattr(module, "Config", _parameters(function) if function else NoOptions)
-    return found
-
-
-def _parameters(function: Callable[..., Any]) -> type[Options]:
-    """Options made from a user's function: its parameters, but for `seed`, which the run gives."""
-    fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name != "seed" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
-            fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
-    return create_model("Parameters", __base__=Options, **fields)
-
-
-def section_class(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of the section, or of the list's items, that a field holds; None for plain values."""
-    candidates: list[Any] = [field.annotation]
-    while candidates:
-        candidate = candidates.pop()
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-        candidates += get_args(candidate)
-    return None
-
-
-def find_module(package: str, name: str) -> ModuleType:
-    """Import the file that a component name points to.
-
-    Raises:
-        ImportError: no such file, or it needs a package that is not installed; the message says which and what to do.
-    """
-    location = name.partition(":")[0]
-    if location.endswith(".py"):
-        return _import_path(Path(location))
-    if ":" in name:
-        return importlib.import_module(location)
-    known = component_names(package)
-    if name not in known:
-        near = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
-        raise ImportError(f"nothing is called {name!r} in {package}; {hint}")
-    try:
-        return importlib.import_module(f"{package}.{name}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{name!r} needs the package {error.name!r}, which is not installed: run `make setup`"
-        ) from error
-
-
-def _import_path(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ImportError(f"there is no file {path} (relative paths start at {Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, f"{path} is not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    @cached_property
+    def engine_setup(self) -> EngineSetup:
+        """What every rollout worker's engine is told."""
+        config, gpus = self.config, self.config.cluster.gpus_per_rollout_worker
+        dtype, reason = self.dtype(config.rollout.dtype, gpus, "engine")
+        completion = max(config.rollout.sampling.max_tokens, config.eval.max_tokens or 0)
+        at_once = config.batch.prompts_per_step * config.batch.samples_per_prompt
+        return EngineSetup(
+            context_tokens=config.data.max_prompt_tokens + completion,
+            max_sequences=-(-at_once // config.rollout.workers),
+            dtype=dtype,  # type: ignore[arg-type]
+            dtype_reason=reason,
+            threads=threads(config.cluster.cpus_per_rollout_worker, config.rollout.workers),
+            device="cuda" if gpus else "cpu",
+            seed=config.seed,
+        )
 
 
-class TaskSection(Component):
-    """Where prompts and gold answers come from."""
-
-    package: ClassVar[str] = "llmquest_rl.data.tasks"
-    entry: ClassVar[str] = "load"
-
-
-class DatasetSection(Component):
-    """Where supervised sequences come from."""
-
-    package: ClassVar[str] = "llmquest_rl.data.datasets"
-    entry: ClassVar[str] = "load"
-
-
-class ObjectiveSection(Component):
-    """Which loss a batch is given."""
-
-    package: ClassVar[str] = "llmquest_rl.objectives"
-
-
-class EngineSection(Component):
-    """What samples completions."""
-
-    package: ClassVar[str] = "rollout.engines"
+def threads(cpus_each: float | None, count: int) -> int:
+    """CPU threads of one process: what it was given, else the machine's cores shared out: phases take turns on them."""
+    return max(1, int(cpus_each)) if cpus_each is not None else max(1, available_cores() // count)

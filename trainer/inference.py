@@ -8,17 +8,16 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from llmquest_rl.types import Group, Request
-from trainer import checkpoint
 from trainer.assemble import needs, start_rollouts
-from trainer.cluster import open_cluster
-from trainer.config import Config
-from trainer.evaluate import accuracy_metrics
-from trainer.learners import MODEL
-from trainer.parts import Parts
-from trainer.replay import save_rollouts
-from trainer.rollouts import Rollouts, seed_for
-from trainer.run import RunFolder
-from trainer.sampler import check_groups
+from trainer.cluster.worker_group import open_cluster
+from trainer.components import Parts
+from trainer.config.schema import Config
+from trainer.learner.group import MODEL
+from trainer.run.folder import RunFolder, checkpoint
+from trainer.sources.eval_metrics import accuracy_metrics
+from trainer.sources.generate_and_grade import Rollouts, seed_for
+from trainer.sources.replay import save_rollouts
+from trainer.sources.sampler import check_groups
 
 
 def trained_model(run: str, which: str = "latest") -> Path:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.assemble import assemble
-from trainer.config import Config
+from trainer.config.schema import Config
 
 
 def train(config: Config, resume: Path | None = None, replay: Path | None = None) -> Path:

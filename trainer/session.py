@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer import checkpoint
-from trainer.config import Config
-from trainer.learners import LearnerGroup, StepBatch
-from trainer.run import Progress, RunFolder, StopSignal
-from trainer.sources import BatchSource
-from trainer.tracking import Tracker, system_metrics
+from trainer.config.schema import Config
+from trainer.learner.group import LearnerGroup, StepBatch
+from trainer.run.folder import RunFolder, checkpoint
+from trainer.run.progress import Progress
+from trainer.run.stop import StopSignal
+from trainer.run.tracking import Tracker, system_metrics
+from trainer.sources.batch_source import BatchSource
 
 log = logging.getLogger(__name__)
 

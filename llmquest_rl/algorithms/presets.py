@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from llmquest_rl.algorithms.cells import Algorithm
+from llmquest_rl.algorithms.algorithm import Algorithm
 
 __all__ = ["PAPERS", "PRESETS", "Algorithm", "resolve"]
 

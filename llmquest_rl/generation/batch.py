@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.generation.sampling import draw, stream_keys, stream_uniforms
-from llmquest_rl.layers.cache import Decode, Prefill
-from llmquest_rl.layers.slots import SlotCache
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import FinishReason, Request, Sampling
 

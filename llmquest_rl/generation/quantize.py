@@ -8,7 +8,7 @@ layer stay as they are, as engines leave them.
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.moe.experts import RoutedExperts
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmquest_rl.batch import TokenBatch
-from llmquest_rl.layers.attention import AttentionContext, PackedAttention
+from llmquest_rl.layers.attention.attention import AttentionContext, PackedAttention
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.moe import RouterLoad
+from llmquest_rl.layers.moe.moe import RouterLoad
 from llmquest_rl.types import ImageFormat
 
 

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.batch import Layout, TokenBatch
-from llmquest_rl.layers.attention import AttentionContext, PackedAttention
-from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.attention.attention import AttentionContext, PackedAttention
+from llmquest_rl.layers.attention.mla import LatentAttention
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.mla import LatentAttention
 from llmquest_rl.layers.mlp import GatedMLP
-from llmquest_rl.layers.moe import RouterLoad, Routing, SigmoidRouter, load, sequence_balance_loss
+from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.layers.moe.moe import RouterLoad, Routing, SigmoidRouter, load, sequence_balance_loss
 from llmquest_rl.layers.mtp import depths
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary
-from llmquest_rl.models import names
+from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.deepseek_v3_config import DeepseekV3Config
-from llmquest_rl.models.names import HFMap
+from llmquest_rl.models.weight_map import HFMap
 
 
 class MixtureOfExperts(nn.Module):
@@ -168,7 +168,7 @@ def _joined(first: Hidden, second: Hidden) -> Hidden:
     return Hidden(second.states, aux, loads)
 
 
-def _block_names(ours: str, disk: str) -> dict[str, str | names.Form]:
+def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
     """Where a layer lies on disk."""
     attention = {
         "query": "q_proj",
@@ -188,10 +188,10 @@ def _block_names(ours: str, disk: str) -> dict[str, str | names.Form]:
         **{f"{ours}.mlp.{name}": f"{disk}.mlp.{name}_proj" for name in ("gate", "up", "down")},
         **{f"{ours}.mlp.shared.{name}": f"{disk}.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")},
         f"{ours}.mlp.router": f"{disk}.mlp.gate",
-        f"{ours}.mlp.experts.gate_up": names.Experts(
+        f"{ours}.mlp.experts.gate_up": weight_map.Experts(
             experts, ("gate_proj", "up_proj"), fused=f"{disk}.mlp.experts.gate_up_proj"
         ),
-        f"{ours}.mlp.experts.down": names.Experts(experts, ("down_proj",), fused=f"{disk}.mlp.experts.down_proj"),
+        f"{ours}.mlp.experts.down": weight_map.Experts(experts, ("down_proj",), fused=f"{disk}.mlp.experts.down_proj"),
     }
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
-from llmquest_rl.layers.mla import LatentShape
+from llmquest_rl.layers.attention.mla import LatentShape
 from llmquest_rl.layers.rope import rope_parameters, yarn_mscale
-from llmquest_rl.models.checks import check_sizes, check_whole_rotation
+from llmquest_rl.models.config_checks import check_sizes, check_whole_rotation
 
 OTHER_NAMES = {
     "num_layers": "num_hidden_layers",

@@ -13,15 +13,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP, check_activation
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.checks import check_heads, check_sizes, check_whole_rotation
-from llmquest_rl.models.names import HFMap
+from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.weight_map import HFMap
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 """The kinds of layers, as config.json calls them."""

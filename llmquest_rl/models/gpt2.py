@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.checks import check_sizes
-from llmquest_rl.models.names import HFMap, Transposed
+from llmquest_rl.models.config_checks import check_sizes
+from llmquest_rl.models.weight_map import HFMap, Transposed
 
 
 @dataclass(frozen=True)

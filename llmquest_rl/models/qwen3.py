@@ -12,14 +12,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.checks import (
+from llmquest_rl.models.config_checks import (
     FULL,
     SLIDING,
     check_heads,
@@ -28,7 +28,7 @@ from llmquest_rl.models.checks import (
     check_windows,
     windowed_layers,
 )
-from llmquest_rl.models.names import HFMap
+from llmquest_rl.models.weight_map import HFMap
 
 
 @dataclass(frozen=True)

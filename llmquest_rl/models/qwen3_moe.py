@@ -11,17 +11,17 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from llmquest_rl.layers.attention import AttentionContext
-from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
-from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
+from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_losses
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
-from llmquest_rl.models.names import Experts, HFMap
+from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.weight_map import Experts, HFMap
 
 ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 """Fields of config.json for which one value is implemented; they may be left out."""

@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmquest_rl.layers.attention import AttentionContext
-from llmquest_rl.layers.delta_rule import gated_delta_rule, gated_delta_step
-from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
-from llmquest_rl.layers.moe import Routing, SoftmaxRouter, load, router_losses
+from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_losses
 from llmquest_rl.layers.norm import OffsetRMSNorm, RMSNorm
+from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
+from llmquest_rl.layers.recurrent.short_conv import ShortConv
 from llmquest_rl.layers.rope import RoPE, Rotary, rotate
-from llmquest_rl.layers.short_conv import ShortConv
-from llmquest_rl.models import names
+from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.names import HFMap
 from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.weight_map import HFMap
 
 
 class GatedDeltaNet(nn.Module):
@@ -214,7 +214,7 @@ class Qwen3Next(CausalLM):
                 module.dt_bias.fill_(1.0)
 
 
-def _block_names(ours: str, disk: str) -> dict[str, str | names.Form]:
+def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
     """Where a layer lies on disk."""
     experts = f"{disk}.mlp.experts.{{e}}"
     attention = {"query": "q", "key": "k", "value": "v", "output": "o"}
@@ -234,10 +234,10 @@ def _block_names(ours: str, disk: str) -> dict[str, str | names.Form]:
         **{f"{ours}.mlp.shared.{name}": f"{disk}.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
         f"{ours}.mlp.shared_gate": f"{disk}.mlp.shared_expert_gate",
         f"{ours}.mlp.router": f"{disk}.mlp.gate",
-        f"{ours}.mlp.experts.gate_up": names.Experts(
+        f"{ours}.mlp.experts.gate_up": weight_map.Experts(
             experts, ("gate_proj", "up_proj"), fused=f"{disk}.mlp.experts.gate_up_proj"
         ),
-        f"{ours}.mlp.experts.down": names.Experts(experts, ("down_proj",), fused=f"{disk}.mlp.experts.down_proj"),
+        f"{ours}.mlp.experts.down": weight_map.Experts(experts, ("down_proj",), fused=f"{disk}.mlp.experts.down_proj"),
     }
 
 

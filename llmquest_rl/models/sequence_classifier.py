@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.batch import TokenBatch
-from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
-from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, qwen2, qwen3, qwen3_moe, qwen3_next, sparse_moe
+from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next
 from llmquest_rl.models.base import AroundDecoder, CausalLM, Scorer, Scores
 from llmquest_rl.models.labels import label_fields, read_labels
-from llmquest_rl.models.names import Form, HFMap
+from llmquest_rl.models.weight_map import Form, HFMap
 
 DECODERS: dict[str, HFMap] = {
     "DeepseekV3ForSequenceClassification": deepseek_v3.HF,
     "GPT2ForSequenceClassification": gpt2.HF,
     "Gemma3TextForSequenceClassification": gemma3.HF,
     "LlamaForSequenceClassification": llama.HF,
-    "MixtralForSequenceClassification": sparse_moe.HF,
+    "MixtralForSequenceClassification": mixtral.HF,
     "Qwen2ForSequenceClassification": qwen2.HF,
     "Qwen3ForSequenceClassification": qwen3.HF,
     "Qwen3MoeForSequenceClassification": qwen3_moe.HF,

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.batch import Layout, TokenBatch
-from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.fused_embedding import FusedEmbedding
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
 from llmquest_rl.models.base import AroundDecoder, CausalLM, Hidden, Model, Output
-from llmquest_rl.models.hf import find_architecture
+from llmquest_rl.models.checkpoint.load_save import find_architecture
 from llmquest_rl.models.llama import LlamaConfig
-from llmquest_rl.models.names import Experts, Form, HFMap
 from llmquest_rl.models.vit import ViT, ViTConfig
+from llmquest_rl.models.weight_map import Experts, Form, HFMap
 from llmquest_rl.types import ImageFormat
 
 

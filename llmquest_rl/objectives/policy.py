@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.algorithms.atoms import token_weights
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
+from llmquest_rl.algorithms.sequence_groups import token_weights
 from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.metrics import Metrics

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmquest_rl.models.hf import disk_shapes
+from llmquest_rl.models.checkpoint.load_save import disk_shapes
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquest_rl.algorithms.atoms import is_usable, make_atoms, token_weights
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import PRESETS, resolve
+from llmquest_rl.algorithms.sequence_groups import is_usable, make_atoms, token_weights
 from llmquest_rl.batch import Atom
 from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.types import Completion, Group, Sample, Score

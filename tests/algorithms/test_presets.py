@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llmquest_rl.algorithms.atoms import make_atoms
 from llmquest_rl.algorithms.presets import PRESETS, resolve
+from llmquest_rl.algorithms.sequence_groups import make_atoms
 from llmquest_rl.batch import collate
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.types import Completion, FinishReason, Group, Sample, Score

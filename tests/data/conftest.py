@@ -10,7 +10,7 @@ import pytest
 from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.rows import MalformedRows
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, load_tokenizer, prompt_renderer
-from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.checkpoint.hub import resolve_model
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmquest_rl.batch import Atom
-from llmquest_rl.data.packing import minibatches, pack, split_ranks
+from llmquest_rl.packing import minibatches, pack, split_ranks
 
 atom = st.builds(
     lambda prompt, sizes: Atom([1] * prompt, [[2] * size for size in sizes]),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.layers.attention import AttentionContext
+from llmquest_rl.layers.attention.attention import AttentionContext
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models.base import CausalLM, Hidden
 

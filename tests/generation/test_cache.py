@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.cache import Decode, Prefill
-from llmquest_rl.layers.slots import CALL_COST, SlotCache, buckets
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import CALL_COST, SlotCache, buckets
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from tests.generation.hand_made import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmquest_rl.generation.engine import NativeGenerator
-from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.types import Request, Sampling
 from tests.models.families import CASES, FAMILIES, case_name, write_reference
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llmquest_rl.generation.quantize import round_weights, rounded
-from llmquest_rl.models.hf import new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
-from llmquest_rl.models.names import disk_tensors
 from llmquest_rl.models.qwen3_moe import Qwen3MoeConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup
 from rollout.engines.native import Config, build

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.bucketed import CHUNKS_PER_WINDOW, MIN_CHUNK, Plan
-from llmquest_rl.layers.flex import attend, visible
-from llmquest_rl.layers.scoring import Scoring
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.attention.cpu import CHUNKS_PER_WINDOW, MIN_CHUNK, Plan
+from llmquest_rl.layers.attention.gpu import attend, visible
+from llmquest_rl.layers.attention.scores import Scoring
 
 torch.set_num_threads(1)
 
@@ -153,7 +153,7 @@ def test_any_layout_equals_dense_attention(
         parents += [-1, *[parent] * len(completions)]
     if sum(lengths):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llmquest_rl.layers.bucketed.MIN_CHUNK", min_chunk)
+            patch.setattr("llmquest_rl.layers.attention.cpu.MIN_CHUNK", min_chunk)
             assert_equal_to_dense(Layout(tuple(lengths), tuple(parents)), Case(window=window))
 
 

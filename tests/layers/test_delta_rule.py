@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.chunks import CHUNK, chunks_of
-from llmquest_rl.layers.delta_rule import gated_delta_rule, gated_delta_step
-from llmquest_rl.layers.short_conv import ShortConv
+from llmquest_rl.layers.recurrent.delta_chunks import CHUNK, chunks_of
+from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
+from llmquest_rl.layers.recurrent.short_conv import ShortConv
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.layers import linear
-from llmquest_rl.layers.experts import RoutedExperts
-from llmquest_rl.layers.grouped import Grouped, Looped, products
 from llmquest_rl.layers.linear import Linear, multiply, worthwhile
+from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.layers.moe.grouped_matmul import Grouped, Looped, products
 
 torch.set_num_threads(1)
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")

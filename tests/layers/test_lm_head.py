@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from llmquest_rl.generation.packing import PackedHead
+from llmquest_rl.generation.packed_weights import PackedHead
 from llmquest_rl.layers import lm_head
 from llmquest_rl.layers.lm_head import LMHead
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.generation.packing import PackedLinear, pack_model
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.cache import Decode, Prefill
-from llmquest_rl.layers.mla import LatentAttention, LatentShape
+from llmquest_rl.generation.packed_weights import PackedLinear, pack_model
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import SlotCache
+from llmquest_rl.layers.attention.mla import LatentAttention, LatentShape
 from llmquest_rl.layers.rope import RoPE
-from llmquest_rl.layers.slots import SlotCache
 
 torch.set_num_threads(1)
 

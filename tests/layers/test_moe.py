@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.experts import RoutedExperts, expert_capacity
-from llmquest_rl.layers.grouped import Grouped, Looped, products
-from llmquest_rl.layers.moe import (
+from llmquest_rl.layers.moe.experts import RoutedExperts, expert_capacity
+from llmquest_rl.layers.moe.grouped_matmul import Grouped, Looped, products
+from llmquest_rl.layers.moe.moe import (
     Routing,
     SigmoidRouter,
     SoftmaxRouter,

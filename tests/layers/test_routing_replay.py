@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.layers.moe import Routing, SigmoidRouter, SoftmaxRouter
-from llmquest_rl.layers.routing_replay import Router, noted_choices, num_changed, replaying, routers
+from llmquest_rl.layers.moe.moe import Routing, SigmoidRouter, SoftmaxRouter
+from llmquest_rl.layers.moe.routing_replay import Router, noted_choices, num_changed, replaying, routers
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures
+from llmquest_rl.models.checkpoint.load_save import architectures
 
 torch.set_num_threads(1)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, Layout, collate
 from llmquest_rl.generation.engine import NativeGenerator
-from llmquest_rl.generation.packing import pack_model
-from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.generation.packed_weights import pack_model
+from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.norm import OffsetRMSNorm
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model
+from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.gemma3 import FULL, HF, SLIDING, Gemma3, Gemma3Config
-from llmquest_rl.models.hf import load_model, new_model
-from llmquest_rl.models.parity import parity
 from llmquest_rl.types import Request, Sampling
 from tests.models.families import write_reference
 

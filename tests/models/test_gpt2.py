@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.gpt2 import GPT2, GPT2Config
-from llmquest_rl.models.hf import load_model, new_model, save_model
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import tiny_folder, write_reference
 
 torch.set_num_threads(1)

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmquest_rl.models.hf import load_model, new_model, save_model
-from llmquest_rl.models.hub import check_model_files
+from llmquest_rl.models.checkpoint.hub import check_model_files
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.weight_files import weight_entries
 from llmquest_rl.models.llama import HF, LlamaConfig
-from llmquest_rl.models.names import disk_pieces, disk_tensors
-from llmquest_rl.models.weight_files import weight_entries
+from llmquest_rl.models.weight_map import disk_pieces, disk_tensors
 
 torch.set_num_threads(1)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.models import hub
-from llmquest_rl.models.hf import load_model, new_model, save_model
-from llmquest_rl.models.hub import cache_dir, check_model_files, resolve_model
+from llmquest_rl.models.checkpoint import hub
+from llmquest_rl.models.checkpoint.hub import cache_dir, check_model_files, resolve_model
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.weight_map import disk_tensors
 
 NAME = "smollm2-135m-instruct"
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import new_model
+from llmquest_rl.models.checkpoint.load_save import new_model
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 
 torch.set_num_threads(1)

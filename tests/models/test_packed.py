@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.experts import RoutedExperts
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures
+from llmquest_rl.models.checkpoint.load_save import architectures
 from tests.models.families import LANGUAGE_MODELS
 
 torch.set_num_threads(1)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention import PackedAttention
+from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM, Model
-from llmquest_rl.models.hf import architectures, load_any_model, load_model, new_model, save_model
-from llmquest_rl.models.hub import check_model_files, resolve_model
-from llmquest_rl.models.names import disk_tensors
-from llmquest_rl.models.parity import parity
-from llmquest_rl.models.weight_files import weight_entries
+from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
+from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.parity import parity
+from llmquest_rl.models.checkpoint.weight_files import weight_entries
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import CASES, FAMILIES, LANGUAGE_MODELS, case_name, tiny_folder, write_reference
 
 torch.set_num_threads(1)
@@ -187,5 +187,5 @@ def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return model
 
     folder = write_reference(tmp_path, first_case("LlamaForCausalLM"))
-    monkeypatch.setattr("llmquest_rl.models.parity.load_any_model", exchanged)
+    monkeypatch.setattr("llmquest_rl.models.checkpoint.parity.load_any_model", exchanged)
     assert parity(folder).worst > 1e-3

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llmquest_rl.batch import Atom, TokenBatch, collate
-from llmquest_rl.models.hf import load_model
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.models.qwen3_moe import HF, Qwen3Moe, Qwen3MoeConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import write_reference
 
 torch.set_num_threads(1)

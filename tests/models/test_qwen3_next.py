@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Atom, Layout, collate
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.cache import Decode, Prefill
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.norm import OffsetRMSNorm
-from llmquest_rl.layers.slots import SlotCache
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import check_weights, load_model, new_model, save_model
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.checkpoint.load_save import check_weights, load_model, new_model, save_model
 from llmquest_rl.models.qwen3_next import GatedDeltaNet, Qwen3Next
 from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import tiny_folder, write_reference
 
 torch.set_num_threads(1)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM, Scorer
-from llmquest_rl.models.hf import architectures, load_any_model, load_model, save_model
-from llmquest_rl.models.hub import check_model_files
-from llmquest_rl.models.names import disk_tensors, named_weights
-from llmquest_rl.models.parity import parity
-from llmquest_rl.models.scorers import check_scorer, load_scorer, new_scorer
+from llmquest_rl.models.checkpoint.hub import check_model_files
+from llmquest_rl.models.checkpoint.load_classifier import check_scorer, load_scorer, new_scorer
+from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
+from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from tests.models.families import CASES, FAMILIES, LANGUAGE_MODELS, case_name, tiny_folder, write_reference
 from tests.models.test_parity import first_case, named_gradients, reference_gradients
 

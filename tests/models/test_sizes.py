@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.models.count import config_files, count_parameters
+from llmquest_rl.models.checkpoint.count import config_files, count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.models.hf import architectures, load_any_model, load_model, save_model
-from llmquest_rl.models.names import disk_tensors
-from llmquest_rl.models.scorers import load_scorer
+from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
 from llmquest_rl.models.vit import ViT, ViTConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import FAMILIES, write_reference
 
 torch.set_num_threads(1)

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, Layout, collate
 from llmquest_rl.generation.engine import NativeGenerator
-from llmquest_rl.layers.attention import PackedAttention
-from llmquest_rl.layers.cache import Decode, Prefill
-from llmquest_rl.layers.slots import SlotCache
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.assemble_vlm import assemble
+from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.llama import Llama, LlamaConfig
-from llmquest_rl.models.names import disk_tensors
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.vlm import HF, VLM, VLMConfig
-from llmquest_rl.models.vlm_assembly import assemble
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from tests.models.families import FAMILIES, LANGUAGE_MODELS, write_reference
 

@@ -19,7 +19,7 @@ from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.reward_model import RewardModel
-from trainer.learner_batches import idle_atom
+from trainer.learner.microbatches import idle_atom
 
 score = st.floats(-30, 30)
 Pairs = list[tuple[float, float, float]]

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import exact_number, extract, length, math_verify
-from rewards import format as format_reward
+from rewards import extract
+from rewards.builtin import exact_number, length, math_verify
+from rewards.builtin import format as format_reward
 from rewards.config import GraderConfig, RewardConfig, builtin_rewards
-from rewards.file import parse_reward
+from rewards.grade_file import parse_reward
 from rewards.grader import GradeItem, Grader
 from rewards.load import load_reward, read_return
 
@@ -20,7 +21,7 @@ BUILTINS = ["exact_match", "exact_number", "format", "length", "math_verify", "r
 EXAMPLES = [
     pytest.param(name, *example, id=f"{name}-{number}")
     for name in BUILTINS
-    for number, example in enumerate(importlib.import_module(f"rewards.{name}").EXAMPLES)
+    for number, example in enumerate(importlib.import_module(f"rewards.builtin.{name}").EXAMPLES)
 ]
 
 
@@ -121,7 +122,7 @@ def test_length_counts_tokens_where_they_are_known() -> None:
 
 
 def test_reasoning_gym_scores_its_own_answers_from_json() -> None:
-    module = importlib.import_module("rewards.reasoning_gym")
+    module = importlib.import_module("rewards.builtin.reasoning_gym")
     for name in ("chain_sum", "spell_backward", "countdown", "letter_counting", "gcd", "simple_equations"):
         entry = json.loads(json.dumps(module.reasoning_gym.create_dataset(name, size=1, seed=5)[0]))
         assert module.reward(f"<answer>{entry['answer']}</answer>", entry, module.Config(tag="answer")) == 1.0

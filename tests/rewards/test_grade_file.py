@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rewards.config import GraderConfig, RewardConfig
-from rewards.file import grade_file
+from rewards.grade_file import grade_file
 from rewards.load import RewardError
 
 LINES = [

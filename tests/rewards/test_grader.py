@@ -246,7 +246,9 @@ def test_a_file_imports_its_neighbours_and_the_prints_do_no_harm(tmp_path: Path)
 def test_workers_do_not_import_torch() -> None:
     with Grader([own("loaded_torch"), RewardConfig(name="exact_number")], ONE) as grader:
         assert grader.grade([GradeItem("q", "1", "1")])[0].parts == {"loaded_torch": 0.0, "exact_number": 1.0}
-    modules = [f"rewards.{path.stem}" for path in Path(rewards.__file__).parent.glob("*.py")]
+    folder = Path(rewards.__file__).parent
+    modules = [f"{path.parent.name}.{path.stem}" for path in folder.glob("*.py")]
+    modules += [f"rewards.builtin.{path.stem}" for path in (folder / "builtin").glob("*.py")]
     script = (
         f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; assert 'torch' not in sys.modules"
     )

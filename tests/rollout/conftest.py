@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquest_rl.models.hub import resolve_model
-from llmquest_rl.models.weight_files import read_tensors, weight_entries
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from llmquest_rl.models.checkpoint.weight_files import read_tensors, weight_entries
 from rollout.engine import EngineSetup, engine_config
 from rollout.weights import publish
 from rollout.worker import RolloutWorker

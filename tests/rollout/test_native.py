@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llmquest_rl.batch import Atom, collate
 from llmquest_rl.models.base import CausalLM
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.gpt2 import GPT2Config
-from llmquest_rl.models.hf import load_model, new_model, save_model
-from llmquest_rl.models.hub import resolve_model
 from llmquest_rl.models.llama import LlamaConfig
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.engine import EngineError, EngineSetup, check_engine, open_engine
 from rollout.engines.native import Config, NativeEngine, build

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquest_rl.generation.engine import NativeGenerator
-from llmquest_rl.models.hf import load_model
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.models.vlm import VLMConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, check_engine, choose_engine, engine_config
 from rollout.vllm_limits import kv_cache_bytes, read_shape
@@ -175,7 +175,7 @@ def test_the_tiny_shapes_are_not_refused(name: str, tmp_path: Path) -> None:
         ("qwen2 with YaRN and a window, tied", 32 * 4 * 2 * 1 * 32, 5 + 5),
         ("qwen3", 32 * 4 * 2 * 2 * 32, 4 + 4),
         ("gemma3", 32 * 4 * 2 * 2 * 32, 5 + 4),
-        ("sparse_moe", 32 * 4 * 2 * 2 * 32, 5 + 5),
+        ("mixtral", 32 * 4 * 2 * 2 * 32, 5 + 5),
         ("deepseek_v3", 32 * 4 * 576, 4 + 4),
         ("qwen3_next", 9 * 32 * 2 * 2 * 2 * 32, 1 + 1),
     ],

@@ -113,7 +113,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen3": COMMON | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "qwen3_moe": COMMON | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
-    "sparse_moe": COMMON
+    "mixtral": COMMON
     | {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

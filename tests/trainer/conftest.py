@@ -19,16 +19,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmquest_rl.data.tokenizer import load_tokenizer
-from llmquest_rl.models.hf import new_model, save_model
-from llmquest_rl.models.hub import resolve_model
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from llmquest_rl.models.checkpoint.load_save import new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.weight_map import disk_tensors
 from tests.trainer.pair_cases import write_pairs
-from trainer.config import Config
-from trainer.config_load import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.loop import train
+from trainer.run.tracking import JsonLines
 from trainer.session import Session
-from trainer.tracking import JsonLines
 
 ROOT = Path(__file__).parents[2]
 REWARDS = ROOT / "tests" / "trainer" / "reward_cases.py"
@@ -94,7 +94,7 @@ class Runs:
         """`llmquest-rl train` in a process of its own."""
         mark = f"{self.folder}-{len(self.commands)}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark}
-        line = [sys.executable, "-m", "trainer.cli", "train", str(self.write()), *map(str, arguments)]
+        line = [sys.executable, "-m", "trainer.cli.main", "train", str(self.write()), *map(str, arguments)]
         output = (self.folder / f"output-{len(self.commands)}.txt").open("w+")
         process = subprocess.Popen(
             line, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom
-from llmquest_rl.data.packing import split_ranks
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.objectives.policy import Policy
-from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner import Learner
-from trainer.learner_setup import LearnerSetup
+from llmquest_rl.packing import split_ranks
+from trainer.config.schema import LearnerConfig, OptimizerConfig
+from trainer.learner.learner import Learner
+from trainer.learner.setup import LearnerSetup
 
 POLICY = Policy(resolve("grpo", {"beta": 0.1}), temperature=0.9, max_tokens=12)
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule="cosine", warmup_steps=2)

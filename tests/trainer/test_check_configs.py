@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import ROOT
-from trainer.check_configs import LOADERS, problems
+from trainer.cli.check_configs import LOADERS, problems
 
 SOUND = {".": "quickstart", "papers": "kl_estimators", "papers/gpu": "kl_estimators", "papers/gpu/stages": "hh_sft"}
 """A recipe of each folder."""

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.checkpoint import Best, CheckpointError, best_checkpoint, latest, load, save
+from trainer.run.checkpoint import Best, CheckpointError, best_checkpoint, latest, load, save
 
 SAVE_FOR_EVER = """
 import os, sys
 from pathlib import Path
-from trainer.checkpoint import latest, save
+from trainer.run.checkpoint import latest, save
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 def write(path):
     for i in range(4):
@@ -47,7 +47,7 @@ def safetensors(path):
 FILL_THE_DISK = f"""
 import resource, signal, sys
 from pathlib import Path
-from trainer.checkpoint import DiskFullError, check_room, latest, save
+from trainer.run.checkpoint import DiskFullError, check_room, latest, save
 {WRITERS}
 folder, write, limit = Path(sys.argv[1]), globals()[sys.argv[2]], int(sys.argv[3])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

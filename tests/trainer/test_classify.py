@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from llmquest_rl.batch import Atom
-from llmquest_rl.models.hf import disk_shapes
-from llmquest_rl.models.names import disk_tensors
-from llmquest_rl.models.scorers import load_scorer
+from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.models.checkpoint.load_save import disk_shapes
 from llmquest_rl.models.sequence_classifier import DECODERS
 from llmquest_rl.models.vit import ViTConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives.classify import Classify
 from rollout.engine import EngineSetup, check_engine, engine_config
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
 from tests.trainer.learner_cases import Case, make_setup, run_group, run_steps, whole_weights
 from tests.trainer.test_families import tiny_of
-from trainer.cluster import free_port
-from trainer.config import LearnerConfig
-from trainer.dry_run import dry_run
-from trainer.learner import Learner
+from trainer.cli.dry_run import dry_run
+from trainer.cluster.worker_group import free_port
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
 
 LABELS = ("vowel", "consonant", "other")
 VOWELS, OTHERS = "aeiou", "0123456789"

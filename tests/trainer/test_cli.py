@@ -12,9 +12,9 @@ import yaml
 
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS
 from llmquest_rl.models.vit import ViTConfig
-from trainer.cli import main
-from trainer.config_load import ConfigError
-from trainer.recipes import first_comment
+from trainer.cli.main import main
+from trainer.config.load import ConfigError
+from trainer.config.recipes import first_comment
 
 ROOT = Path(__file__).parents[2]
 RunCommand = Callable[..., "Result"]
@@ -95,7 +95,7 @@ def test_an_unknown_paper_is_an_error_that_lists_the_known_ones(run: RunCommand)
 
 
 def test_help_names_every_command_without_loading_torch(run: RunCommand) -> None:
-    code = "import sys, trainer.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, trainer.cli.main; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     text = run("--help").out
     training = ("train", "eval", "generate", "rollout", "export", "plot")

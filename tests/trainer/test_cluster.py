@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.members import Member
-from trainer.cluster import Cluster, ClusterError, Need, free_port, open_cluster
-from trainer.config import ClusterConfig
+from trainer.cluster.worker_group import Cluster, ClusterError, Need, free_port, open_cluster
+from trainer.config.schema import ClusterConfig
 
 NEEDS = [Need("workers", 2, cpus=1, gpus=0), Need("frail", 2, cpus=1, gpus=0)]
 
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    from trainer.ray_cluster import RayCluster
+    from trainer.cluster.ray_cluster import RayCluster
 
     small = object.__new__(RayCluster)
     with pytest.raises(ClusterError, match=r"has 0 GPUs, but this run asks for 4 .*2 learners x 2"):
@@ -118,7 +118,7 @@ def test_a_machine_whose_ports_are_all_taken() -> None:
     port_range = "ip link set lo up && echo 40000 40000 > /proc/sys/net/ipv4/ip_local_port_range"
     code = """
 import socket
-from trainer.cluster import free_port
+from trainer.cluster.worker_group import free_port
 assert free_port("127.0.0.1") == 40000
 with socket.socket() as taken:
     taken.bind(("127.0.0.1", 40000))
@@ -126,4 +126,6 @@ with socket.socket() as taken:
 """
     command = [*IN_OWN_NETWORK, f'{port_range} && exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1].startswith("trainer.cluster.ClusterError: no free port on 127.0.0.1"), done
+    assert done.stderr.splitlines()[-1].startswith(
+        "trainer.cluster.worker_group.ClusterError: no free port on 127.0.0.1"
+    ), done

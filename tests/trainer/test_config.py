@@ -7,9 +7,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from trainer.config_load import ConfigError, dump, load_config, parse_config
-from trainer.config_rules import RULES, from_rollouts
-from trainer.config_sizes import sizes, sizes_table
+from trainer.config.load import ConfigError, dump, load_config, parse_config
+from trainer.config.rules import RULES, from_rollouts
+from trainer.config.sizes import sizes, sizes_table
 
 RL: dict[str, Any] = {
     "name": "a",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer.config_docs import TARGET, reference
+from trainer.config.reference_docs import TARGET, reference
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.types import Group
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows, saved
 from tests.trainer.test_resume import resumed_at_every_step
-from trainer.dynamic_sampling import NothingUsableError
-from trainer.replay import load_rollouts
+from trainer.sources.dynamic_sampling import NothingUsableError
+from trainer.sources.replay import load_rollouts
 
 ON = ("algorithm.dynamic_sampling=true", "eval.every=0", "rollout.save=true")
 KEPT = ("rollout/rounds", "rollout/sampled_groups", "rollout/usable_group_share", "rollout/surplus_groups")

@@ -1,7 +1,7 @@
 """What graded groups say about right and wrong completions."""
 
 from llmquest_rl.types import Completion, Group, Sample, Score
-from trainer.evaluate import lengths_by_outcome
+from trainer.sources.eval_metrics import lengths_by_outcome
 
 
 def graded(*pairs: tuple[int, float | None]) -> Group:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.models.hf import architectures, load_model, new_model, save_model
-from llmquest_rl.models.names import disk_tensors, named_weights
+from llmquest_rl.models.checkpoint.load_save import architectures, load_model, new_model, save_model
+from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from rollout.weights import publish, verify
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, rows
 from tests.trainer.learner_cases import make_setup, minibatches
-from trainer.config import LearnerConfig
-from trainer.learner import Learner
-from trainer.replay import load_rollouts
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
+from trainer.sources.replay import load_rollouts
 
 
 def tiny_of(architecture: str, tokenizer: Path, folder: Path) -> Path:

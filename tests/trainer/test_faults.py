@@ -9,9 +9,9 @@ import torch
 from llmquest_rl.data.rows import DataError
 from rewards.failures import TooManyUnscoredError
 from tests.trainer.conftest import REWARDS, Runs, rows, saved
-from trainer.learner_state import BadStepsError
-from trainer.replay import load_rollouts
+from trainer.learner.state import BadStepsError
 from trainer.session import WeightsDifferError
+from trainer.sources.replay import load_rollouts
 
 
 def reward(runs: Runs, name: str) -> None:

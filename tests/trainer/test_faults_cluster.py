@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.trainer.conftest import Runs, rows
-from trainer.cluster import free_port
+from trainer.cluster.worker_group import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

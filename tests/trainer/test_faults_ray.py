@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from llmquest_rl.types import Group
 from tests.trainer.conftest import Runs, rows
-from trainer.cluster import ClusterError
+from trainer.cluster.ray_group import RayHandle
+from trainer.cluster.worker_group import ClusterError
 from trainer.inference import trained_model
-from trainer.ray_handle import RayHandle
-from trainer.replay import load_rollouts
+from trainer.sources.replay import load_rollouts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from llmquest_rl.models.count import count_parameters
-from llmquest_rl.models.scorers import check_scorer
+from llmquest_rl.models.checkpoint.count import count_parameters
+from llmquest_rl.models.checkpoint.load_classifier import check_scorer
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
 from trainer.assemble import needs
-from trainer.config import Config
-from trainer.config_load import load_config
-from trainer.config_sizes import sizes
-from trainer.parts import Parts
+from trainer.components import Parts
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.config.sizes import sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = CONFIGS / "papers"

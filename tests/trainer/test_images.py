@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from llmquest_rl.batch import Atom
-from llmquest_rl.models.hf import load_model
-from llmquest_rl.models.names import named_weights
+from llmquest_rl.models.checkpoint.assemble_vlm import assemble
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.vlm import VLMConfig
-from llmquest_rl.models.vlm_assembly import assemble
+from llmquest_rl.models.weight_map import named_weights
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
 from tests.trainer.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
 from tests.trainer.test_families import tiny_of
 from tests.trainer.test_learner_group import assert_same
-from trainer.cluster import free_port
-from trainer.config import LearnerConfig
-from trainer.learner import Learner
-from trainer.replay import load_rollouts
+from trainer.cluster.worker_group import free_port
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
+from trainer.sources.replay import load_rollouts
 
 pytestmark = pytest.mark.slow
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.metrics import DERIVED, DESCRIPTIONS
-from llmquest_rl.models.hf import load_model, new_model
-from llmquest_rl.models.names import disk_tensors
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import verify
 from tests.trainer.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
-from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.learner import Learner
-from trainer.learner_state import BadStepsError
+from trainer.config.schema import LearnerConfig, OptimizerConfig
+from trainer.learner.learner import Learner
+from trainer.learner.state import BadStepsError
 
 OpenLearner = Callable[..., Learner]
 ALL_STAGES = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]

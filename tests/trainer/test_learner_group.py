@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor
 
 from tests.trainer.learner_cases import Case, make_folder, make_setup, run_group, run_steps, whole_weights
-from trainer.cluster import free_port
-from trainer.config import LearnerConfig
-from trainer.learner import Learner
+from trainer.cluster.worker_group import free_port
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.models.deepseek_v3 import DeepseekV3Config
 from rollout.weights import publish, verify
 from tests.trainer.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
-from trainer.cluster import free_port
-from trainer.config import LearnerConfig
-from trainer.learner import Learner
+from trainer.cluster.worker_group import free_port
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 RATE = 0.01

@@ -12,8 +12,8 @@ from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
 from tests.trainer.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
-from trainer.config import LearnerConfig
-from trainer.learner import Learner
+from trainer.config.schema import LearnerConfig
+from trainer.learner.learner import Learner
 
 PROMPT, LONGEST = 4, 11
 """Tokens in a prompt, and in the longest completion, of `minibatches`."""

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-import trainer.plot
-from trainer.plot import plot_runs
-from trainer.run import RunFolder
-from trainer.tracking import JsonLines
+import trainer.run.plot
+from trainer.run.folder import RunFolder
+from trainer.run.plot import plot_runs
+from trainer.run.tracking import JsonLines
 
 REWARDS = [{"reward/mean": 0.1 * step, "x/y": 5.0} for step in range(6)]
 
@@ -27,13 +27,13 @@ def new_run(root: Path, rows: list[dict[str, Any]], name: str = "a", seed: int =
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The panels of every figure that is drawn from here on."""
     panels: list[Any] = []
-    legend = trainer.plot.legend
+    legend = trainer.run.plot.legend
 
     def watch(figure: Any, axes: Any) -> None:
         panels.extend(axes)
         legend(figure, axes)
 
-    monkeypatch.setattr(trainer.plot, "legend", watch)
+    monkeypatch.setattr(trainer.run.plot, "legend", watch)
     return panels
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmquest_rl.types import Completion, Group, Sample, Score
-from trainer.replay import load_rollouts, replay_steps, save_rollouts
+from trainer.sources.replay import load_rollouts, replay_steps, save_rollouts
 
 SCALARS = (
     st.none()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import REWARDS, Command, Runs, assert_equal_runs, rows, saved
-from trainer.checkpoint import CheckpointError
-from trainer.run import RunFolder, RunFolderError
+from trainer.run.checkpoint import CheckpointError
+from trainer.run.folder import RunFolder, RunFolderError
 from trainer.session import Session
 
 HARD = ("batch.updates_per_step=2", "batch.passes_per_step=2", "algorithm.beta=0.1")

@@ -16,9 +16,9 @@ from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import preferences
 from llmquest_rl.data.rows import MalformedRows
 from llmquest_rl.data.stream import AtomStream
-from llmquest_rl.models.hf import save_model
-from llmquest_rl.models.names import disk_tensors
-from llmquest_rl.models.scorers import load_scorer
+from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.models.checkpoint.load_save import save_model
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Score
 from rewards.combine import combined
 from rewards.types import GradeItem
@@ -26,11 +26,11 @@ from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
 from tests.trainer.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
 from trainer import inference
-from trainer.config_tree import ConfigError
-from trainer.dry_run import dry_run
-from trainer.learner_batches import fitting
-from trainer.reward_model_config import RewardModelConfig
-from trainer.score_worker import ScorerSetup, ScoreWorker
+from trainer.cli.dry_run import dry_run
+from trainer.config.reward_model import RewardModelConfig
+from trainer.config.tree import ConfigError
+from trainer.learner.microbatches import fitting
+from trainer.sources.reward_model_worker import ScorerSetup, ScoreWorker
 
 JUDGE = {"name": "judge", "system_prompt": "Add.", "dtype": "float32"}
 ITEMS = [

@@ -20,9 +20,9 @@ from llmquest_rl.objectives.policy import Policy
 from tests.trainer.conftest import Runs, rows
 from tests.trainer.learner_cases import make_setup, minibatches, whole_weights
 from tests.trainer.test_families import tiny_of
-from trainer.config import LearnerConfig, OptimizerConfig
-from trainer.dry_run import dry_run
-from trainer.learner import Learner
+from trainer.cli.dry_run import dry_run
+from trainer.config.schema import LearnerConfig, OptimizerConfig
+from trainer.learner.learner import Learner
 
 SHARE = "moe/changed_share"
 FAST = OptimizerConfig(lr=1e-2)

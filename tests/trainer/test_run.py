@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trainer.run import Progress, RunFolder, RunFolderError, StopSignal, clock
+from trainer.run.folder import RunFolder, RunFolderError
+from trainer.run.progress import Progress, clock
+from trainer.run.stop import StopSignal
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.run import RunFolder
+from trainer.run.folder import RunFolder
 with RunFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
@@ -25,7 +27,7 @@ with RunFolder(Path(sys.argv[1])).locked():
 
 LOOP = """
 import sys, time
-from trainer.run import StopSignal
+from trainer.run.stop import StopSignal
 with StopSignal() as stop:
     for step in stop.steps(range(1000)):
         print(step, flush=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import REWARDS, Runs, rows
-from trainer.replay import load_rollouts
-from trainer.tracking import JsonLines
+from trainer.run.tracking import JsonLines
+from trainer.sources.replay import load_rollouts
 
 
 def test_weights_are_pushed_every_few_steps_and_staleness_says_so(runs: Runs) -> None:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from trainer.statistics import accuracy, clustered, pass_at_k, wilson
+from trainer.sources.intervals import accuracy, clustered, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 
 from llmquest_rl.types import Completion, Group, Sample, Score
-from trainer.run import RunFolder
-from trainer.tracking import JsonLines, Tracker, check_trackers, completions_table, sample_rows, system_metrics
+from trainer.run.folder import RunFolder
+from trainer.run.tracking import JsonLines, Tracker, check_trackers, completions_table, sample_rows, system_metrics
 
 KILLED = """
 import sys
 from pathlib import Path
-from trainer.tracking import JsonLines
+from trainer.run.tracking import JsonLines
 file = JsonLines(Path(sys.argv[1]))
 step = 0
 while True:

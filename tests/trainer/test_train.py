@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.checkpoint.load_save import load_model
 from tests.trainer.conftest import Runs, rows, saved
 from trainer import inference
-from trainer.config_load import load_config
+from trainer.config.load import load_config
 from trainer.loop import train
-from trainer.replay import load_rollouts, replay_steps
+from trainer.sources.replay import load_rollouts, replay_steps
 
 
 def test_a_run_trains_and_leaves_what_it_should(runs: Runs) -> None:

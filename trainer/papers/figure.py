@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from llmquest_rl.options import Options
 from trainer.papers.series import Results, Rows, points, smooth
-from trainer.plot import COLOURS, Curve, draw, dress, legend, save
+from trainer.run.plot import COLOURS, Curve, draw, dress, legend, save
 
 SMALL = 0.3
 """Shares below this are not drawn on an axis from 0 to 1."""

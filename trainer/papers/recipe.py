@@ -13,9 +13,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from llmquest_rl.options import Options
-from trainer.config import Config
-from trainer.config_load import parse_config
-from trainer.config_tree import ConfigError, ConfigTree
+from trainer.config.load import parse_config
+from trainer.config.schema import Config
+from trainer.config.tree import ConfigError, ConfigTree
 from trainer.papers import measures
 from trainer.papers.claims import Claim
 from trainer.papers.figure import Panel

@@ -15,7 +15,7 @@ from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
 from trainer.papers.runs import run_all
 from trainer.papers.series import Results, summary, with_sums
 from trainer.papers.start import start_model
-from trainer.tracking import JsonLines
+from trainer.run.tracking import JsonLines
 
 WORK = Path("runs/papers")
 """Where start models and the runs of arms are kept."""

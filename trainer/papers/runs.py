@@ -11,11 +11,11 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
-from llmquest_rl.hardware import available_cores
-from trainer.config import Config
-from trainer.config_load import dump
-from trainer.run import RunFolder, RunFolderError
-from trainer.tracking import JsonLines
+from trainer.cluster.hardware import available_cores
+from trainer.config.load import dump
+from trainer.config.schema import Config
+from trainer.run.folder import RunFolder, RunFolderError
+from trainer.run.tracking import JsonLines
 
 
 class ArmError(RuntimeError):

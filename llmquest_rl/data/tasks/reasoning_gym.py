@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from llmquest_rl.compat.reasoning_gym import import_reasoning_gym
 from llmquest_rl.data.rows import DataError, MalformedRows, Row
 from llmquest_rl.data.task import Draw, Task, generated_task
 from llmquest_rl.options import Options
-from llmquest_rl.reasoning_gym_import import import_reasoning_gym
 
 CHUNK = 500
 """Problems generated from one seed. Some generators prepare all their problems at once, so a chunk stays small."""

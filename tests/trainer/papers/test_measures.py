@@ -7,7 +7,7 @@ import torch
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, collate
-from llmquest_rl.models.hf import new_model
+from llmquest_rl.models.checkpoint.load_save import new_model
 from llmquest_rl.types import Completion, Group, Sample, Score
 from trainer.papers.measures.gradient_noise import gradient_noise
 from trainer.papers.measures.kl_estimators import ESTIMATORS, compare, next_token_logprobs

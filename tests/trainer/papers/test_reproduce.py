@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from tests.trainer.conftest import REWARDS, ROOT
-from trainer.cli import main
-from trainer.config_tree import ConfigError
+from trainer.cli.main import main
+from trainer.config.tree import ConfigError
 from trainer.papers.measures import gradient_noise
 from trainer.papers.recipe import find_recipe, load_recipe
 from trainer.papers.reproduce import WORK, Report, reproduce
@@ -154,7 +154,7 @@ def test_what_was_interrupted_does_not_count_as_trained(
     recipe = write(tmp_path, **changes).rename(tmp_path / "interrupted.yaml")
     rows = f"{WORK}/{'start-*' if part == 'start' else 'interrupted/arm-*'}/runs/*/*/metrics.jsonl"
     before = set(done.folder.glob(rows))
-    command = [sys.executable, "-m", "trainer.cli", "reproduce", str(recipe), "--seeds", "1"]
+    command = [sys.executable, "-m", "trainer.cli.main", "reproduce", str(recipe), "--seeds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "printed").open("wb") as printed:
         process = subprocess.Popen(command, cwd=done.folder, env=environment, stdout=printed, stderr=printed)

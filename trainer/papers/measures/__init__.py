@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Config
+from trainer.config.schema import Config
 from trainer.papers.series import Rows
 
 

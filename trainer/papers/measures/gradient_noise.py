@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmquest_rl.algorithms.atoms import make_atoms
 from llmquest_rl.algorithms.presets import Algorithm, resolve
+from llmquest_rl.algorithms.sequence_groups import make_atoms
 from llmquest_rl.batch import collate
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.types import Group
 from trainer.inference import running

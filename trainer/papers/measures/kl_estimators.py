@@ -22,7 +22,7 @@ from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp
 from llmquest_rl.batch import Atom, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import load_model
+from llmquest_rl.models.checkpoint.load_save import load_model
 from trainer.inference import running, trained_model
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows

@@ -5,7 +5,7 @@ Training curves are those of the engine, which may round them.
 
 from collections.abc import Iterable
 
-from trainer.config_load import parse_config
+from trainer.config.load import parse_config
 from trainer.inference import evaluate, trained_model
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows

@@ -1,0 +1,4 @@
+"""Work-arounds for packages of others.
+
+Imports nothing of ours.
+"""

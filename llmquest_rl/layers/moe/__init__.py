@@ -1,0 +1,4 @@
+"""Mixtures of experts: routers, experts, grouped products, and replayed routing.
+
+May import the other layers.
+"""

@@ -1,0 +1,4 @@
+"""Layers with a recurrent state: the gated delta rule and short convolutions.
+
+May import the other layers.
+"""

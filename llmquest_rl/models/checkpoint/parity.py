@@ -1,0 +1,139 @@
+"""Our logits beside those of transformers, for any checkpoint folder: the proof that an architecture file is right.
+
+Both run in float32 on the CPU, transformers with its plain ("eager") attention and one sequence at a time. Ours runs
+all sequences in one pack and, a second time, with a prompt shared between continuations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.models.base import CausalLM, Model
+from llmquest_rl.models.checkpoint.load_save import load_any_model
+from llmquest_rl.models.sequence_classifier import SequenceClassifier
+from llmquest_rl.models.vit import ViT
+from llmquest_rl.models.weight_map import hf_map
+
+PROMPT_LENGTH = 24
+CONTINUATION_LENGTHS = (1, 8, 40, 120)
+"""Short on purpose, because a large model on a CPU is slow; the longest crosses windows of tests and chunks of 64."""
+IMAGES = 4
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far two implementations are apart."""
+
+    max_abs_diff: float
+    """Largest difference of a logit in packed sequences."""
+    max_abs_diff_shared: float
+    """The same where a prompt is computed once for several continuations; 0 for models that do not share prompts."""
+    max_abs_logit: float
+    """Largest logit, to judge the differences by."""
+    positions: int
+    """Positions (or sequences, or images) compared, each over the whole vocabulary (or all labels)."""
+    architecture: str
+
+    @property
+    def worst(self) -> float:
+        """The number that a tolerance is held against."""
+        return max(self.max_abs_diff, self.max_abs_diff_shared)
+
+
+def parity(path: Path | str, seed: int = 0) -> ParityReport:
+    """Compare our float32 logits with transformers' on random tokens, of a classifier of texts the scores of whole
+    sequences, of an image model on random images.
+
+    Args:
+        path: A checkpoint folder.
+        seed: Draws the tokens.
+
+    Raises:
+        ValueError: the folder does not load here, or transformers has no such class.
+    """
+    import transformers
+
+    model = load_any_model(path, torch.float32)
+    name = hf_map(model).architecture
+    if not hasattr(transformers, name):
+        raise ValueError(f"transformers has no class {name} to compare with")
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = getattr(transformers, name).from_pretrained(path, **options).eval()
+    compare = next(compare for kind, compare in COMPARISONS.items() if isinstance(model, kind))
+    with torch.no_grad():
+        return compare(model.eval(), theirs, seed)
+
+
+def _compare_text(model: Any, theirs: Any, seed: int) -> ParityReport:
+    prompt, *continuations = _random_tokens(model, seed)
+    sequences = [torch.cat((prompt, continuation)) for continuation in continuations]
+    expected = [theirs(sequence[None], use_cache=False).logits[0].float() for sequence in sequences]
+    packed = _packed_logits(model, sequences, [-1] * len(sequences))
+    shared = _packed_logits(model, [prompt, *continuations], [-1] + [0] * len(continuations))
+    tails = [logits[len(prompt) :] for logits in expected]
+    return _report(theirs, expected, packed, _largest_difference(shared[1:], tails) if model.shares_prompts else 0.0)
+
+
+def _compare_images(model: Any, theirs: Any, seed: int) -> ParityReport:
+    shape = (IMAGES, model.config.num_channels, *model.config.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return _report(theirs, [theirs(images).logits], [model.logits(images)], 0.0)
+
+
+def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
+    prompt, *continuations = _random_tokens(model, seed)
+    theirs.config.pad_token_id = None  # a last token that happens to be it would be passed over
+    expected = [theirs(torch.cat((prompt, tail))[None], use_cache=False).logits for tail in continuations]
+    separate = [Atom([], [[*prompt.tolist(), *tail.tolist(), 0]]) for tail in continuations]
+    shared = Atom(prompt.tolist(), [[*tail.tolist(), 0] for tail in continuations])
+    packed = _scores(model, separate)
+    difference = _largest_difference(_scores(model, [shared]), expected) if model.shares_prompts else 0.0
+    return _report(theirs, expected, packed, difference)
+
+
+def _scores(model: Any, atoms: list[Atom]) -> list[Tensor]:
+    """Of the last token but the placeholder, [1, labels] for each completion."""
+    last = [replace(atom, mask=[[*[False] * (len(c) - 1), True] for c in atom.completions]) for atom in atoms]
+    return list(model(collate(last)).values.split(1))
+
+
+COMPARISONS: dict[type[Model], Callable[[Any, Any, int], ParityReport]] = {
+    CausalLM: _compare_text,
+    SequenceClassifier: _compare_scores,
+    ViT: _compare_images,
+}
+"""What is compared, by the kind of model."""
+
+
+def _report(theirs: Any, expected: list[Tensor], ours: list[Tensor], shared: float) -> ParityReport:
+    return ParityReport(
+        max_abs_diff=_largest_difference(ours, expected),
+        max_abs_diff_shared=shared,
+        max_abs_logit=max(float(logits.abs().max()) for logits in expected),
+        positions=sum(len(logits) for logits in expected),
+        architecture=type(theirs).__name__,
+    )
+
+
+def _random_tokens(model: CausalLM | SequenceClassifier, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    room = model.config.max_positions - PROMPT_LENGTH
+    lengths = (PROMPT_LENGTH, *(min(length, room) for length in CONTINUATION_LENGTHS))
+    return [torch.randint(model.config.vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def _packed_logits(model: CausalLM, segments: list[Tensor], parents: list[int]) -> list[Tensor]:
+    layout = Layout(tuple(len(segment) for segment in segments), tuple(parents))
+    states = model.hidden(torch.cat(segments), layout.positions(), PackedAttention(layout, "cpu")).states
+    return list(model.logits(states).split(layout.lengths))
+
+
+def _largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """NaN if either holds one: a comparison with a tolerance then fails, as it should."""
+    return float(torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).max())

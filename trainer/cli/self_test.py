@@ -1,0 +1,89 @@
+"""A few seconds of the real thing on a tiny model: sample, grade, learn, and move the weights to the sampler."""
+
+import json
+import math
+from pathlib import Path
+
+from llmquest_rl.algorithms.presets import resolve
+from llmquest_rl.algorithms.sequence_groups import make_atoms
+from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.objectives import policy
+from llmquest_rl.types import Completion, Group, Request, Sample, Sampling, Score
+from rewards.config import GraderConfig, RewardConfig
+from rewards.grader import Grader
+from rewards.types import GradeItem
+from rollout.engine import EngineSetup, RolloutEngine, engine_config, open_engine
+from trainer.config.schema import LearnerConfig, OptimizerConfig
+from trainer.learner.learner import Learner
+from trainer.learner.setup import LearnerSetup
+
+PROMPT = [5, 6, 7, 8]
+SAMPLES = 8
+SAMPLING = Sampling(max_tokens=8)
+LARGEST_GAP = 1e-3
+"""Nats per token by which engine and learner may differ on the same weights in float32."""
+
+
+def generate_and_learn(folder: Path) -> str:
+    """Sample with the native engine, take one GRPO step, load the new weights into the engine and compare log-probs.
+
+    Raises:
+        RuntimeError: the parts work, but not together.
+    """
+    write_tiny_model(folder)
+    room = EngineSetup(context_tokens=32, max_sequences=SAMPLES)
+    engine = open_engine("native", engine_config("native")(), folder, room)
+    algorithm = resolve("grpo", {"beta": 0.0})
+    objective = policy.build(policy.Config(), algorithm, SAMPLING)
+    setup = LearnerSetup(
+        model_path=folder,
+        objective=objective,
+        optimizer=OptimizerConfig(lr=1e-2),
+        learner=LearnerConfig(),
+        total_updates=1,
+        tokens_per_microbatch=1024,
+        folder=folder,
+        init="random",
+    )
+    learner = Learner(setup)
+    try:
+        engine.load_weights(learner.weights(), 1)
+        atoms, _ = make_atoms([_graded(engine)], algorithm, SAMPLING.max_tokens)
+        metrics = learner.update(([objective.weigh(atoms)], 1))
+        engine.load_weights(learner.weights(), 2)
+    finally:
+        learner.close()
+        engine.close()
+    gap, norm = metrics["policy/logp_gap"], metrics["learner/grad_norm"]
+    if gap > LARGEST_GAP or not math.isfinite(norm) or norm == 0:
+        raise RuntimeError(f"engine and learner differ by {gap:.2g} nats per token, the gradient's norm is {norm:.3g}")
+    return f"engine and learner agree to {gap:.1e} nats per token, gradient norm {norm:.2f}"
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A config.json of the smallest model, without weights or tokenizer."""
+    values = {**LlamaConfig.tiny().to_hf(), "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def _graded(engine: RolloutEngine) -> Group:
+    """One prompt's completions, with a made-up reward that differs between them: how many even tokens there are."""
+    completions = engine.generate([Request(PROMPT, SAMPLES, seed=0)], SAMPLING)[0]
+    return Group(Sample("self-test", "", PROMPT, None), completions, [Score(_share_of_even(c)) for c in completions])
+
+
+def _share_of_even(completion: Completion) -> float:
+    return sum(token % 2 == 0 for token in completion.token_ids) / max(1, len(completion.token_ids))
+
+
+def grade_one() -> str:
+    """One right and one wrong answer through a real worker process.
+
+    Raises:
+        RuntimeError: they did not come back as 1 and 0.
+    """
+    with Grader([RewardConfig(name="exact_number", function="exact_number")], GraderConfig(processes=1)) as grader:
+        scores = grader.grade([GradeItem("1 + 1", "2", "2", {}), GradeItem("1 + 1", "3", "2", {})])
+    if [score.value for score in scores] != [1.0, 0.0]:
+        raise RuntimeError(f"the answers 2 and 3 to 1 + 1 were graded {scores}")
+    return "a right and a wrong answer were told apart by a worker process"

@@ -1,0 +1,90 @@
+"""From YAML files and overrides to a `Config`, or to one message that lists every problem at once."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.config.rules import broken_rules
+from trainer.config.schema import Config
+from trainer.config.sections import Component, options_class, section_class
+from trainer.config.tree import ConfigError, ConfigTree, KeyPath, describe_value, neighbours, parse_key
+
+__all__ = ["ConfigError", "dump", "load_config", "parse_config"]
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read, inherit, override and validate a configuration file. Nothing is started, no weight is loaded.
+
+    Args:
+        overrides: `a.b.c=value` each, the value in YAML; a number in the key is an item of a list.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    tree = ConfigTree.read(Path(path))
+    problems = [problem for text in overrides if (problem := tree.override(text))]
+    if problems:
+        raise ConfigError(problems)
+    return _validated(tree)
+
+
+def parse_config(values: dict[str, Any], origin: str = "configuration") -> Config:
+    """Validate plain values; `origin` is what messages call the place they come from.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return _validated(ConfigTree(values, origin))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML: every value, defaults included; enough to run again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _validated(tree: ConfigTree) -> Config:
+    try:
+        config = Config(**tree.values)
+    except ValidationError as error:
+        raise ConfigError([_describe(e, tree) for e in error.errors(include_url=False)]) from error
+    broken = broken_rules(config)
+    if broken:
+        raise ConfigError([f"{tree.origin(parse_key(key))}: {key}: {message}" for key, message in broken])
+    return config
+
+
+def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
+    """One problem: where, which key, which value, and what was expected."""
+    path = tuple(error["loc"])
+    place = f"{tree.origin(path)}: {'.'.join(map(str, path))}"
+    found = describe_value(error["input"])
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key{neighbours(str(path[-1]), _known_keys(path[:-1], tree))}"
+    if error["type"] == "missing":
+        return f"{place}: must be given"
+    if error["type"] in ("component", "value_error") and isinstance(error["input"], dict | list):
+        return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{place}: expected a section of keys, found {found}"
+    expected = error["msg"].removeprefix("Value error, ").split(", unable to")[0]
+    expected = expected.replace("Input should be", "expected").replace("a valid integer", "a whole number")
+    expected = expected.replace("a valid ", "a ")
+    return f"{place}: {expected}, found {found}"
+
+
+def _known_keys(path: KeyPath, tree: ConfigTree) -> list[str]:
+    """The keys of the section at `path`."""
+    model: type[BaseModel] = Config
+    values: Any = tree.values
+    for part in path:
+        values = values[part] if isinstance(part, int) else values.get(part, {})
+        if isinstance(part, str) and part in model.model_fields:
+            model = section_class(model.model_fields[part]) or model
+    own = list(model.model_fields)
+    if issubclass(model, Component):
+        return own + list(options_class(model.package, values.get("name", "")).model_fields)
+    return own

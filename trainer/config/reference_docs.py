@@ -1,0 +1,123 @@
+"""Writes docs/configuration.md from the typed tree: `python -m trainer.config.reference_docs`.
+
+A test keeps the two equal.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from rewards.config import builtin_rewards
+from trainer.config.schema import Config
+from trainer.config.sections import Component, component_names, section_class
+
+TARGET = Path("docs/configuration.md")
+INTRODUCTION = """# Configuration reference
+
+Made from the typed tree by `make docs`: the texts are the docstrings of `trainer/config/schema.py` and of the
+components.
+
+A recipe is a YAML file. It may have one `inherit: other.yaml`, relative to itself: sections merge key by key; lists,
+and components of another `name`, are replaced as a whole. On the command line `a.b.c=value` overrides a key
+(`rewards.0.weight=0.5` an item of a list); the value is YAML. Unknown keys are errors, and everything is checked before
+any process starts. `llmquest-rl train CONFIG --dry-run` checks the data, the files and the rewards as well.
+
+A run's resolved configuration, with every value, is `config.yaml` in its run folder, and is a recipe itself.
+"""
+PACKAGES = {"task": "llmquest_rl.data.tasks", "dataset": "llmquest_rl.data.datasets"}
+
+
+def reference() -> str:
+    """The whole document."""
+    lines = [INTRODUCTION, "## The run", "", *_table(Config, scalars_only=True)]
+    for key, field in Config.model_fields.items():
+        model = section_class(field)
+        if model is not None:
+            lines += _section(key, model)
+    lines += _components()
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
+    """A section and the sections in it."""
+    if issubclass(model, Component):
+        return
+    yield from ("", f"## {path}", "", _sentence(model), "", *_table(model))
+    for key, field in model.model_fields.items():
+        inner = section_class(field)
+        if inner is not None:
+            yield from _section(f"{path}.{key}", inner)
+
+
+def _components() -> Iterator[str]:
+    """The options of every file that a `name` can point to."""
+    for key, package in (*PACKAGES.items(), ("objective", "llmquest_rl.objectives"), ("engine", "rollout.engines")):
+        for name in component_names(package):
+            yield from _component(f"{key}: {{name: {name}}}", f"{package}.{name}")
+    for name in builtin_rewards():
+        yield from _component(f"rewards: [{{name: {name}}}]", f"rewards.builtin.{name}")
+
+
+def _component(title: str, module_name: str) -> Iterator[str]:
+    module = import_module(module_name)
+    yield from ("", f"### `{title}`", "", (module.__doc__ or "").partition("\n")[0], "")
+    options: type[BaseModel] | None = getattr(module, "Config", None)
+    if options is not None and options.model_fields:
+        yield from _table(options)
+
+
+def _table(model: type[BaseModel], scalars_only: bool = False) -> Iterator[str]:
+    yield from ("| key | type | default | meaning |", "|---|---|---|---|")
+    for key, field in model.model_fields.items():
+        inner = section_class(field)
+        if scalars_only and inner is not None:
+            continue
+        meaning = field.description or (_sentence(inner) if inner is not None else "")
+        yield f"| `{key}` | {_type(field.annotation)} | {_default(field)} | {_cell(meaning)} |"
+
+
+def _sentence(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split())
+
+
+def _type(annotation: Any) -> str:
+    """A type as people write it: `int`, `auto / float32`, `list of text`."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " / ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part) for part in inner)
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is tuple:
+        return f"list of {_type(inner[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    plain = {str: "text", bool: "true / false", int: "whole number", float: "number", NoneType: "null"}
+    return plain.get(annotation, "any")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if section_class(field) is not None:
+        return "null" if field.default is None else "see there"
+    shown = json.dumps(to_jsonable_python(field.get_default(call_default_factory=True)), ensure_ascii=False)
+    return f"`{_cell(shown)}`"
+
+
+def _cell(text: str) -> str:
+    """One line that does not end the table's cell."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")

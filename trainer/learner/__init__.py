@@ -1,0 +1,4 @@
+"""The processes that compute gradients: Accelerate over DeepSpeed.
+
+May import `trainer.cluster.worker_group` and `trainer.config.schema`.
+"""

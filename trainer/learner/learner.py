@@ -1,0 +1,315 @@
+"""One process of the group that trains: Accelerate over DeepSpeed ZeRO. The only file that imports either.
+
+The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
+microbatches and processes, never averaged. DeepSpeed averages over processes: the loss is scaled by their number.
+
+What DeepSpeed does here depends on dtype and ZeRO stage:
+
+* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced between processes.
+* bfloat16, stage 0: as stage 1, because that is where DeepSpeed keeps float32 master weights and float32 gradients.
+* stages 1 to 3: master weights and AdamW state are shared out; from 2 on gradients too, from 3 on parameters too.
+"""
+
+import io
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.layers.moe.routing_replay import replaying
+from llmquest_rl.metrics import Metrics
+from llmquest_rl.models.base import CausalLM, Scorer, image_format
+from llmquest_rl.models.checkpoint.load_classifier import load_scorer, new_scorer
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.weight_map import disk_tensors, named_weights
+from llmquest_rl.optim.groups import decay_groups
+from llmquest_rl.optim.schedules import lr_factor
+from rollout.weights import Published, publish
+from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
+from trainer.learner.process_group import join_group, over_processes, zero_config
+from trainer.learner.reference import load_reference, renew, save_reference
+from trainer.learner.setup import LearnerSetup
+from trainer.learner.state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
+
+log = logging.getLogger(__name__)
+
+TAG = "learner"
+"""Name of DeepSpeed's folder inside a checkpoint."""
+
+
+class Learner:
+    """A plain class: the cluster makes it an actor, and with one process it runs in the caller's.
+
+    Every method is a collective: all processes call it, in the same order.
+    """
+
+    def __init__(
+        self, setup: LearnerSetup, rank: int = 0, world_size: int = 1, master_address: str = "", master_port: int = 0
+    ) -> None:
+        """Join the group at `master_address:master_port` (one process needs none), load the model, build the optimizer.
+
+        Raises:
+            ValueError: the model folder does not hold what it should.
+        """
+        self.setup, self.rank, self.world_size = setup, rank, world_size
+        self.device = torch.device(setup.device)
+        self.dtype = getattr(torch, setup.dtype)
+        self.steps = self.updates = 0
+        self.bad_steps = BadSteps(setup.learner.max_bad_steps)
+        self._set_threads()
+        os.environ.setdefault("DS_ACCELERATOR", setup.device)
+        self._owns_group = join_group(
+            self.device, rank, world_size, master_address, master_port, setup.learner.timeout_s
+        )
+        seed_everything(setup.seed, rank)
+        model = self._build_model()
+        model.gradient_checkpointing = setup.gradient_checkpointing
+        self.reference = self._build_model().eval().requires_grad_(False) if setup.objective.needs_reference else None
+        groups = decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
+        )
+        self.engine = self._prepare(model)
+        self.model: CausalLM | Scorer = self.engine.module
+
+    # --- training ---
+
+    def update(self, work: tuple[Sequence[Sequence[Atom]], int]) -> dict[str, float]:
+        """Run one optimizer update for each minibatch, in each pass.
+
+        Args:
+            work: this process's share of every minibatch (weighed as a whole before it was shared out), and the passes.
+
+        Returns:
+            Metrics over all processes, the same on each.
+
+        Raises:
+            BadStepsError: more than `max_bad_steps` updates in a row were skipped; the message names the saved batch.
+        """
+        minibatches, passes = work
+        self._set_threads()
+        self.model.train()
+        started = time.perf_counter()
+        plan = self._plan(minibatches)
+        plan = self._with_streams(plan, self.setup.objective.streams(len(minibatches) * passes))
+        prepared = time.perf_counter()
+        metrics = Metrics()
+        for _ in range(passes):
+            for microbatches, atoms in zip(plan, minibatches, strict=True):
+                self._update_once(microbatches, atoms, metrics)
+        self.steps += 1
+        every = self.setup.objective.reference_every
+        if self.reference is not None and every is not None and self.steps % every == 0:
+            renew(self.reference, self._gathered())
+        metrics.max("time/learner_prepare_s", prepared - started)
+        metrics.max("time/learner_update_s", time.perf_counter() - prepared)
+        metrics.sum("learner/tokens", passes * num_tokens(plan))
+        metrics.max("learner/microbatches", passes * sum(map(len, plan)))
+        metrics.max("learner/lr", self.adamw.param_groups[0]["lr"])
+        metrics.max("learner/updates", self.updates)
+        metrics.max("learner/bad_steps", self.bad_steps.total)
+        metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
+        return over_processes(metrics).to_floats()
+
+    def _update_once(self, microbatches: list[TokenBatch], atoms: Sequence[Atom], metrics: Metrics) -> None:
+        options = self.setup.optimizer
+        lr = options.lr * lr_factor(
+            options.schedule, self.updates, self.setup.total_updates, options.warmup_steps, options.min_lr_ratio
+        )
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        parts = []
+        for i, microbatch in enumerate(microbatches):
+            self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
+            batch = microbatch.to(self.device)
+            with replaying(self.model, batch.experts if self.setup.objective.routing_replay else None):
+                loss = loss_and_changes(self.setup.objective, self.engine, batch)
+                # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
+                poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
+                self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
+            parts.append(loss.metrics)
+        norm = self._step()
+        routing = self.model.after_update(norm is not None, dist.all_reduce)
+        self.updates += 1
+        if norm is None:
+            self.bad_steps.bad(
+                self.updates, atoms, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
+            )
+            return
+        self.bad_steps.good()
+        metrics.merge(parts)
+        metrics.mean("learner/grad_norm", norm)
+        for name, value in routing.items():
+            metrics.mean(name, value)
+
+    def _step(self) -> float | None:
+        """Clip and step; the gradient's norm, or None when it was not finite and nothing was changed."""
+        if self.engine.zero_optimization():
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not norm.isfinite():
+            self.engine.zero_grad()
+            return None
+        limit = self.setup.optimizer.max_grad_norm
+        if limit is not None and norm > limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        self.engine.step()
+        return float(norm)
+
+    def _plan(self, minibatches: Sequence[Sequence[Atom]]) -> Plan:
+        budget, compares = self.setup.tokens_per_microbatch, self.setup.objective.compares
+        fitted = [fitting(atoms, budget, self.model.shares_prompts, compares) for atoms in minibatches]
+        return plan_microbatches(fitted, budget, image_format(self.model.config))
+
+    def _with_streams(self, plan: Plan, streams: Sequence[str]) -> Plan:
+        """The plan with the log-probs that need no gradient: old policy, frozen reference."""
+        models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
+        for name in streams:
+            model = models[name]
+            assert model is not None, f"the objective asks for {name} but not for a reference model"
+            is_policy = model is self.engine
+            plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device, is_policy)
+        return plan
+
+    @torch.no_grad()
+    def evaluate(self, atoms: Sequence[Atom]) -> dict[str, float]:
+        """The objective's metrics on this process's share of weighed held-out atoms, named `eval/...`; no gradient."""
+        self._set_threads()
+        self.model.eval()
+        plan = self._plan([atoms])
+        plan = self._with_streams(plan, self.setup.objective.streams(1))
+        metrics = Metrics()
+        for batch in plan[0]:
+            metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
+        floats = over_processes(metrics).to_floats()
+        return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
+
+    # --- weights and state ---
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs (name on disk, tensor) of the current weights. Every process must run through it to the end.
+
+        With ZeRO-3 one tensor at a time is gathered; without, the tensors are the live parameters: read them before the
+        next update.
+        """
+        return disk_tensors(self.model, self._gathered())
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        cut_up = self.engine.zero_optimization_partition_weights()
+        for name, weight in named_weights(self.model):
+            with GatheredParameters([weight]) if cut_up and isinstance(weight, nn.Parameter) else nullcontext():
+                yield name, weight.detach().clone() if cut_up else weight.detach()
+
+    def published(self) -> Published:
+        """The weights in host memory with their checksums, on the first process; nothing on the others."""
+        if self.rank == 0:
+            return publish((name, tensor.cpu()) for name, tensor in self.weights())
+        deque(self.weights(), maxlen=0)
+        return {}, {}
+
+    def save(self, folder: Path) -> None:
+        """Write everything that an exact resume needs into an existing folder."""
+        state = {"steps": self.steps, "updates": self.updates, **self.bad_steps.state_dict()}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        save_rng(folder / TAG / f"rng_{self.rank}.pt")
+        if self.rank == 0 and self.reference is not None and self.setup.objective.reference_every is not None:
+            save_reference(self.reference, folder / TAG)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, with the same number of processes, ZeRO stage and dtype.
+
+        Raises:
+            ValueError: the folder holds no such checkpoint, or one of another number of processes.
+        """
+        saved = len(list((folder / TAG).glob("rng_*.pt")))
+        if saved != self.world_size:
+            raise ValueError(
+                f"{folder / TAG} was written by {saved} learner processes, this run has {self.world_size}: "
+                "set learner.processes to the same number, or start from an exported model instead"
+            )
+        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
+        self.steps, self.updates = state["steps"], state["updates"]
+        if self.reference is not None and self.setup.objective.reference_every is not None:
+            load_reference(self.reference, folder / TAG)
+        self.bad_steps.load_state_dict(state)
+        load_rng(folder / TAG / f"rng_{self.rank}.pt")
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a folder of the Hub's layout, tokenizer included."""
+        if self.rank == 0:
+            save_model(self.setup.model_path, self.weights(), folder, config_fields=self.model.config_fields)
+        else:
+            deque(self.weights(), maxlen=0)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group and free the model. Idempotent."""
+        if not hasattr(self, "engine"):
+            return
+        self.engine.destroy()
+        del self.engine, self.model, self.adamw, self.reference
+        _forget_accelerate()
+        if self._owns_group and dist.is_initialized():  # a vLLM in this process, closed before, ends every group
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()
+
+    def _set_threads(self) -> None:
+        """Before each piece of work: an engine in the same process may have changed it."""
+        if self.setup.threads:
+            torch.set_num_threads(self.setup.threads)
+
+    def _build_model(self) -> CausalLM | Scorer:
+        path, labels, seed = self.setup.model_path, self.setup.objective.labels, self.setup.seed
+        is_new = self.setup.init == "random"
+        if labels:
+            build = new_scorer if is_new else load_scorer
+            return build(path, labels, self.dtype, self.device, seed)
+        return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)
+
+    def _prepare(self, model: CausalLM | Scorer) -> Any:
+        """The model and its optimizer inside a DeepSpeed engine."""
+        import deepspeed.ops
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin
+
+        # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _forget_accelerate()
+        place = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_DEEPSPEED="true")
+        vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
+        config = zero_config(self.setup.learner, self.dtype, self.setup.optimizer.max_grad_norm, vectors)
+        with redirect_stdout(io.StringIO()) as said:
+            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False))
+            engine, _ = accelerator.prepare(model, self.adamw)
+        log.debug("DeepSpeed: %s", said.getvalue())
+        reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
+        if self.world_size == 1 and not reduces_itself:
+            engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
+        return engine
+
+
+def _forget_accelerate() -> None:
+    """Accelerate keeps its state as long as the process lives; a learner that comes second needs it fresh."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)

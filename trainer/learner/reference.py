@@ -1,0 +1,30 @@
+"""The frozen model that a KL is measured from: how it becomes the current one, and what a resume needs of it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmquest_rl.models.base import Model
+from llmquest_rl.models.weight_map import named_weights
+
+FILE = "reference.pt"
+
+
+@torch.no_grad()
+def renew(reference: Model, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy the current weights, by our names, into the reference."""
+    ours = dict(named_weights(reference))
+    for name, weight in weights:
+        ours[name].copy_(weight)
+
+
+def save_reference(reference: Model, folder: Path) -> None:
+    """Write the reference's weights."""
+    torch.save(dict(named_weights(reference)), folder / FILE)
+
+
+def load_reference(reference: Model, folder: Path) -> None:
+    """Take up what `save_reference` wrote."""
+    renew(reference, torch.load(folder / FILE, map_location="cpu", weights_only=True).items())

@@ -1,0 +1,32 @@
+"""What every process of the group that trains is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llmquest_rl.objectives import Objective
+from trainer.config.schema import LearnerConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSetup:
+    """What every process of the group is told alike."""
+
+    model_path: Path
+    """A checkpoint folder in the Hub's layout."""
+    objective: Objective
+    optimizer: OptimizerConfig
+    learner: LearnerConfig
+    total_updates: int
+    """Optimizer updates in the whole run: the schedule's length."""
+    tokens_per_microbatch: int
+    folder: Path
+    """Where a batch that made the gradient NaN is saved."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic; master weights and AdamW state are float32 always."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    threads: int = 0
+    """CPU threads for this process; 0 = torch's own choice."""

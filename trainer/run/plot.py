@@ -1,0 +1,227 @@
+"""Curves of one or several runs, drawn from their `metrics.jsonl`."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from trainer.run.folder import RunFolder
+from trainer.run.tracking import JsonLines
+
+PANELS = {
+    "reward/mean": "sampled reward, mean",
+    "eval/accuracy": "held-out accuracy",
+    "train/loss": "training loss",
+    "eval/loss": "validation loss",
+}
+"""What is drawn unless told otherwise: those of these that the runs have."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""The palette of Okabe and Ito, distinct also to the colour-blind, with grey for its yellow."""
+
+INK = "#333333"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's configuration and its rows."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def points(self, key: str) -> dict[int, float]:
+        """The metric by step, where it has a value."""
+        return {row["step"]: float(row[key]) for row in self.rows if row.get(key) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line with, at each step, a band or an interval."""
+
+    label: str
+    steps: Sequence[float]
+    values: list[float]
+    low: list[float] | None
+    high: list[float] | None
+    num_runs: int
+
+
+def plot_runs(
+    runs: Sequence[Path | str], metrics: Sequence[str] = (), out: Path | None = None, group_seeds: bool = False
+) -> Path:
+    """Draw one panel for each metric and one line for each run; returns the file.
+
+    A metric that has companions `<metric>_low` and `<metric>_high` is drawn with these as its 95 % interval.
+
+    Args:
+        runs: run folders, or what `RunFolder.open` takes beside them.
+        metrics: keys of `metrics.jsonl`; none = those of `PANELS` that any of the runs has.
+        out: a .png or .svg file; None = `plot.png` in the first run's folder.
+        group_seeds: runs that differ in nothing but their seed become one line, their mean, within a band from the
+            lowest to the highest.
+
+    Raises:
+        ValueError: a run or a metric that does not exist, or an unknown kind of file.
+    """
+    loaded = [_load(reference) for reference in runs]
+    if not loaded:
+        raise ValueError("no runs to plot: give at least one run folder")
+    out = out or loaded[0].folder.plot
+    if out.suffix not in (".png", ".svg"):
+        raise ValueError(f"{out}: a plot is written as .png or .svg")
+    keys = _choose(loaded, metrics)
+    figure = Figure(figsize=(0.4 + 4.6 * len(keys), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, len(keys), squeeze=False, sharex=True)[0])
+    colours: dict[str, str] = {}
+    for axes, key in zip(panels, keys, strict=True):
+        curves = _curves(loaded, key, group_seeds)
+        for curve in curves:
+            colours.setdefault(curve.label, COLOURS[len(colours) % len(COLOURS)])
+            draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
+        dress(axes, _title(key, curves), curves)
+    legend(figure, panels)
+    return save(figure, out)
+
+
+def save(figure: Figure, out: Path, dpi: int = 160) -> Path:
+    """Write a figure; returns its file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Without a date and a random salt in it, equal runs make equal files.
+    with rc_context({"svg.hashsalt": "llmquest_rl"}):
+        figure.savefig(out, dpi=dpi, metadata={"Date": None} if out.suffix == ".svg" else None)
+    return out
+
+
+def _load(reference: Path | str) -> Run:
+    folder = RunFolder.open(reference)
+    if not folder.metrics.is_file():
+        raise ValueError(f"{folder.path}: this run has no {folder.metrics.name} yet, not one step was finished")
+    return Run(folder, yaml.safe_load(folder.config.read_text()) or {}, JsonLines(folder.metrics).read())
+
+
+def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
+    present = {key for run in runs for row in run.rows for key, value in row.items() if value is not None} - {"step"}
+    chosen = list(metrics) or [key for key in PANELS if key in present]
+    for key in chosen:
+        if key not in present:
+            close = get_close_matches(key, present, n=3) or sorted(present)
+            raise ValueError(f"no run has the metric {key!r}; did you mean {', '.join(close)}?")
+    if not chosen:
+        raise ValueError(f"none of {', '.join(PANELS)} is in these runs: choose from {', '.join(sorted(present))}")
+    return chosen
+
+
+def _curves(runs: Sequence[Run], key: str, group_seeds: bool) -> list[Curve]:
+    having = [run for run in runs if run.points(key)]
+    if not group_seeds:
+        return [_single(run, label, key) for run, label in zip(runs, _labels(runs), strict=True) if run in having]
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in having:
+        groups[json.dumps({**run.config, "seed": None}, sort_keys=True, default=str)].append(run)
+    names = Counter(_name(members[0]) for members in groups.values())
+    return [_grouped(members, key, ambiguous=names[_name(members[0])] > 1) for members in groups.values()]
+
+
+def _single(run: Run, label: str, key: str) -> Curve:
+    points, low, high = (run.points(name) for name in (key, f"{key}_low", f"{key}_high"))
+    steps = sorted(points)
+    has_interval = all(step in low and step in high for step in steps)
+    return Curve(
+        label,
+        steps,
+        [points[step] for step in steps],
+        [low[step] for step in steps] if has_interval else None,
+        [high[step] for step in steps] if has_interval else None,
+        1,
+    )
+
+
+def _grouped(runs: Sequence[Run], key: str, ambiguous: bool) -> Curve:
+    """The mean over the steps that all of the runs have."""
+    points = [run.points(key) for run in runs]
+    steps = sorted(set.intersection(*(set(each) for each in points)))
+    columns = [[each[step] for each in points] for step in steps]
+    label = f"{_name(runs[0])}/{runs[0].folder.path.name}" if ambiguous else _name(runs[0])
+    if len(runs) > 1:
+        label += f" (mean of {len(runs)} seeds, lowest to highest)"
+    return Curve(
+        label,
+        steps,
+        [sum(column) / len(column) for column in columns],
+        [min(column) for column in columns] if len(runs) > 1 else None,
+        [max(column) for column in columns] if len(runs) > 1 else None,
+        len(runs),
+    )
+
+
+def _name(run: Run) -> str:
+    return str(run.config.get("name", run.folder.path.parent.name))
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The shortest of name, name and seed, name and start that tells all the runs apart."""
+    candidates = (
+        [_name(run) for run in runs],
+        [f"{_name(run)}, seed {run.config.get('seed')}" for run in runs],
+        [f"{_name(run)}/{run.folder.path.name}" for run in runs],
+    )
+    return next((labels for labels in candidates if len(set(labels)) == len(runs)), candidates[-1])
+
+
+def draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
+    """A line with its band, or, where many single runs with intervals share the axes, with bars."""
+    marker = "o" if len(curve.steps) <= 40 else ""
+    axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
+    if curve.low and curve.high:
+        if (crowded and curve.num_runs == 1) or len(curve.steps) == 1:
+            axes.vlines(curve.steps, curve.low, curve.high, color=colour, alpha=0.35, linewidth=1.2)
+        else:
+            axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _title(key: str, curves: Sequence[Curve]) -> str:
+    title = PANELS.get(key, key)
+    if len(curves) == 1 and len(curves[0].values) > 1:
+        title += f": {curves[0].values[0]:.3g} → {curves[0].values[-1]:.3g}"
+    return title
+
+
+def dress(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
+    """Title, labels, grid and limits of one panel."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel(xlabel)
+    if any(curve.low and curve.num_runs == 1 for curve in curves):
+        axes.text(0.98, 0.03, "with 95 % intervals", transform=axes.transAxes, ha="right", fontsize=8, color="#777777")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    values = [value for curve in curves for value in [*curve.values, *(curve.low or ()), *(curve.high or ())]]
+    if min(values) >= 0 and max(values) <= 1 and "loss" not in title:
+        axes.set_ylim(-0.02, 1.02)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend below all panels: a run has the same colour in each."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    columns = min(3, len(entries))
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )

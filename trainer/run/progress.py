@@ -1,0 +1,91 @@
+"""The progress display: a bar on a terminal, one line for each step elsewhere."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+LIVE_METRICS = {
+    "reward/mean": "reward",
+    "policy/loss": "loss",
+    "train/loss": "loss",
+    "eval/accuracy": "held-out accuracy",
+    "eval/loss": "validation loss",
+    "rollout/tokens_per_s": "rollout tok/s",
+    "learner/tokens_per_s": "learner tok/s",
+}
+"""Metrics drawn beside the progress bar, by key, with their label; those that a step does not have are left out."""
+
+
+class Progress:
+    """A bar with rates, time left and live metrics; where the output is no terminal, one plain line for each step."""
+
+    def __init__(self, steps: int, done: int = 0, label: str = "train", console: Console | None = None) -> None:
+        """`steps` in total, of which `done` were done before (a resumed run)."""
+        self.console = console or Console()
+        self._steps, self._done, self._label = steps, done, label
+        self._times: deque[float] = deque([time.monotonic()], maxlen=11)
+        self._bar: RichProgress | None = None
+        if self.console.is_terminal:
+            self._bar = RichProgress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[live]}", markup=False),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(label, total=steps, completed=done, live="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        self._times[-1] = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def phase(self, what: str) -> None:
+        """Say what is being done now, e.g. `rollout`; shown on a terminal only."""
+        if self._bar:
+            self._bar.update(self._task, description=f"{self._label}: {what}")
+
+    def advance(self, metrics: Mapping[str, float | None]) -> None:
+        """One more step is done."""
+        self._done += 1
+        self._times.append(time.monotonic())
+        live = self._live(metrics)
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, live=live, description=self._label)
+        else:
+            self.print(Text(f"{self._label} {self._done}/{self._steps}  {live}"))
+
+    def print(self, what: RenderableType) -> None:
+        """Print a line or a table above the bar. A plain string is not searched for markup."""
+        self.console.print(Text(what) if isinstance(what, str) else what, soft_wrap=isinstance(what, str | Text))
+
+    def _live(self, metrics: Mapping[str, float | None]) -> str:
+        seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        values = [(label, metrics.get(key)) for key, label in LIVE_METRICS.items()]
+        shown = [f"{label} {_short(value)}" for label, value in values if value is not None]
+        left = clock(seconds * (self._steps - self._done))
+        return "  ".join([*shown, f"{seconds:.1f} s/step", f"{left} left"])
+
+
+def _short(value: float) -> str:
+    """About four figures: 0.4219, 12.31, 1834."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,294 @@
+"""Metrics and sample completions: JSON lines in the run folder, and any tracker that Accelerate knows.
+
+A row of `metrics.jsonl` is one step: `step` and keys named `area/what_unit`. Keys of areas `time/` and `system/`, and
+those that end in `_per_s`, are measurements; everything else is a function of the configuration and the seed.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.table import Table
+from rich.text import Text
+
+from llmquest_rl.types import Completion, Group, Score
+from trainer.run.folder import RunFolder
+
+Metrics = Mapping[str, float | None]
+
+PACKAGES = {"comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow", "swanlab": "swanlab", "aim": "aim"} | {
+    "clearml": "clearml",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Accelerate's trackers, and the package that each needs."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Fail now rather than after the models are loaded.
+
+    Raises:
+        ValueError: a tracker that does not exist, or whose package is not installed.
+    """
+    for name in names:
+        if name not in PACKAGES:
+            raise ValueError(f"tracking.trackers: {name!r} is none of {', '.join(sorted(PACKAGES))}")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ValueError(f"tracking.trackers: {name!r} is not installed: pip install {PACKAGES[name]}")
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each on disk before `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: it cannot be written, e.g. on a full disk; half a line may stay, which `truncate` removes.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line)
+        except OSError as error:
+            fix = "the run can be resumed once there is room to write"
+            raise OSError(error.errno, f"{error.strerror}; {fix}", str(self.path)) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows. A last line without its end, left by a killed process, is no row.
+
+        Raises:
+            ValueError: another line is not a JSON object; the message has its number.
+        """
+        rows = []
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError(f"{self.path}, line {number}: not an object with a whole number `step`")
+            rows.append(row)
+        return rows
+
+    def truncate(self, step: int) -> int:
+        """Drop, atomically, the rows of `step` and later: a resumed run writes them again. Returns their number."""
+        if not self.path.exists():
+            return 0
+        lines = self._lines()
+        kept = [line for line, row in zip(lines, self.read(), strict=True) if row["step"] < step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        return len(lines) - len(kept)
+
+    def _lines(self) -> list[str]:
+        with self.path.open(encoding="utf-8", newline="\n") as file:
+            return [line for line in file if line.endswith("\n")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One completion with what belongs to it."""
+
+    group: Group
+    completion: Completion
+    score: Score
+
+    def record(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "sample": self.group.sample.id,
+            "prompt": self.group.sample.prompt,
+            "completion": self.completion.text,
+            "answer": self.group.sample.answer,
+            "reward": self.score.value,
+            "rewards": self.score.parts,
+            "failure": self.score.failure,
+            "detail": self.score.detail,
+            "finish_reason": self.completion.finish_reason,
+            "num_tokens": len(self.completion.token_ids),
+            "weight_version": self.completion.weight_version,
+        }
+
+
+def sample_rows(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
+    """`count` completions as rows of the table: failures first (at most half), then one of each group in turn."""
+    members = [list(zip(group.completions, group.scores, strict=True)) for group in groups]
+    widest = max(map(len, members), default=0)
+    pairs = list(zip(groups, members, strict=True))
+    rows = [_Row(group, *member[i]) for i in range(widest) for group, member in pairs if i < len(member)]
+    failed = [row for row in rows if row.score.failure is not None]
+    graded = [row for row in rows if row.score.failure is None]
+    chosen = [*failed[: count // 2], *graded, *failed[count // 2 :]]
+    return [row.record(step) for row in chosen[:count]]
+
+
+def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "sample completions", width: int = 400) -> Table:
+    """Rows for a person: texts are cut in the middle to `width` characters."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for heading in ("sample", "prompt", "completion", "answer", "reward"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        parts = [f"{name} {'-' if part is None else format(part, '.3g')}" for name, part in row["rewards"].items()]
+        total = f"unscored: {row['failure']}" if row["reward"] is None else f"{row['reward']:.3g}"
+        ending = " [cut at the token limit]" if row["finish_reason"] == "length" else ""
+        texts = (row["sample"], prompt, row["completion"] + ending, str(row["answer"]), "\n".join([total, *parts]))
+        table.add_row(*(Text(_shorten(text, width)) for text in texts))
+    return table
+
+
+def _shorten(text: str, width: int) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: other objects (an answer may be anything) as their text, NaN and inf as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def system_metrics() -> dict[str, float]:
+    """Memory of this process and use of this machine; CPU use is the mean since the last call."""
+    memory = psutil.virtual_memory()
+    # ru_maxrss is in kB on Linux, in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "system/driver_memory_gb": psutil.Process().memory_info().rss / 1e9,
+        "system/driver_peak_memory_gb": peak / 1e9,
+        "system/memory_used_gb": (memory.total - memory.available) / 1e9,
+        "system/cpu_share": psutil.cpu_percent() / 100,
+    }
+
+
+class Tracker:
+    """Writes each step's metrics and sample completions to the run folder and to the chosen trackers."""
+
+    def __init__(self, folder: RunFolder, names: Sequence[str], project: str, first_step: int) -> None:
+        """Rows of `first_step` and later, left by an interrupted run, are dropped.
+
+        Raises:
+            ValueError: a tracker that does not exist or is not installed.
+        """
+        check_trackers(names)
+        self.non_finite = 0
+        """Metric values so far that were NaN or inf; they are written as null."""
+        self._folder, self._names, self._project, self._first_step = folder, tuple(names), project, first_step
+        self._metrics, self._completions = JsonLines(folder.metrics), JsonLines(folder.completions)
+        self._metrics.truncate(first_step)
+        self._completions.truncate(first_step)
+        self._last_step = first_step - 1
+        self._trackers: list[Any] = []
+        self._on_close: list[Callable[[], object]] = []
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin tracking with the resolved configuration. Call it after the learners exist: see `_new_trackers`."""
+        for tracker in self._new_trackers():
+            tracker.start()
+            self._trackers.append(tracker)
+            tracker.store_init_configuration(_flat(config))
+
+    def log(self, step: int, metrics: Metrics) -> dict[str, float | None]:
+        """Record one step, once; steps only grow. Returns the row as written, without `step`."""
+        assert step > self._last_step, f"step {step} was recorded already: {self._last_step} was the last one"
+        self._last_step = step
+        row = {key: _number(key, value) for key, value in metrics.items()}
+        bad = [key for key, value in metrics.items() if value is not None and row[key] is None]
+        if bad:
+            self.non_finite += len(bad)
+            row["tracking/non_finite_count"] = len(bad)
+        self._metrics.append({"step": step, **row})
+        known = {key: value for key, value in row.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(known, step=step)
+        return row
+
+    def log_completions(self, step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
+        """Record `count` completions of a step in the table of samples, and return their rows."""
+        rows = [_plain(row) for row in sample_rows(step, groups, count)]
+        for row in rows:
+            self._completions.append(row)
+        return rows
+
+    def close(self) -> None:
+        """Finish every tracker; a failure of one does not keep the others from finishing."""
+        with ExitStack() as stack:
+            for action in [*self._on_close, *(tracker.finish for tracker in self._trackers)]:
+                stack.callback(action)
+        self._trackers, self._on_close = [], []
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _new_trackers(self) -> list[Any]:
+        if not self._names:
+            return []
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        # Accelerate's trackers log through a state that must exist. Where a learner lives in this process it made the
+        # state, with its process group; making it here first would take that away. Otherwise: no GPU is touched, and
+        # `close` removes it.
+        if not PartialState._shared_state:
+            PartialState(cpu=True)
+            self._on_close.append(PartialState._reset_state)
+        run_name, folder = self._folder.path.name, str(self._folder.path)
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": self._first_step},
+            "wandb": {"name": run_name, "id": f"{self._project}-{run_name}", "resume": "allow", "dir": folder},
+            "trackio": {"name": run_name, "resume": "allow"},
+        }
+        trackers = []
+        for name in self._names:
+            tracker_class = LOGGER_TYPE_TO_CLASS[name]
+            where = {"logging_dir": str(self._folder.path / name)} if tracker_class.requires_logging_directory else {}
+            trackers.append(tracker_class(self._project, **where, **options.get(name, {})))
+        return trackers
+
+
+def _number(key: str, value: Any) -> float | int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric {key} must be a number, got {value!r}") from None
+    return number if math.isfinite(number) else None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`: trackers take flat values; others become text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

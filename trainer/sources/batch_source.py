@@ -1,0 +1,160 @@
+"""Where batches come from: a data set, or rollouts that graders have scored. The loop never learns which."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from llmquest_rl.algorithms.sequence_groups import make_atoms
+from llmquest_rl.batch import Atom
+from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.objectives import Objective
+from llmquest_rl.packing import minibatches
+from llmquest_rl.types import Group
+from trainer.config.schema import BatchConfig, Config
+from trainer.learner.group import LearnerGroup, StepBatch
+from trainer.run.tracking import completions_table, sample_rows
+from trainer.sources.eval_metrics import accuracy_metrics, lengths_by_outcome
+from trainer.sources.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """What the loop asks of a source."""
+
+    def next(self, step: int) -> StepBatch:
+        """The batch of one step (steps count from 1)."""
+        ...
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Tell whoever needs the new weights; returns metrics."""
+        ...
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        """Metrics on held-out data."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        ...
+
+
+def updates(atoms: Sequence[Atom], objective: Objective, batch: BatchConfig) -> list[list[Atom]]:
+    """The minibatches of a step, each with weights of its own: the mean of an update is over its minibatch."""
+    return [objective.weigh(minibatch) for minibatch in minibatches(atoms, batch.updates_per_step)]
+
+
+class DatasetSource:
+    """Sequences of a data set."""
+
+    def __init__(self, stream: AtomStream, objective: Objective, config: Config) -> None:
+        self.stream = stream
+        self.objective = objective
+        self.batch = config.batch
+        self.validation = objective.weigh(stream.validation(config.data.eval_samples))
+
+    def next(self, step: int) -> StepBatch:
+        atoms = self.stream.take(self.batch.sequences_per_step)
+        metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
+        return StepBatch(updates(atoms, self.objective, self.batch), self.batch.passes_per_step, metrics)
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        return {}
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        return learners.evaluate(self.validation)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+class RolloutSource:
+    """Prompt, sample, grade, compare within the group: one batch of completions with advantages."""
+
+    def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, config: Config) -> None:
+        self.stream = stream
+        self.sampler = sampler
+        self.objective = objective
+        self.algorithm = config.algorithm
+        self.batch = config.batch
+        self.sampling = config.rollout.sampling
+        self.eval = config.eval
+        self.eval_sampling = config.eval_sampling
+        self.correct = config.correct_if
+        self.push_every = config.rollout.push_every
+        self.resumed = False
+        self.held_out = stream.held_out(config.data.eval_samples)
+        self.uniform_steps = 0
+
+    def next(self, step: int) -> StepBatch:
+        groups, metrics = self.sampler.groups(step, self.stream.take, self.batch, self.sampling)
+        atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
+        metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
+        metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
+        self._watch_uniform(atoms, groups)
+        metrics["reward/uniform_steps"] = float(self.uniform_steps)
+        minibatches = updates(atoms, self.objective, self.batch)
+        if self.batch.uniform_rewards == "skip":
+            minibatches = self._with_signal(minibatches)
+        return StepBatch(minibatches, self.batch.passes_per_step, metrics, groups)
+
+    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        due = version % self.push_every == 0 or self.resumed
+        self.resumed = False
+        return self.sampler.push(learners, version) if due else {}
+
+    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+        groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, self.eval_sampling)
+        return metrics | accuracy_metrics(groups, *self.correct) if groups else metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict(), "uniform_steps": self.uniform_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+        self.uniform_steps = state["uniform_steps"]
+        self.resumed = True  # the workers have the weights that the run began with
+
+    def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
+        """Without groups whose advantages are all 0: they count in the mean and give the policy loss no gradient."""
+        if not self.algorithm.needs_advantage:
+            return minibatches
+        kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
+        return [minibatch for minibatch in kept if minibatch]
+
+    def _watch_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> None:
+        """Count steps in a row in which no group has anything to learn from; a run of them is shown to the user."""
+        if any(map(_has_signal, atoms)):
+            self.uniform_steps = 0
+            return
+        self.uniform_steps += 1
+        log.warning("all rewards are equal within every group of this step: there is nothing to learn from")
+        if self.uniform_steps % self.batch.max_uniform_steps == 0:
+            title = (
+                f"{self.uniform_steps} steps in a row without any difference in reward: the task is too hard or too "
+                "easy, or the reward does not see what the model writes"
+            )
+            Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
+
+
+def _has_signal(atom: Atom) -> bool:
+    return any(value for values in atom.streams["advantages"] for value in values)
+
+
+def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """Steps that the learners were ahead of the oldest weights that sampled."""
+    versions = [completion.weight_version for group in groups for completion in group.completions]
+    return {"rollout/staleness": float(step - 1 - min(versions))} if versions else {}
+
+
+def _counters(counters: dict[str, int]) -> dict[str, float]:
+    return {f"data/{name}": float(count) for name, count in counters.items()}

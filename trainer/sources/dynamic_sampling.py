@@ -1,0 +1,131 @@
+"""Dynamic sampling: a step asks further prompts until each of its groups has something to teach.
+
+DAPO, arXiv 2503.14476, section 3.2, equation 11. A round waits for all that it asked, and the usable groups are taken
+in the order of their prompts, so that short completions are not preferred. Usable groups beyond the step's number are
+counted, and kept for the next step as long as the engine's weights are the same (`rollout.push_every` above 1).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.algorithms.sequence_groups import is_usable
+from llmquest_rl.types import Group
+from trainer.config.schema import BatchConfig
+from trainer.run.tracking import sample_rows
+
+log = logging.getLogger(__name__)
+
+Sampled = tuple[list[Group], dict[str, float]]
+"""Groups, and metrics of how they were made."""
+Ask = Callable[[int], Sampled]
+"""Samples and grades so many further prompts."""
+
+VALUES_SHOWN = 8
+EXAMPLES_SHOWN = 4
+TEXT_SHOWN = 300
+"""Characters of a prompt's or completion's end in an example."""
+
+
+class NothingUsableError(RuntimeError):
+    """All rounds of a step brought no group with anything to learn from."""
+
+
+class UntilFull:
+    """Asks round by round until a step has its groups, or `batch.max_rounds` is reached."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        """`algorithm` says what makes a group usable."""
+        self._algorithm = algorithm
+        self._kept: list[Group] = []
+
+    def forget(self) -> None:
+        """Drop the usable groups that are left: from now on others would have fresher weights."""
+        self._kept = []
+
+    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
+        """A step's groups.
+
+        Args:
+            ask: samples and grades so many further prompts; gives groups, and metrics of `Rollouts.run`.
+            batch: how many groups a step has, and how they are looked for.
+
+        Returns:
+            At most `prompts_per_step` usable groups, at least one; and metrics over all rounds.
+
+        Raises:
+            NothingUsableError: no usable group in any round; shows the distribution of rewards and some completions.
+        """
+        reused, wanted = len(self._kept), batch.prompts_per_step
+        usable, self._kept = self._kept, []
+        sampled: list[Group] = []
+        rounds: list[dict[str, float]] = []
+        while len(usable) < wanted and len(rounds) < batch.max_rounds:
+            groups, metrics = ask(batch.prompts_to_ask(wanted - len(usable)))
+            sampled += groups
+            usable += [group for group in groups if is_usable(group, self._algorithm)]
+            rounds.append(metrics)
+        if not usable:
+            raise NothingUsableError(_nothing_usable(sampled, len(rounds)))
+        self._kept = usable[wanted:]
+        _warn_if_missing(wanted, len(usable), len(sampled), len(rounds))
+        return usable[:wanted], _over_all(rounds) | {
+            "rollout/rounds": float(len(rounds)),
+            "rollout/sampled_groups": float(len(sampled)),
+            "rollout/usable_group_share": (len(usable) - reused) / max(1, len(sampled)),
+            "rollout/reused_groups": float(reused),
+            "rollout/surplus_groups": float(max(0, len(usable) - wanted)),
+            "rollout/missing_groups": float(max(0, wanted - len(usable))),
+            "reward/sampled_mean": fmean(_rewards(sampled or usable)),
+        }
+
+
+def _warn_if_missing(wanted: int, usable: int, sampled: int, rounds: int) -> None:
+    if usable < wanted:
+        log.warning(
+            "dynamic sampling: %d of %d groups were usable in %d rounds, so this step has %d groups fewer than the %d "
+            "of batch.prompts_per_step; batch.max_rounds allows more rounds",
+            *(usable, sampled, rounds, wanted - usable, wanted),
+        )
+
+
+def _over_all(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Times and tokens are summed; the other metrics count from the start of the step or run: the last ones hold."""
+    sums = {name: sum(part[name] for part in rounds) for name in ("time/generate_s", "time/grade_s", "rollout/tokens")}
+    last = rounds[-1] if rounds else {}  # none where kept groups filled the step
+    return {**last, **sums, "rollout/tokens_per_s": sums["rollout/tokens"] / max(sums["time/generate_s"], 1e-9)}
+
+
+def _rewards(groups: Sequence[Group]) -> list[float]:
+    return [score.value for group in groups for score in group.scores if score.value is not None]
+
+
+def _nothing_usable(sampled: Sequence[Group], rounds: int) -> str:
+    rewards = _rewards(sampled)
+    completions = [completion for group in sampled for completion in group.completions]
+    cut = sum(completion.finish_reason == "length" for completion in completions)
+    counts = Counter(rewards).most_common()
+    shown = ", ".join(f"{count} x {value:g}" for value, count in counts[:VALUES_SHOWN]) or "none"
+    others = sum(count for _, count in counts[VALUES_SHOWN:])
+    examples = "\n".join(map(_example, sample_rows(0, sampled, EXAMPLES_SHOWN)))
+    return (
+        f"dynamic sampling found nothing to learn from in {len(sampled)} groups of {rounds} rounds. Rewards: {shown}"
+        f"{f', {others} x other values' if others else ''}; {len(completions) - len(rewards)} of {len(completions)} "
+        f"completions have no score, {cut} were cut at the token limit. Examples:\n{examples}\n"
+        "The task is too hard or too easy for this model, or the reward does not see what it writes, or (with "
+        "algorithm.overlong_filter) most completions are cut. Other prompts, a larger batch.samples_per_prompt or "
+        "batch.max_rounds may help; algorithm.dynamic_sampling: false goes on without an update."
+    )
+
+
+def _example(row: Mapping[str, Any]) -> str:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] if row["prompt"] else ""
+    return (
+        f"- reward {row['reward']}, {row['num_tokens']} tokens, ended by {row['finish_reason']}\n"
+        f"  prompt ends: {prompt[-TEXT_SHOWN:]!r}\n"
+        f"  completion ends: {row['completion'][-TEXT_SHOWN:]!r}\n"
+        f"  answer: {str(row['answer'])[:TEXT_SHOWN]!r}"
+    )

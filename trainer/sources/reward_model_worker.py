@@ -1,0 +1,135 @@
+"""A reward model that judges rollouts: the same `grade` as that of `rewards.grader.Grader`, by a frozen network."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llmquest_rl.batch import Atom, collate
+from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.rows import DataError
+from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
+from llmquest_rl.models.checkpoint.hub import check_model_files
+from llmquest_rl.models.checkpoint.load_save import load_any_model, read_shape
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.packing import pack
+from llmquest_rl.types import Score
+from rewards.types import GradeItem
+from rollout.engine import cpu_threads
+from trainer.config.reward_model import RewardModelConfig
+from trainer.learner.microbatches import fitting
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerSetup:
+    """What every process of one reward model is told."""
+
+    config: RewardModelConfig
+    model_path: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+
+
+def check_reward_model(setup: ScorerSetup) -> PromptRenderer:
+    """Check that a reward model can judge, without reading a weight; returns what renders its prompts.
+
+    Raises:
+        ValueError: it is no classifier of texts with one label, a file is missing, or it has no chat template; the
+            message names the reward model.
+    """
+    config, path = setup.config, setup.model_path
+    try:
+        hf, shape = read_shape(path)
+        if not issubclass(hf.model, SequenceClassifier):
+            raise ValueError(
+                f"{path} holds a {hf.architecture}, which gives no score: train one with the objective reward_model, "
+                "or give a ...ForSequenceClassification"
+            )
+        if len(shape.labels) != 1:
+            raise ValueError(f"{path} scores {len(shape.labels)} labels, {', '.join(shape.labels)}: it must have one")
+        check_model_files(path)
+        return prompt_renderer(load_tokenizer(path), config.system_prompt, config.chat_template)
+    except ValueError as error:
+        raise ValueError(f"the reward model `{config.name}`: {error}") from error
+
+
+class ScoreWorker:
+    """Judges completions. A plain class: the cluster makes it an actor, a test uses it as it is."""
+
+    def __init__(self, setup: ScorerSetup) -> None:
+        """Load the model.
+
+        Raises:
+            ValueError: see `check_reward_model`.
+        """
+        self.setup = setup
+        self.renderer = check_reward_model(setup)
+        self.device = torch.device(setup.device)
+        model = load_any_model(setup.model_path, getattr(torch, setup.dtype), self.device)
+        assert isinstance(model, SequenceClassifier), "as was checked"
+        self.model = model.eval().requires_grad_(False)
+        shape: SequenceClassifierConfig = model.config
+        self.max_tokens = min(shape.max_positions, setup.config.max_tokens or shape.max_positions)
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Score]:
+        """Score each item; scores come in the order of the items. What cannot be judged is a failure, `invalid`."""
+        started = time.perf_counter()
+        sequences: dict[int, list[int]] = {}
+        problems: dict[int, str] = {}
+        for number, item in enumerate(items):
+            try:
+                sequences[number] = self.token_ids(item)
+            except DataError as error:
+                problems[number] = str(error)
+        scores = self._scores(items, sequences)
+        seconds = (time.perf_counter() - started) / max(1, len(items))
+        return [self._score(scores.get(number), problems.get(number), seconds) for number in range(len(items))]
+
+    def token_ids(self, item: GradeItem) -> list[int]:
+        """What the model reads of an item: what a training pair with this prompt and reply would have it read.
+
+        Raises:
+            DataError: the chat template refuses the prompt, or it is too long.
+        """
+        ids = judged_ids({"prompt": item.prompt, "completion": item.completion}, self.renderer)
+        if len(ids) > self.max_tokens:
+            raise DataError(
+                f"prompt and completion are {len(ids)} tokens, the reward model judges {self.max_tokens} at most"
+            )
+        return ids
+
+    def close(self) -> None:
+        """Free the model; the worker is of no use afterwards. Idempotent."""
+        self.__dict__.pop("model", None)
+
+    def _score(self, value: float | None, problem: str | None, seconds: float) -> Score:
+        name, weight = self.setup.config.name, self.setup.config.weight
+        if value is None or not torch.tensor(value).isfinite():
+            return Score(None, {}, "invalid", f"{name}: {problem or f'the score is {value}'}", seconds)
+        return Score(weight * value, {name: value}, None, "", seconds)
+
+    @torch.no_grad()
+    def _scores(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> dict[int, float]:
+        """The model's score of each item that has tokens, by its number."""
+        found: dict[int, float] = {}
+        budget = self.setup.config.tokens_per_batch
+        with cpu_threads(self.setup.threads):
+            groups = list(self._atoms(items, sequences))
+            for atoms in pack(fitting(groups, budget, self.model.shares_prompts, compares=False), budget):
+                batch = collate(atoms)
+                values = self.model(batch.to(self.device)).values[:, 0].tolist()
+                found |= zip(batch.streams["items"].long().tolist(), values, strict=True)
+        return found
+
+    def _atoms(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> Iterator[Atom]:
+        """Neighbours with the same prompt together; stream `items` has their numbers."""
+        for _, numbers in groupby(sequences, key=lambda number: items[number].prompt):
+            group = list(numbers)
+            atom = judged_together([sequences[number] for number in group])
+            places = [[float(n)] * len(ids) for n, ids in zip(group, atom.completions, strict=True)]
+            yield atom.with_stream("items", places)
