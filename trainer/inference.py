@@ -13,7 +13,8 @@ from trainer.cluster.worker_group import open_cluster
 from trainer.components import Parts
 from trainer.config.schema import Config
 from trainer.learner.group import MODEL
-from trainer.run.folder import RunFolder, checkpoint
+from trainer.run import checkpoint
+from trainer.run.folder import RunFolder
 from trainer.sources.eval_metrics import accuracy_metrics
 from trainer.sources.generate_and_grade import Rollouts, seed_for
 from trainer.sources.replay import save_rollouts

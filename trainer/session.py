@@ -7,7 +7,8 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.learner.group import LearnerGroup, StepBatch
-from trainer.run.folder import RunFolder, checkpoint
+from trainer.run import checkpoint
+from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, system_metrics

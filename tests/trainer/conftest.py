@@ -23,7 +23,7 @@ from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.load_save import new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.weight_map import disk_tensors
-from tests.trainer.pair_cases import write_pairs
+from tests.trainer.sources.pair_cases import write_pairs
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.loop import train

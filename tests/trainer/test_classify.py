@@ -20,7 +20,7 @@ from llmquest_rl.objectives.classify import Classify
 from rollout.engine import EngineSetup, check_engine, engine_config
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
-from tests.trainer.learner_cases import Case, make_setup, run_group, run_steps, whole_weights
+from tests.trainer.learner.learner_cases import Case, make_setup, run_group, run_steps, whole_weights
 from tests.trainer.test_families import tiny_of
 from trainer.cli.dry_run import dry_run
 from trainer.cluster.worker_group import free_port

@@ -13,7 +13,7 @@ from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from rollout.weights import publish, verify
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, rows
-from tests.trainer.learner_cases import make_setup, minibatches
+from tests.trainer.learner.learner_cases import make_setup, minibatches
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner
 from trainer.sources.replay import load_rollouts

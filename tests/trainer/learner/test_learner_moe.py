@@ -12,7 +12,7 @@ import torch
 from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.models.deepseek_v3 import DeepseekV3Config
 from rollout.weights import publish, verify
-from tests.trainer.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
+from tests.trainer.learner.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.members import Member
+from tests.trainer.cluster.members import Member
 from trainer.cluster.worker_group import Cluster, ClusterError, Need, free_port, open_cluster
 from trainer.config.schema import ClusterConfig
 

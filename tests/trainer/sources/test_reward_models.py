@@ -23,7 +23,7 @@ from llmquest_rl.types import Score
 from rewards.combine import combined
 from rewards.types import GradeItem
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
-from tests.trainer.pair_cases import write_pairs
+from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
 from trainer import inference
 from trainer.cli.dry_run import dry_run

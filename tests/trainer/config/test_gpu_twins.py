@@ -19,7 +19,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.config.sizes import sizes
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PAPERS = CONFIGS / "papers"
 TWINS = sorted((PAPERS / "gpu").glob("*.yaml"))
 STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))

@@ -21,7 +21,7 @@ from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import verify
-from tests.trainer.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
+from tests.trainer.learner.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
 from trainer.learner.state import BadStepsError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.trainer.learner_cases import Case, make_folder, make_setup, run_group, run_steps, whole_weights
+from tests.trainer.learner.learner_cases import Case, make_folder, make_setup, run_group, run_steps, whole_weights
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner

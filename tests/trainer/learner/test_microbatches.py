@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Atom, TokenBatch
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
-from tests.trainer.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
+from tests.trainer.learner.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.config.reference_docs import TARGET, reference
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_reference_is_up_to_date() -> None:

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.trainer.reward_cases import low_characters
+from tests.trainer.sources.reward_cases import low_characters
 
 PLACES = 8
 

@@ -1,6 +1,6 @@
 """What the learner's tests train on, and the process that a group of several learners is made of.
 
-python -m tests.trainer.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
+python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
 """
 
 import json
@@ -102,7 +102,7 @@ def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.pt"
         torch.save(case, path)
-        command = [sys.executable, "-m", "tests.trainer.learner_cases", str(path)]
+        command = [sys.executable, "-m", "tests.trainer.learner.learner_cases", str(path)]
         processes = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for rank in range(case.world_size)

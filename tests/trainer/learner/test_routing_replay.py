@@ -18,7 +18,7 @@ from llmquest_rl.models.qwen3_moe import Qwen3MoeConfig
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
 from tests.trainer.conftest import Runs, rows
-from tests.trainer.learner_cases import make_setup, minibatches, whole_weights
+from tests.trainer.learner.learner_cases import make_setup, minibatches, whole_weights
 from tests.trainer.test_families import tiny_of
 from trainer.cli.dry_run import dry_run
 from trainer.config.schema import LearnerConfig, OptimizerConfig

@@ -16,7 +16,7 @@ from trainer.cli.main import main
 from trainer.config.load import ConfigError
 from trainer.config.recipes import first_comment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RunCommand = Callable[..., "Result"]
 
 
