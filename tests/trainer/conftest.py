@@ -31,7 +31,7 @@ from trainer.run.tracking import JsonLines
 from trainer.session import Session
 
 ROOT = Path(__file__).parents[2]
-REWARDS = ROOT / "tests" / "trainer" / "reward_cases.py"
+REWARDS = ROOT / "tests" / "trainer" / "sources" / "reward_cases.py"
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 MARK = "LLMQUEST_TEST_RUN"
 """An environment variable with a value of its own in every command: what the command left running carries it."""
