@@ -6,7 +6,7 @@ Three sides, one after the other, each in a process of its own:
 
 * `ours`: `llmquest-rl train` with its defaults, Ray and all. Groups whose rewards are all equal have no gradient, so
   they are not computed; the update is the same.
-* `every group`: the same with `batch.uniform_rewards=take`, which computes all groups, as TRL does.
+* `every group`: the same with `batch.zero_advantage_groups=take`, which computes all groups, as TRL does.
 * `trl`: generates with transformers, since it has no vLLM on CPUs, in the largest batches that are good for it.
 
 The first step of each side is not counted. Peak memory is what the machine's free memory falls by, so run it on a
@@ -34,7 +34,7 @@ SECONDS = ("generation", "training", "weight sync", "total")
 Row = dict[str, float]
 
 
-def config(args: argparse.Namespace, uniform_rewards: str) -> dict[str, Any]:
+def config(args: argparse.Namespace, zero_advantage_groups: str) -> dict[str, Any]:
     """Our side's run: the quickstart's task with the benchmark's sizes, without evaluation and checkpoints."""
     return {
         "name": "benchmark",
@@ -47,7 +47,7 @@ def config(args: argparse.Namespace, uniform_rewards: str) -> dict[str, Any]:
             "prompts_per_step": PROMPTS,
             "samples_per_prompt": SAMPLES,
             "tokens_per_microbatch": 2048,
-            "uniform_rewards": uniform_rewards,
+            "zero_advantage_groups": zero_advantage_groups,
         },
         "rollout": {"engine": {"name": args.engine}, "dtype": args.dtype, "sampling": {"max_tokens": MAX_TOKENS}},
         "rewards": [{"name": "exact_number"}],
@@ -58,14 +58,14 @@ def config(args: argparse.Namespace, uniform_rewards: str) -> dict[str, Any]:
     }
 
 
-def run_ours(args: argparse.Namespace, uniform_rewards: str = "skip") -> list[Row]:
+def run_ours(args: argparse.Namespace, zero_advantage_groups: str = "skip") -> list[Row]:
     """Rows by step from the run's own metrics."""
     from trainer.config.load import parse_config
     from trainer.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run = train(parse_config(config(args, uniform_rewards)))
+        run = train(parse_config(config(args, zero_advantage_groups)))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -132,10 +132,10 @@ def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     from llmquest_rl.data.tokenizer import load_tokenizer
     from rewards.builtin.exact_number import Config, reward
-    from trainer.components import Parts
+    from trainer.components import RunComponents
     from trainer.config.load import parse_config
 
-    parts = Parts(parse_config(config(args, "take")))
+    parts = RunComponents(parse_config(config(args, "take")))
     samples = parts.prompts.take(PROMPTS * (args.steps + 1))
     rows = [{"prompt": [{"role": "user", "content": s.prompt}], "answer": str(s.answer)} for s in samples]
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers import linear
 from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.load_save import load_model
@@ -58,7 +58,7 @@ def rate(run: Callable[[], Any], seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
-def atoms(groups: int, prompt: int, completion: int) -> list[Atom]:
+def sequence_groups(groups: int, prompt: int, completion: int) -> list[SequenceGroup]:
     """Groups of random tokens whose completions have between half the length asked for and all of it."""
     generator = torch.Generator().manual_seed(0)
 
@@ -69,8 +69,8 @@ def atoms(groups: int, prompt: int, completion: int) -> list[Atom]:
     for _ in range(groups):
         lengths = torch.randint(completion // 2, completion + 1, (GROUP,), generator=generator).tolist()
         names = ("weights", "advantages", "rollout_logprobs")
-        streams = {name: [[0.01] * length for length in lengths] for name in names}
-        result.append(Atom(tokens(prompt), [tokens(length) for length in lengths], streams))
+        token_fields = {name: [[0.01] * length for length in lengths] for name in names}
+        result.append(SequenceGroup(tokens(prompt), [tokens(length) for length in lengths], token_fields))
     return result
 
 
@@ -85,7 +85,7 @@ def best_of(run: Callable[[], None], repeats: int) -> float:
     return min(times)
 
 
-def ours(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]:
+def ours(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callable[[], None]:
     model = load_model(path, dtype)
     objective = policy.build(policy.Config(), resolve("grpo", {"beta": 0.0}), Sampling())
     microbatches = [collate(part) for part in pack(data, TOKENS_PER_MICROBATCH)]
@@ -98,13 +98,13 @@ def ours(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]
     return run
 
 
-def theirs(path: Path, dtype: torch.dtype, data: list[Atom]) -> Callable[[], None]:
+def theirs(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callable[[], None]:
     """transformers: right-padded rows, logits at the completion tokens only, as TRL computes them."""
     from transformers import AutoModelForCausalLM
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     model.train()
-    rows = [(atom.prompt, completion) for atom in data for completion in atom.completions]
+    rows = [(sequence_group.prompt, completion) for sequence_group in data for completion in sequence_group.completions]
     width = max(len(completion) for _, completion in rows)
     prompt = len(rows[0][0])
     ids = torch.zeros(len(rows), prompt + width, dtype=torch.long)
@@ -140,19 +140,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     dtype, path = getattr(torch, args.dtype), resolve_model("smollm2-135m-instruct")
-    shared = atoms(args.groups, args.prompt, args.completion)
-    repeated = [part for atom in shared for part in atom.expanded()]
+    shared = sequence_groups(args.groups, args.prompt, args.completion)
+    repeated = [part for sequence_group in shared for part in sequence_group.expanded()]
     speed = matmul_flops(dtype)
     model = load_model(path, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.config.vocab_size * model.config.hidden_size
     del model
-    data_tokens = sum(atom.num_tokens for atom in shared)
-    targets = sum(len(completion) for atom in shared for completion in atom.completions)
+    data_tokens = sum(sequence_group.num_tokens for sequence_group in shared)
+    targets = sum(len(completion) for sequence_group in shared for completion in sequence_group.completions)
     cases: dict[str, tuple[Callable[[], None], int]] = {
         "shared": (ours(path, dtype, shared), data_tokens),
-        "repeated": (ours(path, dtype, repeated), sum(atom.num_tokens for atom in repeated)),
-        "transformers": (theirs(path, dtype, shared), sum(atom.num_tokens for atom in repeated)),
+        "repeated": (ours(path, dtype, repeated), sum(sequence_group.num_tokens for sequence_group in repeated)),
+        "transformers": (theirs(path, dtype, shared), sum(sequence_group.num_tokens for sequence_group in repeated)),
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, (run, computed) in cases.items():

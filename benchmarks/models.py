@@ -65,11 +65,11 @@ def best_of(run: Callable[[], Any], repeats: int) -> float:
 
 
 def train_ours(path: str, sequences: list[list[int]], repeats: int) -> float:
-    from llmquest_rl.batch import Atom, collate
+    from llmquest_rl.batch import SequenceGroup, collate
     from llmquest_rl.models.checkpoint.load_save import load_model
 
     model = load_model(path, torch.float32).train()
-    batch = collate([Atom([], [sequence]) for sequence in sequences])
+    batch = collate([SequenceGroup([], [sequence]) for sequence in sequences])
 
     def run() -> None:
         model.zero_grad()

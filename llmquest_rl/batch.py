@@ -2,10 +2,10 @@
 
 Shape legend: `tokens` = all tokens of a microbatch laid end to end; `targets` = the tokens that get a log-prob.
 
-An `Atom` is what packing may not split: one prompt and the completions that share it. The prompt is stored, and
-computed, once. `collate` lays atoms end to end as segments `[prompt | completion 0 | completion 1 | ...]`; a completion
-sees its own earlier tokens and its parent segment, the prompt, and nothing else. Because the first token of every
-completion is predicted from the prompt's last token, predictions are (source, target) pairs, not a shift by one.
+A `SequenceGroup` is what packing may not split: one prompt and the completions that share it. The prompt is stored, and
+computed, once. `collate` lays groups end to end as segments `[prompt | completion 0 | completion 1 | ...]`. A
+completion sees its own earlier tokens and its parent segment, the prompt, and nothing else. Because the first token of
+every completion is predicted from the prompt's last token, predictions are (source, target) pairs, not a shift by one.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Atom:
+class SequenceGroup:
     """A prompt and the completions that share it, with per-token training signals."""
 
     prompt: list[int]
     """May be empty (a pretraining document): then the first token of each completion is no target."""
     completions: list[list[int]]
-    streams: dict[str, list[list[float]]] = field(default_factory=dict)
+    token_fields: dict[str, list[list[float]]] = field(default_factory=dict)
     """Signals by name, one float for each token of each completion: `weights`, `advantages`, `rollout_logprobs`, …"""
     mask: list[list[bool]] | None = None
     """Which completion tokens are targets; None = all of them."""
@@ -32,7 +32,7 @@ class Atom:
 
     @property
     def num_tokens(self) -> int:
-        """Most tokens that the model computes for this atom: all of them but those that predict no target."""
+        """Most tokens that the model computes for this group: all of them but those that predict no target."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
     @property
@@ -40,37 +40,37 @@ class Atom:
         """Tokens of the prompt and its longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
-    def with_stream(self, name: str, values: list[list[float]]) -> "Atom":
-        """The same atom with one stream added or replaced."""
-        return replace(self, streams={**self.streams, name: values})
+    def with_token_field(self, name: str, values: list[list[float]]) -> "SequenceGroup":
+        """The same group with one token field added or replaced."""
+        return replace(self, token_fields={**self.token_fields, name: values})
 
-    def expanded(self) -> list["Atom"]:
-        """One atom for each completion, each with its own copy of the prompt: for models that cannot share it."""
+    def expanded(self) -> list["SequenceGroup"]:
+        """One group for each completion, each with its own copy of the prompt: for models that cannot share it."""
         return [
-            Atom(
+            SequenceGroup(
                 self.prompt,
                 [completion],
-                {name: [values[i]] for name, values in self.streams.items()},
+                {name: [values[i]] for name, values in self.token_fields.items()},
                 None if self.mask is None else [self.mask[i]],
                 self.images,
             )
             for i, completion in enumerate(self.completions)
         ]
 
-    def unshared(self) -> "Atom":
-        """One atom in which each completion has its own copy of the prompt: for models that cannot share it.
+    def unshared(self) -> "SequenceGroup":
+        """One group in which each completion has its own copy of the prompt: for models that cannot share it.
 
         Raises:
             ValueError: it has images, which stand in a prompt.
         """
         if self.images is not None:
-            raise ValueError("an atom with images cannot do without its prompt, where they stand")
+            raise ValueError("a group with images cannot do without its prompt, where they stand")
         size = len(self.prompt)
         masks = self.mask or [[True] * len(completion) for completion in self.completions]
-        return Atom(
+        return SequenceGroup(
             [],
             [self.prompt + completion for completion in self.completions],
-            {name: [[0.0] * size + row for row in values] for name, values in self.streams.items()},
+            {name: [[0.0] * size + row for row in values] for name, values in self.token_fields.items()},
             [[False] * size + mask for mask in masks],
         )
 
@@ -117,7 +117,7 @@ class TokenBatch:
     """Long [targets]: the token ids to be predicted."""
     sequence_ids: Tensor
     """Long [targets]: the running number of the completion that the target belongs to."""
-    streams: dict[str, Tensor]
+    token_fields: dict[str, Tensor]
     """Float32 [targets] each."""
     images: Tensor | None = None
     """Images [n, channels, height, width] of all segments, in their order; None = text only."""
@@ -125,7 +125,7 @@ class TokenBatch:
     """How many of `images` each segment has; empty for text only."""
     experts: Tensor | None = None
     """Int16 [layers with experts, tokens, k]: where the old policy's routers sent the tokens; None = not recorded. No
-    stream: every token has them, and targets are fewer."""
+    token field: every token has them, and targets are fewer."""
 
     @property
     def num_sequences(self) -> int:
@@ -141,18 +141,18 @@ class TokenBatch:
         return replace(
             self,
             **moved,
-            streams={name: stream.to(device) for name, stream in self.streams.items()},
+            token_fields={name: field.to(device) for name, field in self.token_fields.items()},
             images=None if self.images is None else self.images.to(device),
             experts=None if self.experts is None else self.experts.to(device),
         )
 
 
-def collate(atoms: Sequence[Atom]) -> TokenBatch:
-    """Lay atoms end to end into one packed batch. Tokens that predict no target, as each last one, are left out.
+def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
+    """Lay groups end to end into one packed batch. Tokens that predict no target, as each last one, are left out.
 
     Raises:
-        ValueError: a stream or mask does not have one value for each completion token; an atom has images without a
-            prompt, or images differ in size.
+        ValueError: a token field or mask does not have one value for each completion token; a group has images without
+            a prompt, or images differ in size.
     """
     tokens: list[int] = []
     lengths: list[int] = []
@@ -160,18 +160,18 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
     sources: list[int] = []
     targets: list[int] = []
     sequence_ids: list[int] = []
-    names = list(atoms[0].streams) if atoms else []
-    streams: dict[str, list[float]] = {name: [] for name in names}
+    names = list(groups[0].token_fields) if groups else []
+    token_fields: dict[str, list[float]] = {name: [] for name in names}
     num_sequences = 0
-    for atom in atoms:
+    for group in groups:
         parent, last_prompt_index = -1, -1
-        if atom.prompt:
-            parent, last_prompt_index = len(lengths), len(tokens) + len(atom.prompt) - 1
-            tokens += atom.prompt
-            lengths.append(len(atom.prompt))
+        if group.prompt:
+            parent, last_prompt_index = len(lengths), len(tokens) + len(group.prompt) - 1
+            tokens += group.prompt
+            lengths.append(len(group.prompt))
             parents.append(-1)
-        for i, completion in enumerate(atom.completions):
-            kept = [j for j, keep in enumerate(_mask(atom, i, names)) if keep and (j > 0 or atom.prompt)]
+        for i, completion in enumerate(group.completions):
+            kept = [j for j, keep in enumerate(_mask(group, i, names)) if keep and (j > 0 or group.prompt)]
             start = len(tokens)
             read = completion[: kept[-1]] if kept else []
             tokens += read
@@ -181,11 +181,11 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
             targets += [completion[j] for j in kept]
             sequence_ids += [num_sequences] * len(kept)
             for name in names:
-                values = atom.streams[name][i]
-                streams[name] += [values[j] for j in kept]
+                values = group.token_fields[name][i]
+                token_fields[name] += [values[j] for j in kept]
             num_sequences += 1
     layout = Layout(tuple(lengths), tuple(parents))
-    images, image_counts = _images(atoms)
+    images, image_counts = _images(groups)
     return TokenBatch(
         tokens=torch.tensor(tokens, dtype=torch.long),
         positions=layout.positions(),
@@ -193,34 +193,34 @@ def collate(atoms: Sequence[Atom]) -> TokenBatch:
         sources=torch.tensor(sources, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.long),
-        streams={name: torch.tensor(values, dtype=torch.float32) for name, values in streams.items()},
+        token_fields={name: torch.tensor(values, dtype=torch.float32) for name, values in token_fields.items()},
         images=images,
         image_counts=image_counts,
     )
 
 
-def _mask(atom: Atom, i: int, names: Sequence[str]) -> list[bool]:
+def _mask(group: SequenceGroup, i: int, names: Sequence[str]) -> list[bool]:
     """Which tokens of completion `i` are targets; whatever belongs to a token is there for each."""
-    completion = atom.completions[i]
-    mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
-    signals: list[Sequence[object]] = [mask, *(atom.streams[name][i] for name in names)]
+    completion = group.completions[i]
+    mask = group.mask[i] if group.mask is not None else [True] * len(completion)
+    signals: list[Sequence[object]] = [mask, *(group.token_fields[name][i] for name in names)]
     if any(len(values) != len(completion) for values in signals):
-        raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or stream of another length")
+        raise ValueError(f"completion {i} has {len(completion)} tokens, but a mask or token field of another length")
     return mask
 
 
-def _images(atoms: Sequence[Atom]) -> tuple[Tensor | None, tuple[int, ...]]:
+def _images(groups: Sequence[SequenceGroup]) -> tuple[Tensor | None, tuple[int, ...]]:
     """All images end to end, and how many of them belong to each segment."""
-    found = [atom.images for atom in atoms if atom.images is not None]
+    found = [group.images for group in groups if group.images is not None]
     if not found:
         return None, ()
-    if any(atom.images is not None and not atom.prompt for atom in atoms):
-        raise ValueError("an atom has images but no prompt: image tokens stand in the prompt")
+    if any(group.images is not None and not group.prompt for group in groups):
+        raise ValueError("a group has images but no prompt: image tokens stand in the prompt")
     sizes = {tuple(images.shape[1:]) for images in found}
     if len(sizes) > 1:
         raise ValueError(f"the images of a batch differ in size, {sorted(sizes)}: resize them to one")
     counts: list[int] = []
-    for atom in atoms:
-        own = 0 if atom.images is None else len(atom.images)
-        counts += [own] * bool(atom.prompt) + [0] * len(atom.completions)
+    for group in groups:
+        own = 0 if group.images is None else len(group.images)
+        counts += [own] * bool(group.prompt) + [0] * len(group.completions)
     return torch.cat(found), tuple(counts)

@@ -1,25 +1,25 @@
-"""Sharing atoms out: over learners, over minibatches, and over microbatches of a token budget.
+"""Sharing groups out: over learners, over minibatches, and over microbatches of a token budget.
 
-An atom is never split. Everything here is deterministic in the order of its input, and nothing changes a gradient:
+A group is never split. Everything here is deterministic in the order of its input, and nothing changes a gradient:
 token weights are fixed on the whole batch before.
 """
 
 import heapq
 from collections.abc import Sequence
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 
 
-def pack(atoms: Sequence[Atom], tokens_per_microbatch: int) -> list[list[Atom]]:
+def pack(groups: Sequence[SequenceGroup], tokens_per_microbatch: int) -> list[list[SequenceGroup]]:
     """Microbatches of at most `tokens_per_microbatch` tokens, as few as first-fit-decreasing finds.
 
-    An atom larger than the budget gets a microbatch of its own. Atoms keep their order within a microbatch, and
-    microbatches are ordered by their first atom.
+    A group larger than the budget gets a microbatch of its own. Groups keep their order within a microbatch, and
+    microbatches are ordered by their first group.
     """
     bins: list[list[int]] = []
     free: list[int] = []
-    for i in _longest_first(atoms):
-        size = atoms[i].num_tokens
+    for i in _longest_first(groups):
+        size = groups[i].num_tokens
         place = next((b for b, room in enumerate(free) if size <= room), None)
         if place is None:
             bins.append([])
@@ -27,29 +27,29 @@ def pack(atoms: Sequence[Atom], tokens_per_microbatch: int) -> list[list[Atom]]:
             place = len(bins) - 1
         bins[place].append(i)
         free[place] -= size
-    return [[atoms[i] for i in chosen] for chosen in sorted(map(sorted, bins))]
+    return [[groups[i] for i in chosen] for chosen in sorted(map(sorted, bins))]
 
 
-def split_ranks(atoms: Sequence[Atom], world_size: int) -> list[list[Atom]]:
+def split_ranks(groups: Sequence[SequenceGroup], world_size: int) -> list[list[SequenceGroup]]:
     """One share for each of `world_size` learners, balanced by tokens (longest first to the least loaded).
 
-    Atoms keep their order within a share. A share is empty when there are fewer atoms than learners.
+    Groups keep their order within a share. A share is empty when there are fewer groups than learners.
     """
     loads = [(0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    for i in _longest_first(atoms):
+    for i in _longest_first(groups):
         load, rank = heapq.heappop(loads)
         shares[rank].append(i)
-        heapq.heappush(loads, (load + atoms[i].num_tokens, rank))
-    return [[atoms[i] for i in sorted(share)] for share in shares]
+        heapq.heappush(loads, (load + groups[i].num_tokens, rank))
+    return [[groups[i] for i in sorted(share)] for share in shares]
 
 
-def minibatches(atoms: Sequence[Atom], n: int) -> list[list[Atom]]:
-    """At most n consecutive parts whose numbers of atoms differ by one at most; none is empty."""
-    n = min(n, len(atoms))
-    bounds = [len(atoms) * i // n for i in range(n + 1)] if n else [0]
-    return [list(atoms[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+def minibatches(groups: Sequence[SequenceGroup], n: int) -> list[list[SequenceGroup]]:
+    """At most n consecutive parts whose numbers of groups differ by one at most; none is empty."""
+    n = min(n, len(groups))
+    bounds = [len(groups) * i // n for i in range(n + 1)] if n else [0]
+    return [list(groups[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def _longest_first(atoms: Sequence[Atom]) -> list[int]:
-    return sorted(range(len(atoms)), key=lambda i: (-atoms[i].num_tokens, i))
+def _longest_first(groups: Sequence[SequenceGroup]) -> list[int]:
+    return sorted(range(len(groups)), key=lambda i: (-groups[i].num_tokens, i))

@@ -1,6 +1,6 @@
 """The nouns that travel between rooms: Sample, Request, Completion, Score, Group. No torch: graders start fast.
 
-A task yields a `Sample`; a rollout worker answers a `Request` with `Completion`s; graders give each a `Score`;
+A task yields a `Problem`; a rollout worker answers a `Request` with `Completion`s; graders give each a `Score`;
 the three together are a `Group`, from which the learner's batch is packed (see `llmquest_rl.batch`).
 """
 
@@ -36,7 +36,7 @@ class ImageFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Problem:
     """A problem to solve: what the model is asked, and what a reward needs to judge the answer."""
 
     id: str
@@ -79,7 +79,7 @@ class Request:
     seed: int
     """Completion i is drawn with a generator seeded from (seed, i): independent of the batch around it."""
     images: "NDArray[float32] | None" = field(default=None, compare=False)
-    """As `Sample.images`."""
+    """As `Problem.images`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,6 @@ class Score:
 class Group:
     """A sample with its completions and their scores: the unit of advantage estimation and of packing."""
 
-    sample: Sample
+    problem: Problem
     completions: list[Completion]
     scores: list[Score]

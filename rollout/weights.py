@@ -1,7 +1,7 @@
 """Weights on their way from the learners to the engines, and the proof that they arrived.
 
 The learner publishes tensors with a checksum for each; every worker computes the checksums of what it received before
-it loads, and answers with a `PushReport`. A push that was lost, truncated, mixed up or meant for another model is an
+it loads, and answers with a `SyncReport`. A push that was lost, truncated, mixed up or meant for another model is an
 error there and then, not a run that quietly samples from old weights.
 """
 
@@ -13,7 +13,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-Published = tuple[Mapping[str, Tensor], Mapping[str, str]]
+WeightSnapshot = tuple[Mapping[str, Tensor], Mapping[str, str]]
 """(tensors, checksums), both by the names of the Hub's layout on disk."""
 
 COLUMNS = 4096
@@ -21,7 +21,7 @@ COLUMNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class PushReport:
+class SyncReport:
     """What one worker loaded."""
 
     version: int
@@ -60,7 +60,7 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def publish(tensors: Iterable[tuple[str, Tensor]]) -> Published:
+def publish(tensors: Iterable[tuple[str, Tensor]]) -> WeightSnapshot:
     """Tensors by name with their checksums: what a learner hands to `RolloutWorker.load_weights`."""
     named = {name: _alone(tensor) for name, tensor in tensors}
     return named, {name: checksum(tensor) for name, tensor in named.items()}
@@ -72,7 +72,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
-def verify(published: Published) -> str:
+def verify(published: WeightSnapshot) -> str:
     """Check that tensors are those that the checksums were taken of; returns the checksum of all together.
 
     Raises:

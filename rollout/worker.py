@@ -8,7 +8,7 @@ from pathlib import Path
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.engine import FACTS, EngineSetup, open_engine
-from rollout.weights import Published, PushReport, verify
+from rollout.weights import SyncReport, WeightSnapshot, verify
 
 
 class RolloutWorker:
@@ -29,7 +29,7 @@ class RolloutWorker:
         """Log-probs of given tokens: whoever pushed weights can compare them with the learner's own."""
         return self.engine.logprobs(sequences)
 
-    def load_weights(self, published: Published, version: int) -> PushReport:
+    def load_weights(self, published: WeightSnapshot, version: int) -> SyncReport:
         """Check and load what `rollout.weights.publish` made. The tensors are only read: they may lie in shared memory.
 
         Raises:
@@ -40,7 +40,7 @@ class RolloutWorker:
         tensors, _ = published
         fingerprint = verify(published)
         self.engine.load_weights(tensors.items(), version)
-        return PushReport(
+        return SyncReport(
             version=self.engine.version,
             num_tensors=len(tensors),
             num_bytes=sum(tensor.nbytes for tensor in tensors.values()),

@@ -9,8 +9,8 @@ from llmquest_rl.data.rows import DataError
 from rewards.grader import Grader, check_rewards
 from rollout.engine import check_engine
 from rollout.worker import RolloutWorker
-from trainer.cluster.worker_group import Cluster, Need, open_cluster
-from trainer.components import Parts
+from trainer.cluster.worker_group import Cluster, ResourceRequest, open_cluster
+from trainer.components import RunComponents
 from trainer.config.load import dump
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.schema import Config
@@ -20,17 +20,17 @@ from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
-from trainer.session import Session, resume
+from trainer.session import TrainingRun, resume
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
-from trainer.sources.dynamic_sampling import UntilFull
-from trainer.sources.generate_and_grade import Judge, Rollouts
+from trainer.sources.dynamic_sampling import DynamicSampling
+from trainer.sources.generate_and_grade import RewardWorkers, Rollouts
 from trainer.sources.replay import check_replay
-from trainer.sources.reward_model_worker import ScorerSetup, ScoreWorker, check_reward_model
-from trainer.sources.sampler import Gather, LiveSampler, OneRound, ReplayedSampler, Sampler
+from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
+from trainer.sources.sampler import GroupCollector, LiveSampler, ReplayedSampler, Sampler, SingleRound
 
 log = logging.getLogger(__name__)
 
-Running = tuple[Session, BatchSource, LearnerGroup]
+Running = tuple[TrainingRun, BatchSource, LearnerGroup]
 
 MAX_RESTARTS = 10
 """Deaths of rollout workers, of graders, or of one reward model's processes, that one run makes good."""
@@ -45,7 +45,7 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
 
     What can be wrong with data, tokenizer, model files or trackers is found before the first process starts.
     """
-    parts = Parts(config)
+    parts = RunComponents(config)
     check_trackers(config.tracking.trackers)
     parts.check_model()
     parts.check_experts()
@@ -65,67 +65,75 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
         tracker = stack.enter_context(Tracker(folder, config.tracking.trackers, config.name, done + bool(done)))
         tracker.start(config.model_dump(mode="json"))
         progress = stack.enter_context(Progress(config.steps, done, config.name))
-        yield Session(config, folder, source, learners, tracker, progress, stop, done), source, learners
+        yield TrainingRun(config, folder, source, learners, tracker, progress, stop, done), source, learners
 
 
-def needs(config: Config, samples: bool) -> list[Need]:
+def needs(config: Config, problems: bool) -> list[ResourceRequest]:
     """What the run asks of the cluster."""
     cluster = config.cluster
-    learners = Need("learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner)
-    workers = Need(
+    learners = ResourceRequest(
+        "learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner
+    )
+    workers = ResourceRequest(
         "rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker
     )
-    graders = [Need("grader", config.graders.workers, 1, 0)] if config.rewards else []
+    graders = [ResourceRequest("grader", config.graders.workers, 1, 0)] if config.rewards else []
     scorers = [
-        Need(scorer_name(model), model.workers, cluster.cpus_per_scorer or 1, cluster.gpus_per_scorer)
+        ResourceRequest(
+            reward_model_group(model), model.workers, cluster.cpus_per_reward_model or 1, cluster.gpus_per_reward_model
+        )
         for model in config.reward_models
     ]
-    return [learners, workers, *graders, *scorers] if samples else [learners]
+    return [learners, workers, *graders, *scorers] if problems else [learners]
 
 
-def scorer_name(model: RewardModelConfig) -> str:
+def reward_model_group(model: RewardModelConfig) -> str:
     """What the cluster calls the processes of a reward model."""
     return f"scorer-{model.name}"
 
 
-def start_learners(parts: Parts, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
+def start_learners(parts: RunComponents, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
     """Begin to build the learner processes."""
     config = parts.config
     setup, size = parts.learner_setup(folder.path), config.learner.processes
-    handle = cluster.spawn(Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, in_step=True)
+    handle = cluster.spawn(
+        Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
+    )
     return LearnerGroup(handle, config.learner.timeout_s, config.cluster.start_timeout_s)
 
 
-def start_rollouts(parts: Parts, cluster: Cluster, model_path: Path) -> Rollouts:
+def start_rollouts(parts: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
     """Begin to build rollout workers and judges."""
     config = parts.config
     setup, section = parts.engine_setup, config.rollout.engine
     worker = {"engine": section.name, "config": section.options, "model_path": model_path, "setup": setup}
     workers = cluster.spawn(RolloutWorker, "rollout", lambda i: worker, max_restarts=MAX_RESTARTS)
-    return Rollouts(workers, start_judges(parts, cluster), config.seed, config.rollout.timeout_s)
+    return Rollouts(workers, start_reward_workers(parts, cluster), config.seed, config.rollout.timeout_s)
 
 
-def start_judges(parts: Parts, cluster: Cluster) -> list[Judge]:
+def start_reward_workers(parts: RunComponents, cluster: Cluster) -> list[RewardWorkers]:
     """Begin to build the graders, if there are rewards, and the processes of every reward model."""
     config, judges = parts.config, []
     if config.rewards:
         grader = {"rewards": list(config.rewards), "config": config.graders}
         graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
-        judges.append(Judge(graders, START_TO_GRADE_S, config.graders.timeout_s * len(config.rewards)))
-    return judges + [_start_scorers(setup, cluster) for setup in parts.scorer_setups]
+        judges.append(RewardWorkers(graders, START_TO_GRADE_S, config.graders.timeout_s * len(config.rewards)))
+    return judges + [_start_reward_model(setup, cluster) for setup in parts.reward_model_setups]
 
 
-def _start_scorers(setup: ScorerSetup, cluster: Cluster) -> Judge:
+def _start_reward_model(setup: RewardModelSetup, cluster: Cluster) -> RewardWorkers:
     scorer = {"setup": setup}
-    scorers = cluster.spawn(ScoreWorker, scorer_name(setup.config), lambda i: scorer, max_restarts=MAX_RESTARTS)
-    return Judge(scorers, setup.config.timeout_s)
+    scorers = cluster.spawn(
+        RewardModelWorker, reward_model_group(setup.config), lambda i: scorer, max_restarts=MAX_RESTARTS
+    )
+    return RewardWorkers(scorers, setup.config.timeout_s)
 
 
 class OpenDataset:
     """Opens the source of objectives that learn from given sequences; reads the data before anything starts."""
 
-    def __init__(self, parts: Parts, replay: Path | None) -> None:
-        self.needs = needs(parts.config, samples=False)
+    def __init__(self, parts: RunComponents, replay: Path | None) -> None:
+        self.needs = needs(parts.config, problems=False)
         self.source = DatasetSource(parts.sequences, parts.objective, parts.config)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
@@ -136,23 +144,23 @@ class OpenDataset:
 class OpenRollouts:
     """Opens the source of objectives that learn from rollouts, live or replayed."""
 
-    def __init__(self, parts: Parts, replay: Path | None) -> None:
+    def __init__(self, parts: RunComponents, replay: Path | None) -> None:
         config = parts.config
         self.parts = parts
         self.replay = replay
-        self.needs = needs(config, samples=replay is None)
+        self.needs = needs(config, problems=replay is None)
         self.prompts = parts.prompts
         section = config.rollout.engine
         if replay is not None:
             check_replay(replay, config.steps)
             return
         check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
-        samples = self.prompts.held_out(1)
-        if not samples:
+        problems = self.prompts.held_out(1)
+        if not problems:
             raise DataError("every held-out prompt is too long: raise data.max_prompt_tokens")
         if config.rewards:
-            check_rewards(config.rewards, samples[0].columns, config.graders)
-        for scorer in parts.scorer_setups:
+            check_rewards(config.rewards, problems[0].columns, config.graders)
+        for scorer in parts.reward_model_setups:
             check_reward_model(scorer)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
@@ -172,7 +180,9 @@ class OpenRollouts:
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         save_to = folder.rollouts if config.rollout.save else None
-        gather: Gather = UntilFull(config.algorithm) if config.algorithm.dynamic_sampling else OneRound()
+        gather: GroupCollector = (
+            DynamicSampling(config.algorithm) if config.algorithm.dynamic_sampling else SingleRound()
+        )
         return LiveSampler(rollouts, gather, config.graders.max_unscored_share, config.rollout.sleep, save_to)
 
 

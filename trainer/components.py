@@ -8,13 +8,13 @@ from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.images import ImageReader, image_reader
 from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import MalformedRows
-from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.data.task import open_task
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
 from llmquest_rl.models.base import image_format, reads_text
 from llmquest_rl.models.checkpoint.count import count_parameters
 from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
-from llmquest_rl.models.checkpoint.load_classifier import check_scorer
+from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
@@ -22,12 +22,12 @@ from trainer.cluster.hardware import available_cores, choose_dtype
 from trainer.config.rules import optimizer_updates
 from trainer.config.schema import Config
 from trainer.learner.setup import LearnerSetup
-from trainer.sources.reward_model_worker import ScorerSetup
+from trainer.sources.reward_model_worker import RewardModelSetup
 
 log = logging.getLogger(__name__)
 
 
-class Parts:
+class RunComponents:
     """The parts of one run."""
 
     def __init__(self, config: Config) -> None:
@@ -55,7 +55,7 @@ class Parts:
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
         if self.objective.labels:
-            check_scorer(self.model_path, self.objective.labels)
+            check_classifier(self.model_path, self.objective.labels)
 
     def check_experts(self) -> None:
         """Check that a model whose routing is to be replayed has some.
@@ -99,7 +99,7 @@ class Parts:
         return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
 
     @cached_property
-    def sequences(self) -> AtomStream:
+    def sequences(self) -> SequenceGroupStream:
         data = self.config.data
         assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
         malformed = MalformedRows(data.malformed_rows)
@@ -112,7 +112,7 @@ class Parts:
             self.objective.labels,
             self.image_reader,
         )
-        return AtomStream(
+        return SequenceGroupStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
         )
 
@@ -144,16 +144,16 @@ class Parts:
         )
 
     @cached_property
-    def scorer_setups(self) -> list[ScorerSetup]:
+    def reward_model_setups(self) -> list[RewardModelSetup]:
         """What every process of each reward model is told."""
-        config, gpus = self.config, self.config.cluster.gpus_per_scorer
+        config, gpus = self.config, self.config.cluster.gpus_per_reward_model
         return [
-            ScorerSetup(
+            RewardModelSetup(
                 config=model,
                 model_path=resolve_model(model.path),
                 dtype=self.dtype(model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
                 device="cuda" if gpus else "cpu",
-                threads=threads(config.cluster.cpus_per_scorer, model.workers),
+                threads=threads(config.cluster.cpus_per_reward_model, model.workers),
             )
             for model in config.reward_models
         ]

@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 from llmquest_rl.types import Group, Request
 from trainer.assemble import needs, start_rollouts
 from trainer.cluster.worker_group import open_cluster
-from trainer.components import Parts
+from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.learner.group import MODEL
 from trainer.run import checkpoint
@@ -58,16 +58,16 @@ def export(run: str, out: Path, which: str = "latest") -> Path:
 class Sampling:
     """What sampling needs, running."""
 
-    parts: Parts
+    parts: RunComponents
     rollouts: Rollouts
 
 
 @contextmanager
 def running(config: Config) -> Iterator[Sampling]:
     """Rollout workers and judges of a configuration, without learners."""
-    parts = Parts(config)
+    parts = RunComponents(config)
     parts.check_model()
-    workers_and_judges = [need for need in needs(config, samples=True) if need.name != "learner"]
+    workers_and_judges = [need for need in needs(config, problems=True) if need.name != "learner"]
     with ExitStack() as stack:
         logs = Path(mkdtemp(prefix="llmquest-logs-"))
         cluster = open_cluster(config.cluster, workers_and_judges, logs)
@@ -83,8 +83,8 @@ def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
     """Evaluate `config.model.path` on the held-out samples as `config.eval` says; metrics and the groups themselves."""
     settings = config.eval
     with running(config) as sampling:
-        samples = sampling.parts.prompts.held_out(config.data.eval_samples)
-        groups, _ = sampling.rollouts.run(samples, settings.samples_per_prompt, config.eval_sampling, "eval")
+        problems = sampling.parts.prompts.held_out(config.data.eval_size)
+        groups, _ = sampling.rollouts.run(problems, settings.samples_per_prompt, config.eval_sampling, "eval")
     check_groups(groups, config.graders.max_unscored_share)
     return accuracy_metrics(groups, *config.correct_if), groups
 
@@ -93,9 +93,9 @@ def generate_rollouts(config: Config, steps: int, out: Path) -> Iterator[tuple[i
     """Sample and grade the prompts of the first steps and save them as `train --replay` reads them."""
     with running(config) as sampling:
         for step in range(1, steps + 1):
-            samples = sampling.parts.prompts.take(config.batch.prompts_per_step)
+            problems = sampling.parts.prompts.take(config.batch.prompts_per_step)
             n = config.batch.samples_per_prompt
-            groups, _ = sampling.rollouts.run(samples, n, config.rollout.sampling, f"train/{step}")
+            groups, _ = sampling.rollouts.run(problems, n, config.rollout.sampling, f"train/{step}")
             save_rollouts(out, step, groups)
             yield step, groups
 

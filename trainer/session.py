@@ -21,7 +21,7 @@ class WeightsDifferError(RuntimeError):
     """The engine's log-probs are too far from the learner's: the two do not hold the same weights."""
 
 
-class Session:
+class TrainingRun:
     """One run from its first step (or the one after its checkpoint) to its last."""
 
     def __init__(
@@ -99,11 +99,12 @@ class Session:
         return {"time/checkpoint_s": time.perf_counter() - started, "checkpoint/failed_saves": float(self.failed_saves)}
 
     def _check_gap(self, metrics: dict[str, float]) -> None:
-        limit, gap = self.config.rollout.gap_limit, metrics.get("policy/logp_gap")
+        limit, gap = self.config.rollout.max_logprob_gap, metrics.get("policy/logp_gap")
         if limit is not None and gap is not None and gap > limit:
             raise WeightsDifferError(
-                f"policy/logp_gap is {gap:.3g} nats per token, rollout.gap_limit is {limit:g}: the engine samples from "
-                "other weights than the learner trains, or in far lower precision (see rollout.dtype, model.dtype)."
+                f"policy/logp_gap is {gap:.3g} nats per token, above rollout.max_logprob_gap = {limit:g}: the engine "
+                "samples from other weights than the learner trains, or in far lower precision (see rollout.dtype and "
+                "model.dtype)"
             )
 
 

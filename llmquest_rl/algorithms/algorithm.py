@@ -7,9 +7,9 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, Pos
 
 from llmquest_rl.algorithms.advantages import ADVANTAGES, BY_MEAN
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
-from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.ratios import OF_SEQUENCES, RATIOS
 from llmquest_rl.algorithms.surrogates import OWN_GRADIENT, SURROGATES, Bounds
@@ -68,8 +68,8 @@ class Algorithm(Options):
     value, each token's gradient), `sequence_product`."""
     old_policy: Literal["learner", "engine"] = "learner"
     """Whose log-probs the ratio is taken to: those that the learner computes before a step's first update, corrected
-    for the engine's rounding (`mismatch`), or the engine's own, which saves a forward pass, counts rounding and stale
-    weights (`rollout.push_every`) in the ratio, and leaves nothing to correct."""
+    for the engine's rounding (`is_correction`), or the engine's own, which saves a forward pass, counts rounding and
+    stale weights (`rollout.weight_sync_interval`) in the ratio, and leaves nothing to correct."""
     routing_replay: bool = False
     """Mixtures of experts: all updates of a step send each token to the experts that it went to when the learner
     computed the old policy's log-probs, with weights from the current router (Routing Replay, arXiv 2507.18071, section
@@ -109,18 +109,18 @@ class Algorithm(Options):
     arXiv 2512.02556, equation 7)."""
     beta: Weight = 0.0
     """Weight of that KL; 0 = none, and no reference model is held."""
-    reference_every: PositiveInt | None = None
+    ref_sync_interval: PositiveInt | None = None
     """Steps after which the reference becomes the current model, again and again (DeepSeekMath, algorithm 1); null =
     it stays the initial one."""
     entropy_bonus: Weight = 0.0
     """Weight of the policy's entropy, which is taken off the loss with the same weights of tokens."""
-    entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_entropy_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The policy loss of the rest is left out: this share of each completion's tokens, those of largest entropy, stays
     (0.2: arXiv 2506.01939)."""
     off_policy_delta: PositiveFloat | None = None
     """Completions whose mean log(pi_engine / pi) is above this are left out where their advantage is negative
     (DeepSeek-V3.2, arXiv 2512.02556, equation 9); null = none."""
-    mismatch: Annotated[str, AfterValidator(_known(MISMATCHES))] = "token_truncate"
+    is_correction: Annotated[str, AfterValidator(_known(CORRECTIONS))] = "token_truncate"
     """Correction for the engine's rounding, a factor of each token's policy loss made of pi_old / pi_engine, both
     before the step: `token_truncate`, `sequence_truncate`, `token_mask`, `sequence_mask`, `geometric_mask`,
     `reject`."""

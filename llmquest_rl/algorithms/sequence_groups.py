@@ -12,7 +12,7 @@ from llmquest_rl.algorithms.aggregation import AGGREGATIONS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.types import Completion, Group
 
@@ -28,12 +28,14 @@ class _Compared(NamedTuple):
     """Float64 [samples], in tokens."""
 
 
-def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> tuple[list[Atom], Metrics]:
-    """One atom for each group, with streams `advantages` and `rollout_logprobs`; `token_weights` adds `weights`.
+def make_sequence_groups(
+    groups: Sequence[Group], algorithm: Algorithm, max_tokens: int
+) -> tuple[list[SequenceGroup], Metrics]:
+    """One sequence group for each group, with the token fields `advantages` and `rollout_logprobs`.
 
     Unscored samples and empty completions are in neither the baseline nor the loss; with `overlong_filter` completions
     cut at the token limit are in the baseline only. A group with one sample left, or with equal rewards, has advantages
-    of zero where the algorithm compares; one with none left gives no atom.
+    of zero where the algorithm compares; one with none left gives no sequence group.
 
     Args:
         groups: samples with completions and scores; all of a step, because advantages may be normalised over it.
@@ -41,18 +43,18 @@ def make_atoms(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -
         max_tokens: the longest completion allowed.
 
     Returns:
-        The atoms, and metrics on rewards and lengths.
+        The sequence groups, and metrics on rewards and lengths.
     """
     metrics = _group_metrics(groups)
     scored = [part for group in groups if (part := _compared(group)) is not None]
     compared = [_with_length_penalty(part, algorithm, max_tokens, metrics) for part in scored]
     if not compared:
         return [], metrics
-    atoms = (
+    sequence_groups = (
         _atom(part, advantages.tolist(), algorithm)
         for part, advantages in zip(compared, _advantages(compared, algorithm), strict=True)
     )
-    return [atom for atom in atoms if atom.completions], metrics
+    return [sequence_group for sequence_group in sequence_groups if sequence_group.completions], metrics
 
 
 def is_usable(group: Group, algorithm: Algorithm) -> bool:
@@ -70,13 +72,18 @@ def is_usable(group: Group, algorithm: Algorithm) -> bool:
     return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
 
-def token_weights(atoms: Sequence[Atom], algorithm: Algorithm, max_tokens: int) -> list[Atom]:
-    """The same atoms with stream `weights`. Give it all atoms of one optimizer update, over all processes."""
-    lengths = [[len(completion) for completion in atom.completions] for atom in atoms]
+def token_weights(
+    sequence_groups: Sequence[SequenceGroup], algorithm: Algorithm, max_tokens: int
+) -> list[SequenceGroup]:
+    """The same sequence groups with the token field `weights`.
+
+    Give it all sequence groups of one optimizer update, over all processes.
+    """
+    lengths = [[len(completion) for completion in sequence_group.completions] for sequence_group in sequence_groups]
     weights = AGGREGATIONS[algorithm.aggregation](lengths, max_tokens)
     return [
-        atom.with_stream("weights", [[weight] * length for weight, length in zip(*pair, strict=True)])
-        for atom, *pair in zip(atoms, weights, lengths, strict=True)
+        sequence_group.with_token_field("weights", [[weight] * length for weight, length in zip(*pair, strict=True)])
+        for sequence_group, *pair in zip(sequence_groups, weights, lengths, strict=True)
     ]
 
 
@@ -125,17 +132,17 @@ def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) ->
     return ADVANTAGES[algorithm.advantage](compared, lengths, algorithm.pass_k)[: len(rewards)]
 
 
-def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> Atom:
+def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> SequenceGroup:
     kept = [
         (completion, advantage)
         for completion, advantage in zip(part.completions, advantages, strict=True)
         if _in_loss(completion, algorithm)
     ]
-    images = part.group.sample.images
-    return Atom(
-        prompt=part.group.sample.prompt_ids,
+    images = part.group.problem.images
+    return SequenceGroup(
+        prompt=part.group.problem.prompt_ids,
         completions=[completion.token_ids for completion, _ in kept],
-        streams={
+        token_fields={
             "advantages": [[advantage] * len(completion.token_ids) for completion, advantage in kept],
             "rollout_logprobs": [completion.logprobs for completion, _ in kept],
         },
@@ -155,12 +162,12 @@ def _group_metrics(groups: Sequence[Group]) -> Metrics:
     metrics = Metrics()
     rewards = [[score.value for score in group.scores if score.value is not None] for group in groups]
     scored = list(chain.from_iterable(rewards))
-    samples = sum(len(group.scores) for group in groups)
+    problems = sum(len(group.scores) for group in groups)
     metrics.mean("reward/mean", sum(scored), len(scored))
     metrics.mean("reward/std", _std(scored))
     metrics.mean("reward/group_std", sum(_std(values) for values in rewards), len(rewards))
-    metrics.mean("reward/uniform_group_share", sum(len(set(values)) < 2 for values in rewards), len(rewards))
-    metrics.mean("reward/unscored_share", samples - len(scored), samples)
+    metrics.mean("reward/zero_std_group_share", sum(len(set(values)) < 2 for values in rewards), len(rewards))
+    metrics.mean("reward/unscored_share", problems - len(scored), problems)
     metrics.sum("reward/scored_samples", len(scored))
     for score in chain.from_iterable(group.scores for group in groups):
         for name, part in score.parts.items():

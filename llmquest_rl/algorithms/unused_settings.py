@@ -37,7 +37,7 @@ READERS: dict[str, _Reader] = {
     "decay_negative": _cell("surrogate", "gamma_weight"),
     "kl": _WITH_KL,
     "kl_in": _WITH_KL,
-    "mismatch": _CORRECTED,
+    "is_correction": _CORRECTED,
     "tis_floor": _CORRECTED,
     "tis_cap": _CORRECTED,
 }

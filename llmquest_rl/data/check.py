@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmquest_rl.batch import Atom
-from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.data.tokenizer import PromptRenderer
-from llmquest_rl.types import Sample
+from llmquest_rl.types import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +34,24 @@ class DataCheck:
     """The first prompt as the model sees it, special tokens written out."""
 
 
-def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Sample], DataCheck]:
+def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Problem], DataCheck]:
     """The samples that the stream gives next, held-out rows rendered too; the stream stays where it was.
 
     Raises:
         DataError: the data cannot be used.
     """
     state = stream.state_dict()
-    samples = stream.take(rows)
+    problems = stream.take(rows)
     stream.held_out(rows)
     counters = stream.counters
     stream.load_state_dict(state)
-    lengths = Lengths.of([len(sample.prompt_ids) for sample in samples])
-    return samples, DataCheck(lengths, counters, renderer.decode(samples[0].prompt_ids))
+    lengths = Lengths.of([len(problem.prompt_ids) for problem in problems])
+    return problems, DataCheck(lengths, counters, renderer.decode(problems[0].prompt_ids))
 
 
-def check_dataset(stream: AtomStream, rows: int = 10) -> tuple[list[Atom], DataCheck]:
+def check_dataset(stream: SequenceGroupStream, rows: int = 10) -> tuple[list[SequenceGroup], DataCheck]:
     """The sequences that the stream gives next; the stream stays where it was."""
     state = stream.state_dict()
-    atoms = stream.take(rows)
+    groups = stream.take(rows)
     stream.load_state_dict(state)
-    return atoms, DataCheck(Lengths.of([atom.num_tokens for atom in atoms]), stream.counters)
+    return groups, DataCheck(Lengths.of([group.num_tokens for group in groups]), stream.counters)

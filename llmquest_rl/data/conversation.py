@@ -7,7 +7,7 @@ reply is trained on with exactly the tokens before it that the model will see wh
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.rows import DataError, check_message, check_prompt
 from llmquest_rl.data.tokenizer import IMAGE, PromptRenderer, as_messages
 from llmquest_rl.types import Message
@@ -39,7 +39,7 @@ def _check_completion(completion: object) -> str | None:
     return problem or (None if completion[-1]["role"] == "assistant" else "the completion's last message is a prompt")
 
 
-def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> Atom:
+def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
     """The training sequence of a row that `check_row` found usable.
 
     The loss falls on the assistant's tokens, each turn's end-of-sequence token included, and, with `mask_prompt` false,
@@ -57,7 +57,7 @@ def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool
     else:
         pieces = _pieces_with_images(_messages(row), renderer, images)
     if not mask_prompt:
-        return Atom([], [[token for ids, _ in pieces for token in ids]])
+        return SequenceGroup([], [[token for ids, _ in pieces for token in ids]])
     (prompt, first_is_target), *rest = pieces
     assert not first_is_target, "a conversation starts with what the model does not write"
     while rest and not rest[-1][1]:
@@ -65,8 +65,8 @@ def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool
     completion = [token for ids, _ in rest for token in ids]
     mask = [is_target for ids, is_target in rest for _ in ids]
     if prompt:
-        return Atom(prompt, [completion], mask=None if all(mask) else [mask])
-    return Atom([], [completion], mask=[mask])
+        return SequenceGroup(prompt, [completion], mask=None if all(mask) else [mask])
+    return SequenceGroup([], [completion], mask=[mask])
 
 
 def _messages(row: Mapping[str, Any]) -> list[Message]:
@@ -122,8 +122,8 @@ def _split_after_eos(ids: list[int], eos: int | None) -> Iterator[Piece]:
         yield ids[end:], False
 
 
-def targets(atom: Atom) -> Iterable[int]:
+def targets(group: SequenceGroup) -> Iterable[int]:
     """The token ids that the loss falls on, for checks and displays."""
-    for i, completion in enumerate(atom.completions):
-        mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
-        yield from (t for j, (t, keep) in enumerate(zip(completion, mask, strict=True)) if keep and (j or atom.prompt))
+    for i, completion in enumerate(group.completions):
+        mask = group.mask[i] if group.mask is not None else [True] * len(completion)
+        yield from (t for j, (t, keep) in enumerate(zip(completion, mask, strict=True)) if keep and (j or group.prompt))

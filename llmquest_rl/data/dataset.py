@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.conversation import check_row, row_atom
 from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
@@ -23,8 +23,8 @@ class SupervisedData:
     """Sequences to train on, and others to validate on."""
 
     name: str
-    train: Sequence[Atom]
-    validation: Sequence[Atom]
+    train: Sequence[SequenceGroup]
+    validation: Sequence[SequenceGroup]
     counters: dict[str, int] = field(default_factory=dict)
     """What loading left out, by cause: `dropped_malformed_rows`, `dropped_long_rows`."""
 
@@ -64,7 +64,7 @@ class RowKind:
 
     check: Callable[[Fields], str | None]
     """What makes a row unusable, or None; images are checked already."""
-    atom: Callable[[Fields], Atom]
+    group: Callable[[Fields], SequenceGroup]
     """The sequence of a usable row, with room for its images but without them; a DataError where the chat template
     cannot render it."""
     question: Callable[[Fields], str]
@@ -75,12 +75,12 @@ class RowKind:
 class Unread:
     """A sequence whose images are still raw."""
 
-    atom: Atom
+    group: SequenceGroup
     images: tuple[RawImage, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Sequences(Sequence[Atom]):
+class Sequences(Sequence[SequenceGroup]):
     """Sequences in memory; each one's images are read when it is asked for, and never all of them at once."""
 
     unread: Sequence[Unread]
@@ -90,25 +90,25 @@ class Sequences(Sequence[Atom]):
         return len(self.unread)
 
     @overload
-    def __getitem__(self, index: int) -> Atom: ...
+    def __getitem__(self, index: int) -> SequenceGroup: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Atom]: ...
-    def __getitem__(self, index: int | slice) -> Atom | list[Atom]:
+    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
+    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         found = self.unread[index]
         if self.images is None or not found.images:
-            return found.atom
-        return replace(found.atom, images=torch.from_numpy(self.images.read(found.images)))
+            return found.group
+        return replace(found.group, images=torch.from_numpy(self.images.read(found.images)))
 
 
 def replies(renderer: PromptRenderer, mask_prompt: bool) -> RowKind:
     """Rows of prompt and completion, or of messages, whose replies are learnt."""
 
-    def atom(row: Fields) -> Atom:
+    def group(row: Fields) -> SequenceGroup:
         return row_atom(row, renderer, mask_prompt)
 
-    return RowKind(check_row, atom, _question)
+    return RowKind(check_row, group, _question)
 
 
 def _question(row: Fields) -> str:
@@ -136,21 +136,21 @@ class RowsToAtoms:
                 self.context.malformed.report(where, problem)
                 continue
             try:
-                atom = self.kind.atom(row)
+                group = self.kind.group(row)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-            if self._fits(where, atom):
+            if self._fits(where, group):
                 question = question_key(self.kind.question(row), images)
-                sequences.setdefault(question, []).append(Unread(atom, images))
+                sequences.setdefault(question, []).append(Unread(group, images))
         return sequences
 
-    def _fits(self, where: str, atom: Atom) -> bool:
+    def _fits(self, where: str, group: SequenceGroup) -> bool:
         limit = self.context.tokens_per_sequence
-        if atom.longest_sequence <= limit:
+        if group.longest_sequence <= limit:
             return True
         if self.context.long_rows == "error":
             raise DataError(
-                f"{where}: the row has {atom.longest_sequence} tokens, more than batch.tokens_per_sequence = {limit}: "
+                f"{where}: the row has {group.longest_sequence} tokens, more than batch.tokens_per_sequence = {limit}: "
                 "raise it, or set data.long_prompts: drop"
             )
         self.dropped_long += 1

@@ -5,7 +5,7 @@ Training pairs and rollouts that are judged are made into tokens here and nowher
 
 from collections.abc import Sequence
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.conversation import row_atom
 from llmquest_rl.data.dataset import Fields
 from llmquest_rl.data.tokenizer import PromptRenderer
@@ -20,18 +20,18 @@ def judged_ids(row: Fields, renderer: PromptRenderer) -> list[int]:
     Raises:
         DataError: the chat template cannot render it turn by turn.
     """
-    atom = row_atom(row, renderer, mask_prompt=True)
-    return atom.prompt + atom.completions[0]
+    group = row_atom(row, renderer, mask_prompt=True)
+    return group.prompt + group.completions[0]
 
 
-def judged_together(sequences: Sequence[list[int]]) -> Atom:
-    """An atom that reads one score at the last token of each sequence; their common beginning is computed once.
+def judged_together(sequences: Sequence[list[int]]) -> SequenceGroup:
+    """A group that reads one score at the last token of each sequence; their common beginning is computed once.
 
     Its only targets are the zeros behind the sequences: what is judged is their source.
     """
     shared = _common_beginning(sequences)
     rests = [ids[shared:] for ids in sequences]
-    return Atom(
+    return SequenceGroup(
         sequences[0][:shared], [[*rest, 0] for rest in rests], mask=[[*[False] * len(rest), True] for rest in rests]
     )
 

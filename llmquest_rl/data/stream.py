@@ -8,12 +8,12 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import SupervisedData
 from llmquest_rl.data.rows import DataError, Row
 from llmquest_rl.data.task import Task
 from llmquest_rl.data.tokenizer import PromptRenderer
-from llmquest_rl.types import Sample
+from llmquest_rl.types import Problem
 
 LongPrompts = Literal["drop", "error"]
 MAX_DROPPED_IN_A_ROW = 1000
@@ -91,20 +91,20 @@ class PromptStream:
             "dropped_long_held_out_prompts": self._dropped_long_held_out,
         }
 
-    def take(self, n: int) -> list[Sample]:
+    def take(self, n: int) -> list[Problem]:
         """The next n samples; a task smaller than that goes on with its next epoch.
 
         Raises:
             DataError: a prompt is too long where that is an error, or a whole epoch of prompts is too long.
         """
-        samples: list[Sample] = []
+        problems: list[Problem] = []
         dropped_in_a_row = 0
-        while len(samples) < n:
+        while len(problems) < n:
             row = self._task.train.row(self._order(self._position))
             self._position += 1
-            sample = self._render(row)
-            if sample is not None:
-                samples.append(sample)
+            problem = self._render(row)
+            if problem is not None:
+                problems.append(problem)
                 dropped_in_a_row = 0
                 continue
             self._dropped_long += 1
@@ -114,25 +114,25 @@ class PromptStream:
                     f"{dropped_in_a_row} prompts in a row of task {self._task.name} have more than "
                     f"{self._max_prompt_tokens} tokens: raise data.max_prompt_tokens"
                 )
-        return samples
+        return problems
 
-    def held_out(self, n: int) -> list[Sample]:
+    def held_out(self, n: int) -> list[Problem]:
         """The same n held-out samples at every call, drawn with the seed; fewer when the task has fewer."""
         size = self._task.held_out.size
         assert size is not None, "held-out rows are finite"
         order = EpochOrder(size, self._seed)
-        samples: list[Sample] = []
+        problems: list[Problem] = []
         dropped = 0
         for position in range(size):
-            if len(samples) == n:
+            if len(problems) == n:
                 break
-            sample = self._render(self._task.held_out.row(order(position)))
-            if sample is None:
+            problem = self._render(self._task.held_out.row(order(position)))
+            if problem is None:
                 dropped += 1
             else:
-                samples.append(sample)
+                problems.append(problem)
         self._dropped_long_held_out = dropped
-        return samples
+        return problems
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs: small and JSON-able."""
@@ -154,7 +154,7 @@ class PromptStream:
         self._position = state["position"]
         self._dropped_long = state["dropped_long"]
 
-    def _render(self, row: Row) -> Sample | None:
+    def _render(self, row: Row) -> Problem | None:
         ids = self._renderer.prompt_ids(row.prompt, len(row.images))
         if len(ids) > self._max_prompt_tokens:
             if self._long_prompts == "error":
@@ -164,10 +164,10 @@ class PromptStream:
                 )
             return None
         images = self._renderer.images.read(row.images) if self._renderer.images and row.images else None
-        return Sample(row.id, row.prompt, ids, row.answer, row.columns, images)
+        return Problem(row.id, row.prompt, ids, row.answer, row.columns, images)
 
 
-class AtomStream:
+class SequenceGroupStream:
     """Training sequences of a supervised data set, in a seeded order without end."""
 
     def __init__(self, data: SupervisedData, seed: int) -> None:
@@ -188,14 +188,14 @@ class AtomStream:
         """What loading left out, by cause."""
         return dict(self._data.counters)
 
-    def take(self, n: int) -> list[Atom]:
+    def take(self, n: int) -> list[SequenceGroup]:
         """The next n sequences; a data set smaller than that goes on with its next epoch."""
         start, self._position = self._position, self._position + n
         return [self._data.train[self._order(position)] for position in range(start, self._position)]
 
-    def validation(self, n: int | None = None) -> list[Atom]:
+    def validation(self, n: int | None = None) -> list[SequenceGroup]:
         """The same n validation sequences at every call, drawn with the seed; all of them when n is None."""
-        sequences: Sequence[Atom] = self._data.validation
+        sequences: Sequence[SequenceGroup] = self._data.validation
         order = EpochOrder(len(sequences), self._seed)
         count = len(sequences) if n is None else min(n, len(sequences))
         return [sequences[order(position)] for position in range(count)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.generation.batch import Batch, Caches, GenerationError, Prompt, Room, Row, packs, waiting_line
 from llmquest_rl.models.base import CausalLM, image_format
 from llmquest_rl.types import Completion, Request, Sampling
@@ -112,7 +112,7 @@ class NativeGenerator:
         device = next(self.model.parameters()).device
         results: list[list[float]] = []
         for pack in packs([len(sequence) for sequence in sequences]):
-            batch = collate([Atom([], [list(sequence)]) for sequence in sequences[pack]]).to(device)
+            batch = collate([SequenceGroup([], [list(sequence)]) for sequence in sequences[pack]]).to(device)
             counts = [max(len(sequence) - 1, 0) for sequence in sequences[pack]]
             results += [part.tolist() for part in self.model(batch).logprobs.split(counts)]
         return results

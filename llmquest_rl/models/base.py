@@ -162,7 +162,7 @@ class Model(nn.Module):
         return self
 
 
-class Scorer(Model):
+class ClassifierModel(Model):
     """A network with a number for each label: a classifier of texts or images, or a reward model with one label.
 
     What is judged ends at a target's source; the target itself is the label's number, or 0 where there is none.
@@ -232,7 +232,7 @@ class CausalLM(Model):
         for the batches without weight that only keep processes in step."""
         if loads is None or not self.is_trained:
             return
-        weights = batch.streams.get("weights")
+        weights = batch.token_fields.get("weights")
         counted = 1.0 if weights is None else (weights != 0).any().float()
         self._load = RouterLoad(*(part.detach() * counted for part in loads)).plus(self._load)
 

@@ -17,7 +17,7 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next
-from llmquest_rl.models.base import AroundDecoder, CausalLM, Scorer, Scores
+from llmquest_rl.models.base import AroundDecoder, CausalLM, ClassifierModel, Scores
 from llmquest_rl.models.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import Form, HFMap
 
@@ -78,7 +78,7 @@ class SequenceClassifierConfig(AroundDecoder):
         return cls(llama.LlamaConfig.tiny(), ("LABEL_0", "LABEL_1", "LABEL_2"))
 
 
-class SequenceClassifier(Scorer):
+class SequenceClassifier(ClassifierModel):
     """A decoder without its output layer, and one linear layer."""
 
     new_head = "score"
@@ -114,7 +114,7 @@ class SequenceClassifier(Scorer):
         weight.copy_(values.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=generator))
 
     def forward(self, batch: TokenBatch) -> Scores:
-        """See `Scorer.forward`.
+        """See `ClassifierModel.forward`.
 
         Raises:
             ValueError: the batch has images, which a text model would leave out.

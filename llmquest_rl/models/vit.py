@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
-from llmquest_rl.models.base import Scorer, Scores
+from llmquest_rl.models.base import ClassifierModel, Scores
 from llmquest_rl.models.config_checks import check_sizes
 from llmquest_rl.models.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import HFMap
@@ -184,7 +184,7 @@ class Block(nn.Module):
         return out
 
 
-class ViT(Scorer):
+class ViT(ClassifierModel):
     """The whole model. Its tokens are those of the images; the batch's own only make room for them."""
 
     new_head = "classifier"
@@ -231,7 +231,7 @@ class ViT(Scorer):
         return out
 
     def forward(self, batch: TokenBatch) -> Scores:
-        """See `Scorer.forward`: the logits of the batch's images, in their order.
+        """See `ClassifierModel.forward`: the logits of the batch's images, in their order.
 
         Raises:
             ValueError: the batch does not have one image for each target; images have another size.

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 
 
@@ -28,7 +28,7 @@ class Loss:
 
 def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metrics: Metrics) -> Loss:
     """The objective's value plus the model's terms: means, so they count by the microbatch's share of weight."""
-    share = batch.streams["weights"].sum()
+    share = batch.token_fields["weights"].sum()
     for name, term in aux.items():
         metrics.mean(f"aux/{name}", term.detach() * share, share)
         value = value + share * term
@@ -49,8 +49,8 @@ class Objective(Protocol):
         ...
 
     @property
-    def compares(self) -> bool:
-        """Whether an atom's completions are compared with each other, so that a microbatch must hold all of them."""
+    def needs_whole_group(self) -> bool:
+        """Whether a group's completions are compared with each other, so that a microbatch must hold all of them."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Objective(Protocol):
         """Divides the logits of every forward pass, so that log-probs are those of the distribution sampled from."""
         ...
 
-    def streams(self, updates: int) -> tuple[str, ...]:
+    def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         """The log-probs that must be computed without gradient first, given how many updates a step's batch serves:
         `old_logprobs` (of the model before the step) and `ref_logprobs` (of the frozen initial model)."""
         ...
@@ -69,7 +69,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def reference_every(self) -> int | None:
+    def ref_sync_interval(self) -> int | None:
         """Steps after which that copy becomes the current model; None = it stays the initial one."""
         ...
 
@@ -78,8 +78,8 @@ class Objective(Protocol):
         """Whether a mixture's updates use the experts that were recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
 
-    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
-        """Set stream `weights` on all atoms of one optimizer update, before they are shared out to processes."""
+    def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
+        """Set the token field `weights` on all groups of one optimizer update, before they are split over processes."""
         ...
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
@@ -92,11 +92,11 @@ class Supervised:
 
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
-    compares: bool = False
+    needs_whole_group: bool = False
     temperature: float = 1.0
     needs_reference: bool = False
-    reference_every: int | None = None
+    ref_sync_interval: int | None = None
     routing_replay: bool = False
 
-    def streams(self, updates: int) -> tuple[str, ...]:
+    def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         return ()

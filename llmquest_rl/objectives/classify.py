@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
@@ -41,22 +41,22 @@ class Classify(Supervised):
     labels: tuple[str, ...]
     label_smoothing: float = 0.0
 
-    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
-        """See `Objective.weigh`.
+    def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
+        """See `Objective.assign_token_weights`.
 
         Raises:
             ValueError: a sequence does not have one target, which is the number of a label.
         """
-        for atom in atoms:
-            self._check(atom)
-        weight = 1 / max(1, sum(len(atom.completions) for atom in atoms))
+        for group in groups:
+            self._check(group)
+        weight = 1 / max(1, sum(len(group.completions) for group in groups))
         return [
-            atom.with_stream("weights", [[weight] * len(completion) for completion in atom.completions])
-            for atom in atoms
+            group.with_token_field("weights", [[weight] * len(completion) for completion in group.completions])
+            for group in groups
         ]
 
-    def _check(self, atom: Atom) -> None:
-        for targets in _targets(atom):
+    def _check(self, group: SequenceGroup) -> None:
+        for targets in _targets(group):
             if len(targets) != 1 or not 0 <= targets[0] < len(self.labels):
                 raise ValueError(
                     f"the data set gives a sequence with {len(targets)} targets, but a classifier needs one, the "
@@ -65,7 +65,7 @@ class Classify(Supervised):
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         scores = model(batch)
-        weights = batch.streams["weights"]
+        weights = batch.token_fields["weights"]
         losses = cross_entropy(scores.values, batch.targets, self.label_smoothing)
         counted = weights != 0
         right = scores.values.argmax(-1) == batch.targets
@@ -91,11 +91,11 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
 
 
-def _targets(atom: Atom) -> Iterator[list[int]]:
+def _targets(group: SequenceGroup) -> Iterator[list[int]]:
     """What is predicted in each completion."""
-    first = 0 if atom.prompt else 1
-    for i, completion in enumerate(atom.completions):
-        mask = atom.mask[i] if atom.mask is not None else [True] * len(completion)
+    first = 0 if group.prompt else 1
+    for i, completion in enumerate(group.completions):
+        mask = group.mask[i] if group.mask is not None else [True] * len(completion)
         yield [token for j, token in enumerate(completion) if mask[j] and j >= first]
 
 

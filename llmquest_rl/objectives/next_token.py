@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
@@ -21,16 +21,16 @@ class Config(Options):
 class NextToken(Supervised):
     """Mean negative log-prob of the target tokens: every target of an update weighs the same."""
 
-    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
-        weight = 1 / max(1, sum(_num_targets(atom) for atom in atoms))
+    def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
+        weight = 1 / max(1, sum(_num_targets(group) for group in groups))
         return [
-            atom.with_stream("weights", [[weight] * len(completion) for completion in atom.completions])
-            for atom in atoms
+            group.with_token_field("weights", [[weight] * len(completion) for completion in group.completions])
+            for group in groups
         ]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         output = model(batch)
-        weights = batch.streams["weights"]
+        weights = batch.token_fields["weights"]
         value = -(weights * output.logprobs).sum()
         counted = weights != 0
         metrics = Metrics()
@@ -39,9 +39,9 @@ class NextToken(Supervised):
         return with_aux(value, output.aux, batch, metrics)
 
 
-def _num_targets(atom: Atom) -> int:
-    masks = atom.mask if atom.mask is not None else [[True] * len(completion) for completion in atom.completions]
-    first = 0 if atom.prompt else 1
+def _num_targets(group: SequenceGroup) -> int:
+    masks = group.mask if group.mask is not None else [[True] * len(completion) for completion in group.completions]
+    first = 0 if group.prompt else 1
     return sum(sum(mask[first:]) for mask in masks)
 
 

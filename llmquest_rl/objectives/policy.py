@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
-from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.sequence_groups import token_weights
 from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
 from llmquest_rl.options import Options
@@ -37,7 +37,7 @@ class Config(Options):
 class Policy:
     """sum_t weight_t (kept_t x correction_t x surrogate(ratio_t, advantage_t) + beta x kl_t - bonus x entropy_t).
 
-    Batches carry the streams `weights`, `advantages`, `rollout_logprobs`; `old_logprobs` only when a step's batch
+    Batches carry the token fields `weights`, `advantages`, `rollout_logprobs`; `old_logprobs` only when a step's batch
     serves more than one update, because in a first update the old policy is the current one; `ref_logprobs` only when
     beta > 0.
     """
@@ -48,15 +48,15 @@ class Policy:
     entropy: bool = True
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
-    compares: bool = False
+    needs_whole_group: bool = False
 
     @property
     def needs_reference(self) -> bool:
         return self.algorithm.beta > 0
 
     @property
-    def reference_every(self) -> int | None:
-        return self.algorithm.reference_every
+    def ref_sync_interval(self) -> int | None:
+        return self.algorithm.ref_sync_interval
 
     @property
     def routing_replay(self) -> bool:
@@ -65,19 +65,19 @@ class Policy:
     @property
     def needs_entropy(self) -> bool:
         """Whether the loss itself asks for it."""
-        return self.algorithm.entropy_bonus > 0 or self.algorithm.entropy_share < 1
+        return self.algorithm.entropy_bonus > 0 or self.algorithm.top_entropy_fraction < 1
 
-    def streams(self, updates: int) -> tuple[str, ...]:
+    def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         old = ("old_logprobs",) if updates > 1 and self.algorithm.old_policy == "learner" else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
 
-    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
-        return token_weights(atoms, self.algorithm, self.max_tokens)
+    def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
+        return token_weights(groups, self.algorithm, self.max_tokens)
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         output = model(batch, temperature=self.temperature, entropy=self.entropy or self.needs_entropy)
         losses, metrics = self.token_losses(output.logprobs, batch, output.entropy)
-        weights = batch.streams["weights"]
+        weights = batch.token_fields["weights"]
         value = (weights * losses).sum()
         metrics.mean("policy/loss", value.detach(), weights.sum())
         if output.entropy is not None:
@@ -97,7 +97,7 @@ class Policy:
         """
         algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
         old = self._old(logprobs, batch)
-        counted = batch.streams["weights"] != 0
+        counted = batch.token_fields["weights"] != 0
         advantages = self._advantages(old, batch)
         tokens = Tokens(RATIOS[algorithm.ratio](logprobs, old, ids), logprobs, old, advantages, ids)
         losses = SURROGATES[algorithm.surrogate](tokens, algorithm.bounds)
@@ -116,28 +116,28 @@ class Policy:
     def _old(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         """Log-probs [targets] of the policy that the ratio is taken to."""
         if self.algorithm.old_policy == "engine":
-            return batch.streams["rollout_logprobs"]
-        return batch.streams.get("old_logprobs", logprobs.detach())
+            return batch.token_fields["rollout_logprobs"]
+        return batch.token_fields.get("old_logprobs", logprobs.detach())
 
     def _advantages(self, old: Tensor, batch: TokenBatch) -> Tensor:
         """Those of the batch, less what the KL from each token to the end takes off."""
-        algorithm, advantages = self.algorithm, batch.streams["advantages"]
+        algorithm, advantages = self.algorithm, batch.token_fields["advantages"]
         if algorithm.beta == 0 or algorithm.kl_in == "loss":
             return advantages
-        kl = KL_ESTIMATORS[algorithm.kl](old, batch.streams["ref_logprobs"])
+        kl = KL_ESTIMATORS[algorithm.kl](old, batch.token_fields["ref_logprobs"])
         return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
 
     def _correction(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
         """The factor [targets] that makes up for the engine's rounding; 1 where the ratio is taken to the engine."""
-        algorithm, rollout = self.algorithm, batch.streams["rollout_logprobs"]
-        counted = batch.streams["weights"] != 0
+        algorithm, rollout = self.algorithm, batch.token_fields["rollout_logprobs"]
+        counted = batch.token_fields["weights"] != 0
         ours = logprobs if algorithm.old_policy == "engine" else old
         log_gap = ours - rollout
         _mean_and_max(metrics, "policy/logp_gap", log_gap[counted].abs())
         metrics.mean("policy/logp_gap_k3", k3(rollout, ours)[counted].sum(), counted.sum())
         if algorithm.tis_cap is None or algorithm.old_policy == "engine":
             return torch.ones_like(log_gap)
-        correct = MISMATCHES[algorithm.mismatch]
+        correct = CORRECTIONS[algorithm.is_correction]
         weights, cut = correct(log_gap, batch.sequence_ids, algorithm.tis_floor, algorithm.tis_cap)
         metrics.mean("policy/tis_weight", weights[counted].sum(), counted.sum())
         metrics.mean("policy/tis_capped_share", cut[counted].sum(), counted.sum())
@@ -150,20 +150,20 @@ class Policy:
         """Which tokens the policy loss keeps, one mask [targets] for each reason to leave some out."""
         algorithm, ids, masks = self.algorithm, batch.sequence_ids, {}
         if algorithm.off_policy_delta is not None:
-            rollout = batch.streams["rollout_logprobs"]
+            rollout = batch.token_fields["rollout_logprobs"]
             kept = on_policy_enough(logprobs, rollout, advantages, ids, algorithm.off_policy_delta)
             masks["policy/off_policy_share"] = kept
-        if algorithm.entropy_share < 1 and entropies is not None:
-            masks["policy/low_entropy_share"] = most_uncertain(entropies.detach(), ids, algorithm.entropy_share)
-        counted = batch.streams["weights"] != 0
+        if algorithm.top_entropy_fraction < 1 and entropies is not None:
+            masks["policy/low_entropy_share"] = most_uncertain(entropies.detach(), ids, algorithm.top_entropy_fraction)
+        counted = batch.token_fields["weights"] != 0
         for name, kept in masks.items():
             metrics.mean(name, (~kept)[counted].sum(), counted.sum())
         return list(masks.values())
 
     def _kl(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
         """The KL's term of the loss [targets]; 0 where it is in the reward."""
-        algorithm, reference = self.algorithm, batch.streams["ref_logprobs"]
-        counted = batch.streams["weights"] != 0
+        algorithm, reference = self.algorithm, batch.token_fields["ref_logprobs"]
+        counted = batch.token_fields["weights"] != 0
         metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())
         if algorithm.kl_in == "reward":
             return torch.zeros_like(reference)

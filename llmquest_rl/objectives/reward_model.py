@@ -4,7 +4,7 @@
 2022 (arXiv:2203.02155), equation 1; the margin, zero where the data has none, is equation 2 of Touvron et al. 2023
 (arXiv:2307.09288); the second term, which keeps scores near 0, is from Eisenstein et al. 2023 (arXiv:2312.09244).
 
-A pair is an atom of two completions, the chosen one first, with one target each (`data.pairs`).
+A pair is a group of two completions, the chosen one first, with one target each (`data.pairs`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
@@ -37,45 +37,46 @@ class RewardModel(Supervised):
 
     center: float = 0.0
     labels: tuple[str, ...] = ("reward",)
-    compares: bool = True
+    needs_whole_group: bool = True
 
-    def weigh(self, atoms: Sequence[Atom]) -> list[Atom]:
+    def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         """Each score gets half of its pair's weight; pairs without a margin get the margin 0.
 
         Raises:
-            ValueError: an atom is no pair.
+            ValueError: a group is no pair.
         """
-        if not all(map(_is_pair, atoms)):
+        if not all(map(_is_pair, groups)):
             raise ValueError(
                 "the objective reward_model learns from pairs of replies: name a data set of them, e.g. "
                 "`data: {dataset: {name: preferences, path: pairs.jsonl}}`"
             )
-        weight = 1 / (2 * max(1, len(atoms)))
-        weighed = [atom.with_stream("weights", _constant(atom, weight)) for atom in atoms]
+        weight = 1 / (2 * max(1, len(groups)))
+        weighed = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
         return [
-            atom if "margins" in atom.streams else atom.with_stream("margins", _constant(atom, 0.0)) for atom in weighed
+            group if "margins" in group.token_fields else group.with_token_field("margins", _constant(group, 0.0))
+            for group in weighed
         ]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """See `Objective.loss`. An odd target, the one of an idle microbatch, is in no pair and has no gradient."""
         output = model(batch)
         scores = output.values[:, 0]
-        weights = batch.streams["weights"]
-        assert len(scores) % 2 == 0 or len(scores) == 1, "`compares` keeps a pair in one microbatch"
+        weights = batch.token_fields["weights"]
+        assert len(scores) % 2 == 0 or len(scores) == 1, "`needs_whole_group` keeps a pair in one microbatch"
         chosen, rejected = scores[:-1:2], scores[1::2]
-        losses = -logsigmoid(chosen - rejected - batch.streams["margins"][1::2])
+        losses = -logsigmoid(chosen - rejected - batch.token_fields["margins"][1::2])
         metrics = _metrics(losses, chosen, rejected)
         if self.center:
             losses = losses + self.center * (chosen + rejected) ** 2
         return with_aux((2 * weights[1::2] * losses).sum(), output.aux, batch, metrics)
 
 
-def _is_pair(atom: Atom) -> bool:
-    return atom.mask is not None and [sum(mask) for mask in atom.mask] == [1, 1]
+def _is_pair(group: SequenceGroup) -> bool:
+    return group.mask is not None and [sum(mask) for mask in group.mask] == [1, 1]
 
 
-def _constant(atom: Atom, value: float) -> list[list[float]]:
-    return [[value] * len(completion) for completion in atom.completions]
+def _constant(group: SequenceGroup, value: float) -> list[list[float]]:
+    return [[value] * len(completion) for completion in group.completions]
 
 
 def _metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Metrics:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
-from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.surrogates import SURROGATES
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives.policy import Policy
 
@@ -47,9 +47,9 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "kl_unbiased": st.booleans(),
         "beta": st.sampled_from([0.0, 0.04, 0.5]),
         "entropy_bonus": st.sampled_from([0.0, 0.01]),
-        "entropy_share": st.sampled_from([0.2, 0.5, 1.0]),
+        "top_entropy_fraction": st.sampled_from([0.2, 0.5, 1.0]),
         "off_policy_delta": st.sampled_from([None, 0.05]),
-        "mismatch": st.sampled_from(sorted(MISMATCHES)),
+        "is_correction": st.sampled_from(sorted(CORRECTIONS)),
         "tis_floor": st.sampled_from([0.0, 0.5]),
         "tis_cap": st.sampled_from([None, 1.2, 5.0]),
     }
@@ -58,9 +58,9 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 class Case(NamedTuple):
-    """Atoms with their streams, and what a model would say about their targets [targets]."""
+    """Sequence groups with their streams, and what a model would say about their targets [targets]."""
 
-    atoms: list[Atom]
+    sequence_groups: list[SequenceGroup]
     new: Tensor
     old: Tensor
     reference: Tensor
@@ -73,22 +73,24 @@ def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[
     All values are float32 numbers, so that streams hold them exactly; log-probs are below 0.
     """
     draw = np.random.default_rng(seed)
-    atoms, logprobs = [], []
+    sequence_groups, logprobs = [], []
     for _ in range(groups):
         sizes = draw.integers(lengths[0], lengths[1] + 1, draw.integers(1, 4))
         base = [draw.normal(-2, 1, n) for n in sizes]
         noisy = {name: [logprobs_near(b, spread, draw) for b in base] for name in PER_TARGET}
-        streams = {
+        token_fields = {
             "advantages": [exact(draw.normal(size=1) + 0.1 * draw.normal(size=n)) for n in sizes],
             "rollout_logprobs": [logprobs_near(b, spread, draw) for b in base],
         }
-        atoms.append(Atom(draw.integers(0, 9, 3).tolist(), [[1] * int(n) for n in sizes], streams))
+        sequence_groups.append(
+            SequenceGroup(draw.integers(0, 9, 3).tolist(), [[1] * int(n) for n in sizes], token_fields)
+        )
         logprobs += [noisy]
     new, old, reference, entropies = (
         torch.tensor([x for noisy in logprobs for values in noisy[name] for x in values], dtype=torch.float64)
         for name in PER_TARGET
     )
-    return Case(atoms, new, old, reference, entropies.abs())
+    return Case(sequence_groups, new, old, reference, entropies.abs())
 
 
 def logprobs_near(base: Any, spread: float, draw: np.random.Generator) -> list[float]:
@@ -103,23 +105,29 @@ def exact(values: Any) -> list[float]:
 
 def batch_of(policy: Policy, case: Case, old: bool = True) -> TokenBatch:
     """One packed batch with all streams in float64, weighed."""
-    batch = collate(policy.weigh(case.atoms))
-    streams = {name: stream.double() for name, stream in batch.streams.items()}
-    # Weights come out of `weigh` in float64, and of `collate` in float32.
-    streams["weights"] = torch.tensor(
-        [w for atom in policy.weigh(case.atoms) for row in atom.streams["weights"] for w in row], dtype=torch.float64
+    batch = collate(policy.assign_token_weights(case.sequence_groups))
+    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    # Weights come out of `assign_token_weights` in float64, and of `collate` in float32.
+    token_fields["weights"] = torch.tensor(
+        [
+            w
+            for sequence_group in policy.assign_token_weights(case.sequence_groups)
+            for row in sequence_group.token_fields["weights"]
+            for w in row
+        ],
+        dtype=torch.float64,
     )
-    streams["ref_logprobs"] = case.reference
+    token_fields["ref_logprobs"] = case.reference
     if old:
-        streams["old_logprobs"] = case.old
-    return replace(batch, streams=streams)
+        token_fields["old_logprobs"] = case.old
+    return replace(batch, token_fields=token_fields)
 
 
 def total(policy: Policy, batch: TokenBatch, new: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor, Tensor, Metrics]:
     """Loss, its gradient in the log-probs and in the entropies, metrics."""
     leaf, entropy_leaf = new.clone().requires_grad_(), entropies.clone().requires_grad_()
     losses, metrics = policy.token_losses(leaf, batch, entropy_leaf)
-    value = (batch.streams["weights"] * losses).sum()
+    value = (batch.token_fields["weights"] * losses).sum()
     if value.requires_grad:
         value.backward()
     grads = (torch.zeros_like(new) if x.grad is None else x.grad for x in (leaf, entropy_leaf))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 
 Vector = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
             to_end = sum(kl(algorithm.kl, s.old[j], s.reference[j]) for j in range(t, len(advantages)))
             advantages[t] -= algorithm.beta * to_end
     factors = correction(s, algorithm)
-    uncertain = most_uncertain(s.entropies, algorithm.entropy_share)
+    uncertain = most_uncertain(s.entropies, algorithm.top_entropy_fraction)
     terms = []
     for t, advantage in enumerate(advantages):
         value = surrogate(s, t, advantages, algorithm) * factors[t]
@@ -150,7 +150,7 @@ def correction(s: Sequence, algorithm: Algorithm) -> list[float]:
         "sequence_mask": [whole if low <= whole <= high else 0.0] * n,
         "geometric_mask": [float(low <= geometric <= high)] * n,
         "reject": [float(all(inside))] * n,
-    }[algorithm.mismatch]
+    }[algorithm.is_correction]
 
 
 def most_uncertain(entropies: Vector, share: float) -> set[int]:
@@ -160,13 +160,13 @@ def most_uncertain(entropies: Vector, share: float) -> set[int]:
 
 
 def sequences(
-    atoms: list[Atom], new: Vector, fixed: Vector, old: Vector, reference: Vector, entropies: Vector
+    sequence_groups: list[SequenceGroup], new: Vector, fixed: Vector, old: Vector, reference: Vector, entropies: Vector
 ) -> list[list[Sequence]]:
-    """Packed arrays [targets] cut into the completions of `atoms`, which carry the other streams."""
+    """Packed arrays [targets] cut into the completions of `sequence_groups`, which carry the other streams."""
     groups, start = [], 0
-    for atom in atoms:
+    for sequence_group in sequence_groups:
         group = []
-        for i, completion in enumerate(atom.completions):
+        for i, completion in enumerate(sequence_group.completions):
             part = slice(start, start + len(completion))
             start += len(completion)
             group.append(
@@ -174,9 +174,9 @@ def sequences(
                     new[part],
                     fixed[part],
                     old[part],
-                    np.asarray(atom.streams["rollout_logprobs"][i]),
+                    np.asarray(sequence_group.token_fields["rollout_logprobs"][i]),
                     reference[part],
-                    np.asarray(atom.streams["advantages"][i]),
+                    np.asarray(sequence_group.token_fields["advantages"][i]),
                     entropies[part],
                 )
             )

@@ -15,7 +15,7 @@ from tests.algorithms.cases import MAX_TOKENS, Case, all_rows, batch_of, policy,
 
 
 def expected(case: Case, algorithm: Algorithm, new: np.ndarray, entropies: np.ndarray, old: np.ndarray) -> float:
-    groups = oracle.sequences(case.atoms, new, case.new.numpy(), old, case.reference.numpy(), entropies)
+    groups = oracle.sequences(case.sequence_groups, new, case.new.numpy(), old, case.reference.numpy(), entropies)
     return oracle.loss(groups, algorithm, MAX_TOKENS)
 
 
@@ -61,10 +61,12 @@ def test_one_group_of_one_sample_of_one_token(cells: dict[str, Any], seed: int) 
 
 def test_a_batch_without_targets_is_nothing() -> None:
     for name in all_rows():
-        row = policy(resolve(name, {"beta": 0.1, "entropy_bonus": 0.1, "entropy_share": 0.5, "off_policy_delta": 0.1}))
+        row = policy(
+            resolve(name, {"beta": 0.1, "entropy_bonus": 0.1, "top_entropy_fraction": 0.5, "off_policy_delta": 0.1})
+        )
         batch = batch_of(row, random_case(0))
-        streams = {key: stream[:0] for key, stream in batch.streams.items()}
-        batch = replace(batch, sequence_ids=batch.sequence_ids[:0], streams=streams)
+        token_fields = {key: stream[:0] for key, stream in batch.token_fields.items()}
+        batch = replace(batch, sequence_ids=batch.sequence_ids[:0], token_fields=token_fields)
         nothing = torch.zeros(0, dtype=torch.float64)
         value, _, _, metrics = total(row, batch, nothing, nothing)
         assert float(value) == 0.0

@@ -1,11 +1,13 @@
 """Every preset from rewards, lengths and log-probs to its loss, written from its paper with the numbers in place.
 
 Nothing here reads a row: `ROWS` has an equation for each name, so a cell that a row should not name, or a number that
-is not the paper's, shows. The package does all that it does to a step: `make_atoms`, `token_weights`, `token_losses`.
+is not the paper's, shows. The package does all that it does to a step: `make_sequence_groups`,
+`token_weights`, `token_losses`.
 
 Slopes are complex steps: row k of a completion's `new` has an imaginary step in token k, and the imaginary part of its
 loss, over that step, is the gradient in that token. NumPy orders complex numbers by their real parts; `.real` stops a
-gradient. Ratios are to the learner's old policy, and `tis` is the engine's correction (docs/algorithms/mismatch.md).
+gradient. Ratios are to the learner's old policy, and `tis` is the engine's correction
+(docs/algorithms/is_correction.md).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +23,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmquest_rl.algorithms.presets import PRESETS, resolve
-from llmquest_rl.algorithms.sequence_groups import make_atoms
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.batch import collate
 from llmquest_rl.objectives.policy import Policy
-from llmquest_rl.types import Completion, FinishReason, Group, Sample, Score
+from llmquest_rl.types import Completion, FinishReason, Group, Problem, Score
 
 CASES = settings(max_examples=50, deadline=None)
 L_MAX = 10
@@ -269,22 +271,22 @@ def graded(step: Step) -> Iterator[Group]:
     place = count()
     for group in step:
         made = [Completion([next(place) for _ in o.old], o.engine.tolist(), "", o.ends, 0) for o in group]
-        yield Group(Sample("s", "prompt", [0], None), made, [Score(o.reward) for o in group])
+        yield Group(Problem("s", "prompt", [0], None), made, [Score(o.reward) for o in group])
 
 
 def ours(name: str, step: Step, reused: bool, cells: dict[str, Any]) -> tuple[Vector, Vector]:
     """What each completion adds to the loss, and the gradient in all log-probs, in float64."""
     row, flat = Policy(resolve(name, cells), 1.0, L_MAX), list(chain(*step))
-    atoms = row.weigh(make_atoms(list(graded(step)), row.algorithm, L_MAX)[0])
-    batch = collate(atoms)
-    for key in batch.streams:
-        exact = [x for atom in atoms for line in atom.streams[key] for x in line]
-        batch.streams[key] = torch.tensor(exact, dtype=torch.float64)
-    batch.streams["ref_logprobs"] = torch.tensor(np.concatenate([o.reference for o in flat]))[batch.targets]
+    sequence_groups = row.assign_token_weights(make_sequence_groups(list(graded(step)), row.algorithm, L_MAX)[0])
+    batch = collate(sequence_groups)
+    for key in batch.token_fields:
+        exact = [x for sequence_group in sequence_groups for line in sequence_group.token_fields[key] for x in line]
+        batch.token_fields[key] = torch.tensor(exact, dtype=torch.float64)
+    batch.token_fields["ref_logprobs"] = torch.tensor(np.concatenate([o.reference for o in flat]))[batch.targets]
     if reused:
-        batch.streams["old_logprobs"] = torch.tensor(np.concatenate([o.old for o in flat]))[batch.targets]
+        batch.token_fields["old_logprobs"] = torch.tensor(np.concatenate([o.old for o in flat]))[batch.targets]
     new = torch.tensor(np.concatenate([o.new[0].real for o in flat]), requires_grad=True)
-    losses = batch.streams["weights"] * row.token_losses(new[batch.targets], batch)[0]
+    losses = batch.token_fields["weights"] * row.token_losses(new[batch.targets], batch)[0]
     (gradient,) = torch.autograd.grad(losses.sum(), new)
     owners = np.repeat(np.arange(len(flat)), [o.old.size for o in flat])[batch.targets]
     return np.bincount(owners, losses.detach(), len(flat)), gradient.numpy()

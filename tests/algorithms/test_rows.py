@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.presets import Algorithm, resolve
 from llmquest_rl.algorithms.surrogates import CUTS
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
 CASES = settings(max_examples=40, deadline=None)
@@ -25,11 +25,13 @@ seeds = st.integers(0, 2**31)
 def with_advantages(case: Case, advantages: list[float]) -> Case:
     """Sequences of the case in turn get these advantages, the same for all their tokens."""
     values = itertools.cycle(advantages)
-    atoms = []
-    for atom in case.atoms:
-        rows = [[value] * len(completion) for completion, value in zip(atom.completions, values, strict=False)]
-        atoms.append(atom.with_stream("advantages", rows))
-    return case._replace(atoms=atoms)
+    sequence_groups = []
+    for sequence_group in case.sequence_groups:
+        rows = [
+            [value] * len(completion) for completion, value in zip(sequence_group.completions, values, strict=False)
+        ]
+        sequence_groups.append(sequence_group.with_token_field("advantages", rows))
+    return case._replace(sequence_groups=sequence_groups)
 
 
 def value_and_gradient(algorithm: Algorithm, case: Case, old: bool = True) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name: str, seed: int) -> 
     row = policy(algorithm)
     batch = batch_of(row, case, old=False)
     _, gradient, _, metrics = total(row, batch, case.new, case.entropies)
-    torch.testing.assert_close(gradient, -batch.streams["weights"] * batch.streams["advantages"])
+    torch.testing.assert_close(gradient, -batch.token_fields["weights"] * batch.token_fields["advantages"])
     floats = metrics.to_floats()
     assert floats["policy/ratio"] == pytest.approx(1.0)
     assert floats["policy/approx_kl"] == pytest.approx(0.0)
@@ -79,11 +81,11 @@ def test_the_clip_fraction_is_the_share_of_tokens_without_a_gradient(name: str, 
 
 
 def parts_of(case: Case, parts: list[list[int]]) -> list[Case]:
-    """The case as several, each with some of its atoms."""
-    sizes = [sum(map(len, atom.completions)) for atom in case.atoms]
+    """The case as several, each with some of its sequence groups."""
+    sizes = [sum(map(len, sequence_group.completions)) for sequence_group in case.sequence_groups]
     pieces = [tensor.split(sizes) for tensor in case[1:]]
     return [
-        Case([case.atoms[i] for i in part], *(torch.cat([piece[i] for i in part]) for piece in pieces))
+        Case([case.sequence_groups[i] for i in part], *(torch.cat([piece[i] for i in part]) for piece in pieces))
         for part in parts
     ]
 
@@ -91,16 +93,21 @@ def parts_of(case: Case, parts: list[list[int]]) -> list[Case]:
 def over_parts(
     algorithm: Algorithm, case: Case, parts: list[list[int]]
 ) -> tuple[float, list[Tensor], dict[str, float]]:
-    """Loss, gradients of each atom in its order, and metrics, when microbatches hold `parts` of one update."""
+    """Loss, gradients of each group in its order, and metrics, when microbatches hold `parts` of one update."""
     row = policy(algorithm)
-    weighed = case._replace(atoms=row.weigh(case.atoms))
-    sizes = [sum(map(len, atom.completions)) for atom in case.atoms]
+    weighed = case._replace(sequence_groups=row.assign_token_weights(case.sequence_groups))
+    sizes = [sum(map(len, sequence_group.completions)) for sequence_group in case.sequence_groups]
     grads: dict[int, Tensor] = {}
     value, merged = 0.0, None
     for part, piece in zip(parts, parts_of(weighed, parts), strict=True):
         batch = batch_of(row, piece)
-        weights = [w for atom in piece.atoms for line in atom.streams["weights"] for w in line]
-        batch.streams["weights"] = torch.tensor(weights, dtype=torch.float64)  # of the whole update
+        weights = [
+            w
+            for sequence_group in piece.sequence_groups
+            for line in sequence_group.token_fields["weights"]
+            for w in line
+        ]
+        batch.token_fields["weights"] = torch.tensor(weights, dtype=torch.float64)  # of the whole update
         loss, gradient, _, metrics = total(row, batch, piece.new, piece.entropies)
         value += float(loss)
         grads |= dict(zip(part, gradient.split([sizes[i] for i in part]), strict=True))
@@ -127,13 +134,15 @@ def test_microbatches_packing_and_order_change_nothing(
 @settings(max_examples=60, deadline=None)
 @given(rows, seeds)
 def test_a_prompt_of_its_own_for_each_completion_changes_nothing(cells: dict[str, Any], seed: int) -> None:
-    """Models that cannot share prompts get one atom for each completion, weighed before."""
+    """Models that cannot share prompts get one sequence group for each completion, weighed before."""
     case, algorithm = random_case(seed), Algorithm(**cells)
     row = policy(algorithm)
     batch = batch_of(row, case)
-    alone = case._replace(atoms=[part for atom in case.atoms for part in atom.expanded()])
+    alone = case._replace(
+        sequence_groups=[part for sequence_group in case.sequence_groups for part in sequence_group.expanded()]
+    )
     expanded = batch_of(row, alone)
-    expanded.streams["weights"] = batch.streams["weights"]
+    expanded.token_fields["weights"] = batch.token_fields["weights"]
     shared, separate = (total(row, b, case.new, case.entropies) for b in (batch, expanded))
     torch.testing.assert_close(shared[:3], separate[:3], rtol=1e-12, atol=1e-14)
 
@@ -254,7 +263,12 @@ def test_dppo_without_bounds_is_the_importance_weighted_policy_gradient(seed: in
 def test_the_trust_region_of_dppo_is_around_the_engine(seed: int) -> None:
     """What the learner said before does not matter; with the engine in its place nothing changes."""
     case, row = random_case(seed), policy(resolve("dppo"))
-    rollout = [x for atom in case.atoms for line in atom.streams["rollout_logprobs"] for x in line]
+    rollout = [
+        x
+        for sequence_group in case.sequence_groups
+        for line in sequence_group.token_fields["rollout_logprobs"]
+        for x in line
+    ]
     engine = case._replace(old=torch.tensor(rollout, dtype=torch.float64))
     own = resolve("dppo", {"old_policy": "learner", "tis_cap": None})
     expected = value_and_gradient(own, engine)
@@ -265,13 +279,20 @@ def test_the_trust_region_of_dppo_is_around_the_engine(seed: int) -> None:
 @every_row
 def test_completions_without_tokens_are_nowhere(name: str) -> None:
     case = random_case(7)
-    atoms = []
-    for atom in case.atoms:
-        streams = {key: [rows[0], [], *rows[1:]] for key, rows in atom.streams.items()}
-        atoms.append(Atom(atom.prompt, [atom.completions[0], [], *atom.completions[1:]], streams))
-    algorithm = resolve(name, {"beta": 0.1, "off_policy_delta": 0.1, "entropy_share": 0.5})
+    sequence_groups = []
+    for sequence_group in case.sequence_groups:
+        token_fields = {key: [rows[0], [], *rows[1:]] for key, rows in sequence_group.token_fields.items()}
+        sequence_groups.append(
+            SequenceGroup(
+                sequence_group.prompt,
+                [sequence_group.completions[0], [], *sequence_group.completions[1:]],
+                token_fields,
+            )
+        )
+    algorithm = resolve(name, {"beta": 0.1, "off_policy_delta": 0.1, "top_entropy_fraction": 0.5})
     torch.testing.assert_close(
-        value_and_gradient(algorithm, case._replace(atoms=atoms)), value_and_gradient(algorithm, case)
+        value_and_gradient(algorithm, case._replace(sequence_groups=sequence_groups)),
+        value_and_gradient(algorithm, case),
     )
 
 
@@ -303,12 +324,12 @@ def test_the_kl_in_the_reward_pushes_as_the_kl_does(seed: int) -> None:
 @pytest.mark.parametrize("gap", [80.0, -80.0, 1e3, -1e3])
 def test_no_ratio_makes_a_row_nan(name: str, gap: float) -> None:
     """In float32, with everything on that has an exponential."""
-    on = {"beta": 0.1, "kl_unbiased": True, "entropy_bonus": 0.1, "entropy_share": 0.5, "off_policy_delta": 0.1}
+    on = {"beta": 0.1, "kl_unbiased": True, "entropy_bonus": 0.1, "top_entropy_fraction": 0.5, "off_policy_delta": 0.1}
     for cap, mismatch in itertools.product((None, 2.0), ("token_truncate", "sequence_mask", "geometric_mask")):
-        row = policy(resolve(name, {**on, "tis_cap": cap, "mismatch": mismatch}))
+        row = policy(resolve(name, {**on, "tis_cap": cap, "is_correction": mismatch}))
         case = random_case(5)
         batch = batch_of(row, case)
-        batch = replace(batch, streams={key: stream.float() for key, stream in batch.streams.items()})
+        batch = replace(batch, token_fields={key: stream.float() for key, stream in batch.token_fields.items()})
         value, gradient, _, metrics = total(row, batch, case.old.float() + gap, case.entropies.float())
         assert value.isfinite()
         assert gradient.isfinite().all()

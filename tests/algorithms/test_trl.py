@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.algorithms.mismatch import MISMATCHES
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.presets import resolve
 from tests.algorithms.cases import MAX_TOKENS, Case, batch_of, policy, random_case, total
 
@@ -32,27 +32,36 @@ def padded(values: Tensor, sizes: list[int], behind: float = 0.0) -> Tensor:
 
 
 def sizes_of(case: Case) -> list[int]:
-    return [len(completion) for atom in case.atoms for completion in atom.completions]
+    return [len(completion) for sequence_group in case.sequence_groups for completion in sequence_group.completions]
 
 
 def rollout_of(case: Case) -> Tensor:
     """What the engine said [targets]."""
-    return torch.tensor([x for atom in case.atoms for row in atom.streams["rollout_logprobs"] for x in row])
+    return torch.tensor(
+        [
+            x
+            for sequence_group in case.sequence_groups
+            for row in sequence_group.token_fields["rollout_logprobs"]
+            for x in row
+        ]
+    )
 
 
 def single(case: Case) -> Case:
     """The same in float32, with one advantage for each sequence."""
-    atoms = [
-        atom.with_stream("advantages", [[row[0]] * len(row) for row in atom.streams["advantages"]])
-        for atom in case.atoms
+    sequence_groups = [
+        sequence_group.with_token_field(
+            "advantages", [[row[0]] * len(row) for row in sequence_group.token_fields["advantages"]]
+        )
+        for sequence_group in case.sequence_groups
     ]
-    return Case(atoms, *(x.float() for x in case[1:]))
+    return Case(sequence_groups, *(x.float() for x in case[1:]))
 
 
 def ours(case: Case, row: str, cells: dict[str, Any]) -> tuple[float, Tensor, Tensor]:
     objective = policy(resolve(row, cells))
     batch = batch_of(objective, case)
-    batch = replace(batch, streams={name: stream.float() for name, stream in batch.streams.items()})
+    batch = replace(batch, token_fields={name: stream.float() for name, stream in batch.token_fields.items()})
     value, gradient, entropy_gradient, _ = total(objective, batch, case.new, case.entropies)
     return float(value), gradient, entropy_gradient
 
@@ -62,7 +71,9 @@ def theirs(
 ) -> tuple[float, Tensor, Tensor]:
     """TRL's loss, its gradient in the log-probs and in the entropies."""
     sizes = sizes_of(case)
-    per_sequence = [row[0] for atom in case.atoms for row in atom.streams["advantages"]]
+    per_sequence = [
+        row[0] for sequence_group in case.sequence_groups for row in sequence_group.token_fields["advantages"]
+    ]
     leaf, entropy_leaf = case.new.clone().requires_grad_(), case.entropies.clone().requires_grad_()
     mask = padded(torch.ones(sum(sizes)), sizes)
     tokens = torch.zeros_like(mask, dtype=torch.long)
@@ -214,8 +225,8 @@ def test_engine_corrections_of_the_same_name(mode: str, row: str, seed: int, tmp
     options = {"loss_type": "dapo", "epsilon_high": 0.28, "vllm_importance_sampling_mode": mode}
     if row == "gspo":
         options |= {"loss_type": "grpo", "importance_sampling_level": "sequence"}
-    assert mode in MISMATCHES
-    cells = {"mismatch": mode, "tis_floor": low, "tis_cap": high, **bounds}
+    assert mode in CORRECTIONS
+    cells = {"is_correction": mode, "tis_floor": low, "tis_cap": high, **bounds}
     compare(case, row, cells, tmp_path, options, factors)
 
 
@@ -257,8 +268,8 @@ def test_rloo(seed: int, tmp_path: Path) -> None:
 def test_high_entropy_tokens_of_one_sequence(seed: int, tmp_path: Path) -> None:
     """TRL's quantile is that of a microbatch: with one sequence in it, it is ours."""
     case = single(random_case(seed, groups=1))
-    first = len(case.atoms[0].completions[0])
-    atom = case.atoms[0].expanded()[0]
-    case = Case([atom], *(x[:first] for x in case[1:]))
+    first = len(case.sequence_groups[0].completions[0])
+    sequence_group = case.sequence_groups[0].expanded()[0]
+    case = Case([sequence_group], *(x[:first] for x in case[1:]))
     options = {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.2}
-    compare(case, "dapo", {**WITHOUT_ENGINE, "entropy_share": 0.2}, tmp_path, options)
+    compare(case, "dapo", {**WITHOUT_ENGINE, "top_entropy_fraction": 0.2}, tmp_path, options)

@@ -31,36 +31,36 @@ STRIPS_EARLIER_TURNS = (
 )
 
 
-def learnt(atom: Any, renderer: PromptRenderer) -> str:
-    from_atom = list(targets(atom))
-    assert collate([atom]).targets.tolist() == from_atom
+def learnt(group: Any, renderer: PromptRenderer) -> str:
+    from_atom = list(targets(group))
+    assert collate([group]).targets.tolist() == from_atom
     return renderer.decode(from_atom)
 
 
 def test_the_loss_of_a_dialogue_falls_on_exactly_the_replies(renderer: PromptRenderer) -> None:
-    atom = row_atom({"messages": DIALOGUE}, renderer, mask_prompt=True)
-    assert learnt(atom, renderer) == f"\n\nHi! {EOS}4{EOS}"
-    whole = renderer.decode([*atom.prompt, *atom.completions[0]])
+    group = row_atom({"messages": DIALOGUE}, renderer, mask_prompt=True)
+    assert learnt(group, renderer) == f"\n\nHi! {EOS}4{EOS}"
+    whole = renderer.decode([*group.prompt, *group.completions[0]])
     assert whole + "\n" == renderer.chat_text(renderer.with_system(DIALOGUE[:4]), add_generation_prompt=False)
 
 
 def test_without_a_mask_everything_but_the_first_token_is_learnt(renderer: PromptRenderer) -> None:
-    atom = row_atom({"messages": DIALOGUE[:2]}, renderer, mask_prompt=False)
+    group = row_atom({"messages": DIALOGUE[:2]}, renderer, mask_prompt=False)
     whole = renderer.chat_text(renderer.with_system(DIALOGUE[:2]), add_generation_prompt=False)
-    assert "<|im_start|>" + learnt(atom, renderer) == whole
+    assert "<|im_start|>" + learnt(group, renderer) == whole
 
 
 @pytest.mark.parametrize("prompt", ["2 + 2?", [{"role": "user", "content": "2 + 2?"}]])
 def test_a_prompt_is_trained_on_as_it_is_generated_from(renderer: PromptRenderer, prompt: Any) -> None:
-    atom = row_atom({"prompt": prompt, "completion": "4"}, renderer, mask_prompt=True)
-    assert atom.prompt == renderer.prompt_ids(prompt)
-    assert learnt(atom, renderer) == f"4{EOS}"
+    group = row_atom({"prompt": prompt, "completion": "4"}, renderer, mask_prompt=True)
+    assert group.prompt == renderer.prompt_ids(prompt)
+    assert learnt(group, renderer) == f"4{EOS}"
 
 
 def test_plain_text_rows_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     plain = prompt_renderer(tokenizer, chat_template="none")
-    atom = row_atom({"prompt": "2 + 2 =", "completion": " 4"}, plain, mask_prompt=True)
-    assert plain.decode(atom.prompt) == "2 + 2 =" and learnt(atom, plain) == f" 4{EOS}"
+    group = row_atom({"prompt": "2 + 2 =", "completion": " 4"}, plain, mask_prompt=True)
+    assert plain.decode(group.prompt) == "2 + 2 =" and learnt(group, plain) == f" 4{EOS}"
     with pytest.raises(DataError, match="messages need a chat template"):
         row_atom({"messages": DIALOGUE}, plain, mask_prompt=True)
 
@@ -91,7 +91,7 @@ def test_sft_splits_by_question_and_counts_what_it_drops(
     assert (len(data.train), len(data.validation)) == (36, 4)
     assert data.counters == {"dropped_malformed_rows": 5, "dropped_long_rows": 1, "dropped_overlapping_rows": 0}
     assert f"{path}:41: " in malformed.reports[0] and "completion" in malformed.reports[0]
-    prompts = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    prompts = [{renderer.decode(group.prompt) for group in side} for side in (data.train, data.validation)]
     assert not prompts[0] & prompts[1]
 
 
@@ -120,11 +120,11 @@ def test_sft_learns_the_gold_answers_of_a_task(
 ) -> None:
     config = sft.Config(task={"name": "arithmetic", "digits": 1, "template": "{question}"}, task_rows=50)
     data = sft.load(config, context())
-    prompts = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    prompts = [{renderer.decode(group.prompt) for group in side} for side in (data.train, data.validation)]
     assert len(data.train) == 50 and not prompts[0] & prompts[1]
-    for atom in data.train:
-        left, right = renderer.decode(atom.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
-        assert learnt(atom, renderer) == f"{int(left) + int(right)}{EOS}"
+    for group in data.train:
+        left, right = renderer.decode(group.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
+        assert learnt(group, renderer) == f"{int(left) + int(right)}{EOS}"
     with pytest.raises(DataError, match="no task 'arithmetics'"):
         sft.load(sft.Config(task={"name": "arithmetics"}), context())
 
@@ -137,10 +137,10 @@ def test_a_user_function_gives_rows(context: Callable[..., DatasetContext], rend
 def test_a_user_function_gives_pairs_or_labels(context: Callable[..., DatasetContext]) -> None:
     pairs: list[dict[str, Any]] = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(4)]
     data = open_dataset("mine.py:pairs", lambda: pairs, Options(), context(labels=("reward",)))
-    assert {len(atom.completions) for atom in [*data.train, *data.validation]} == {2}
+    assert {len(group.completions) for group in [*data.train, *data.validation]} == {2}
     labels: list[dict[str, Any]] = [{"text": f"message {i}", "label": "spam"} for i in range(4)]
     data = open_dataset("mine.py:labels", lambda: labels, Options(), context(labels=("ham", "spam")))
-    assert {atom.completions[0][-1] for atom in [*data.train, *data.validation]} == {1}
+    assert {group.completions[0][-1] for group in [*data.train, *data.validation]} == {1}
     with pytest.raises(DataError, match="the objective tells none apart"):
         open_dataset("mine.py:labels", lambda: labels, Options(), context())
 
@@ -153,11 +153,11 @@ def test_text_is_joined_by_the_end_token_and_cut_into_blocks(
         (tmp_path / f"{i}.txt").write_text(document)
     (tmp_path / "empty.txt").write_text(" \n")
     data = text.load(text.Config(path=str(tmp_path / "*.txt"), validation_share=0.2), context(tokens_per_sequence=16))
-    sides = [[token for atom in side for token in atom.completions[0]] for side in (data.train, data.validation)]
+    sides = [[token for group in side for token in group.completions[0]] for side in (data.train, data.validation)]
     found = [renderer.decode(side).split(EOS) for side in sides]
     assert [len(side) for side in found] == [9, 3] and all(side[-1] == "" for side in found)
     assert sorted(found[0][:-1] + found[1][:-1]) == sorted(documents)
-    assert all(len(atom.completions[0]) == 16 and atom.prompt == [] for atom in data.train[:-1])
+    assert all(len(group.completions[0]) == 16 and group.prompt == [] for group in data.train[:-1])
     assert data.train[-1] == data.train[len(data.train) - 1] != data.train[0]
     assert learnt(data.train[0], renderer) == renderer.decode(sides[0][1:16])
 

@@ -20,7 +20,7 @@ from llmquest_rl.data.files import read_hub
 from llmquest_rl.data.images import ImageReader, check_images, image_reader
 from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import DataError, ListedRows, MalformedRows, Row, question_key
-from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import shapes, table
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
@@ -280,7 +280,7 @@ def test_functions_of_users_give_images(seeing: PromptRenderer, context: Callabl
 
     data = open_dataset("file.py:captions", captions, Options(), context(texts=seeing, images=READER))
     assert len(data.train) + len(data.validation) == 6
-    assert all(atom.images is not None and atom.prompt.count(MARK) == 3 for atom in data.train)
+    assert all(group.images is not None and group.prompt.count(MARK) == 3 for group in data.train)
 
 
 def test_a_hub_data_set_keeps_its_images_encoded(seeing: PromptRenderer, tmp_path: Path) -> None:
@@ -316,12 +316,12 @@ def test_images_of_sequences_are_read_when_asked_for(
     assert (len(data.train), len(data.validation)) == (3, 1), "the same words about another image: another question"
     for i in range(4):
         png(tmp_path / f"{i}.png", seed=i + 100)
-    stream = AtomStream(data, seed=0)
-    for atom in stream.take(3):
-        number = int(seeing.decode(atom.completions[0])[len("Number ")])
-        assert atom.images is not None
-        assert (atom.images.numpy() == READER.read([tmp_path / f"{number}.png"])).all(), "what is there now"
-        assert spelt(seeing, atom.prompt).endswith("user\n[IMAGE]What?<|im_end|>\n<|im_start|>assistant\n")
+    stream = SequenceGroupStream(data, seed=0)
+    for group in stream.take(3):
+        number = int(seeing.decode(group.completions[0])[len("Number ")])
+        assert group.images is not None
+        assert (group.images.numpy() == READER.read([tmp_path / f"{number}.png"])).all(), "what is there now"
+        assert spelt(seeing, group.prompt).endswith("user\n[IMAGE]What?<|im_end|>\n<|im_start|>assistant\n")
     for i in range(4):
         (tmp_path / f"{i}.png").unlink()
     with pytest.raises(DataError, match="\\d.png: not a readable image"):
@@ -414,9 +414,9 @@ def test_gold_answers_about_shapes_become_replies(
     config = sft.Config(task={"name": "shapes", "ask": "colour", "held_out": 8}, task_rows=30)
     data = sft.load(config, context(texts=seeing, images=READER))
     assert (len(data.train), len(data.validation)) == (30, 8)
-    atom = data.train[0]
-    assert atom.images is not None and tuple(atom.images.shape) == (1, 3, 12, 16)
-    assert seeing.decode(atom.completions[0]).removesuffix("<|im_end|>") in shapes.COLOURS
+    group = data.train[0]
+    assert group.images is not None and tuple(group.images.shape) == (1, 3, 12, 16)
+    assert seeing.decode(group.completions[0]).removesuffix("<|im_end|>") in shapes.COLOURS
 
 
 def test_rows_of_a_text_model_stay_as_they_were(renderer: PromptRenderer) -> None:

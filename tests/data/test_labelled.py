@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import labelled
 from llmquest_rl.data.rows import DataError, MalformedRows
@@ -16,22 +16,22 @@ Make = Callable[..., DatasetContext]
 Write = Callable[..., str]
 
 
-def load(context: DatasetContext, **options: Any) -> list[Atom]:
+def load(context: DatasetContext, **options: Any) -> list[SequenceGroup]:
     """Training sequences, then those for validation."""
     data = labelled.load(labelled.Config(**options), context)
     return [*data.train, *data.validation]
 
 
-def judged(atom: Atom) -> tuple[list[int], int]:
+def judged(group: SequenceGroup) -> tuple[list[int], int]:
     """The tokens that a model reads, and the number it should say at the last of them."""
-    batch = collate([atom])
+    batch = collate([group])
     assert batch.sources.tolist() == [len(batch.tokens) - 1]
     return batch.tokens.tolist(), int(batch.targets)
 
 
 def test_text_is_encoded_as_the_tokenizer_does_by_itself(context: Make, jsonl: Write, tokenizer: Tokenizer) -> None:
     rows: list[Any] = [{"text": f"message {i}", "label": LABELS[i % 2]} for i in range(8)]
-    found = [judged(atom) for atom in load(context(labels=LABELS), path=jsonl(rows))]
+    found = [judged(group) for group in load(context(labels=LABELS), path=jsonl(rows))]
     expected = [(tokenizer.encode(row["text"]), LABELS.index(row["label"])) for row in rows]
     assert sorted(found) == sorted(expected)
 
@@ -39,14 +39,14 @@ def test_text_is_encoded_as_the_tokenizer_does_by_itself(context: Make, jsonl: W
 def test_numbers_of_the_hub_and_other_columns(context: Make, jsonl: Write, tokenizer: Tokenizer) -> None:
     rows = [{"sentence": f"message {i}", "class": i % 2, "text": "not this"} for i in range(8)]
     columns = {"text": "sentence", "label": "class"}
-    found = [judged(atom) for atom in load(context(labels=LABELS), path=jsonl(rows), columns=columns)]
+    found = [judged(group) for group in load(context(labels=LABELS), path=jsonl(rows), columns=columns)]
     assert sorted(found) == sorted((tokenizer.encode(f"message {i}"), i % 2) for i in range(8))
 
 
 def test_messages_go_through_the_chat_template(context: Make, jsonl: Write, renderer: PromptRenderer) -> None:
     talks = [[{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Yes?"}] for i in range(4)]
     rows: list[Any] = [{"messages": talk, "label": "spam"} for talk in talks]
-    texts = sorted(renderer.decode(judged(atom)[0]) for atom in load(context(labels=LABELS), path=jsonl(rows)))
+    texts = sorted(renderer.decode(judged(group)[0]) for group in load(context(labels=LABELS), path=jsonl(rows)))
     assert texts == sorted(renderer.chat_text(renderer.with_system(talk), False) for talk in talks)  # type: ignore[arg-type]
     assert all("Be brief." in text for text in texts)
 
@@ -54,7 +54,7 @@ def test_messages_go_through_the_chat_template(context: Make, jsonl: Write, rend
 def test_a_text_is_on_one_side_only(context: Make, jsonl: Write) -> None:
     rows: list[Any] = [{"text": f"message {i % 10}", "label": i % 2} for i in range(40)]
     data = labelled.load(labelled.Config(path=jsonl(rows), validation_share=0.3), context(labels=LABELS))
-    train, held_out = ({tuple(judged(atom)[0]) for atom in side} for side in (data.train, data.validation))
+    train, held_out = ({tuple(judged(group)[0]) for group in side} for side in (data.train, data.validation))
     assert (len(train), len(held_out)) == (7, 3)
     assert not train & held_out
 
@@ -64,7 +64,7 @@ def test_a_task_whose_answers_are_labels(context: Make, jsonl: Write, tokenizer:
     task = {"name": "table", "path": jsonl(rows), "held_out_share": 0.25}
     data = labelled.load(labelled.Config(task=task), context(labels=LABELS))
     assert (data.name, len(data.train), len(data.validation)) == (f"labelled/{data.name[9:]}", 15, 5)
-    found = [judged(atom) for atom in [*data.train, *data.validation]]
+    found = [judged(group) for group in [*data.train, *data.validation]]
     assert sorted(found) == sorted((tokenizer.encode(row["prompt"]), LABELS.index(row["answer"])) for row in rows)
 
 

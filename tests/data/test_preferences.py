@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.data.conversation import row_atom
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.datasets import compared_sums, preferences
@@ -45,31 +45,31 @@ def load(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> L
     return loaded
 
 
-def every_atom(data: SupervisedData) -> list[Atom]:
+def every_atom(data: SupervisedData) -> list[SequenceGroup]:
     return [*data.train, *data.validation]
 
 
-def judged(atom: Atom, renderer: PromptRenderer) -> list[str]:
+def judged(group: SequenceGroup, renderer: PromptRenderer) -> list[str]:
     """Each reply with all that stands before it, and that the score is read at its end."""
-    batch = collate([atom])
+    batch = collate([group])
     assert batch.targets.tolist() == [0, 0] and batch.sequence_ids.tolist() == [0, 1]
-    sequences = [atom.prompt + completion[:-1] for completion in atom.completions]
+    sequences = [group.prompt + completion[:-1] for completion in group.completions]
     assert batch.tokens[batch.sources].tolist() == [ids[-1] for ids in sequences]
     return [renderer.decode(ids) for ids in sequences]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, form: str) -> None:
-    [atom] = [atom for atom in every_atom(load([FORMS[form], OTHER])) if "2 + 2" in judged(atom, renderer)[0]]
+    [group] = [group for group in every_atom(load([FORMS[form], OTHER])) if "2 + 2" in judged(group, renderer)[0]]
     asked = renderer.chat_text(renderer.with_system([ASKED]), add_generation_prompt=True)
-    assert judged(atom, renderer) == [f"{asked}4{EOS}", f"{asked}5, I think{EOS}"]
-    assert renderer.decode(atom.prompt) == asked, "and is stored once"
+    assert judged(group, renderer) == [f"{asked}4{EOS}", f"{asked}5, I think{EOS}"]
+    assert renderer.decode(group.prompt) == asked, "and is stored once"
 
 
 def test_what_is_judged_are_the_tokens_that_a_model_is_trained_to_write(renderer: PromptRenderer) -> None:
     row = {"prompt": "2 + 2?", "completion": "4"}
-    atom = row_atom(row, renderer, mask_prompt=True)
-    assert judged_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *atom.completions[0]]
+    group = row_atom(row, renderer, mask_prompt=True)
+    assert judged_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *group.completions[0]]
 
 
 def test_conversations_part_where_they_first_differ(load: Load, renderer: PromptRenderer) -> None:
@@ -82,28 +82,28 @@ def test_conversations_part_where_they_first_differ(load: Load, renderer: Prompt
         },
         FORMS["texts"],
     ]
-    [atom] = [atom for atom in every_atom(load(rows)) if "Hello" in judged(atom, renderer)[0]]
-    better, worse = judged(atom, renderer)
+    [group] = [group for group in every_atom(load(rows)) if "Hello" in judged(group, renderer)[0]]
+    better, worse = judged(group, renderer)
     assert better.endswith(f"user\nBye{EOS}\n<|im_start|>assistant\nBye!{EOS}") and worse.endswith(f"No{EOS}")
-    assert renderer.decode(atom.prompt).endswith("assistant\nHi")
+    assert renderer.decode(group.prompt).endswith("assistant\nHi")
 
 
 def test_base_models_are_given_texts_as_they_are(load: Load, tokenizer: Tokenizer) -> None:
     plain = prompt_renderer(tokenizer, chat_template="none")
     rows = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "many"} for n in range(2)]
-    atoms = every_atom(load(rows, {"texts": plain}))
-    assert sorted(judged(atom, plain)[0] for atom in atoms) == [f"0+0=0{EOS}", f"1+1=2{EOS}"]
+    groups = every_atom(load(rows, {"texts": plain}))
+    assert sorted(judged(group, plain)[0] for group in groups) == [f"0+0=0{EOS}", f"1+1=2{EOS}"]
     with pytest.raises(DataError, match="need a chat template"):
         load([FORMS["whole conversations"], OTHER], {"texts": plain})
 
 
 def test_margins_travel_with_their_pair(load: Load) -> None:
-    atoms = every_atom(load([FORMS["strings"] | {"margin": 0.5}, OTHER | {"margin": 2}]))
-    margins = [collate([atom]).streams["margins"].tolist() for atom in atoms]
+    groups = every_atom(load([FORMS["strings"] | {"margin": 0.5}, OTHER | {"margin": 2}]))
+    margins = [collate([group]).token_fields["margins"].tolist() for group in groups]
     assert sorted(margins) == [[0.5, 0.5], [2.0, 2.0]]
-    assert not every_atom(load([FORMS["strings"], OTHER]))[0].streams
+    assert not every_atom(load([FORMS["strings"], OTHER]))[0].token_fields
     renamed = load([FORMS["strings"] | {"gap": 1}, OTHER | {"gap": 1}], columns={"margin": "gap"})
-    assert "margins" in renamed.train[0].streams
+    assert "margins" in renamed.train[0].token_fields
 
 
 def test_a_table_of_instructions(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> None:
@@ -116,14 +116,14 @@ def test_a_table_of_instructions(jsonl: Callable[..., str], context: Callable[..
     path.write_text(json.dumps(rows))
     config = preferences.Config(path=str(path), columns={"prompt": "instruction"}, template="{prompt}\n{input}")  # type: ignore[arg-type]
     made = context(tokens_per_sequence=64)
-    texts = [judged(atom, made.renderer) for atom in every_atom(preferences.load(config, made))]
+    texts = [judged(group, made.renderer) for group in every_atom(preferences.load(config, made))]
     assert any("user\nSpell 1.\nin words<" in better and better.endswith(f"1-words{EOS}") for better, _ in texts)
 
 
 def test_no_prompt_is_on_both_sides(load: Load, renderer: PromptRenderer) -> None:
     rows = [{"prompt": f"Say {n % 5}", "chosen": str(n), "rejected": "no"} for n in range(50)]
     data = load(rows, validation_share=0.4)
-    sides = [{renderer.decode(atom.prompt) for atom in side} for side in (data.train, data.validation)]
+    sides = [{renderer.decode(group.prompt) for group in side} for side in (data.train, data.validation)]
     assert len(sides[0]) == 3 and len(sides[1]) == 2 and not sides[0] & sides[1]
 
 
@@ -131,7 +131,7 @@ def test_the_longer_reply_decides_whether_a_pair_fits(load: Load) -> None:
     rows = [FORMS["strings"], OTHER, {"prompt": "Go", "chosen": "a", "rejected": "long " * 200}]
     data = load(rows, {"tokens_per_sequence": 50})
     assert data.counters["dropped_long_rows"] == 1
-    assert all(atom.num_tokens < 100 for atom in every_atom(data))
+    assert all(group.num_tokens < 100 for group in every_atom(data))
     with pytest.raises(DataError, match=r"rows.jsonl:3: the row has \d+ tokens, more than batch.tokens_per_sequence"):
         load(rows, {"tokens_per_sequence": 50, "long_rows": "error"})
 
@@ -181,14 +181,14 @@ def test_a_mapping_that_fits_no_row_is_the_users_mistake(load: Load) -> None:
 
 
 def test_sequences_judged_together() -> None:
-    atom = judged_together([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
-    assert atom.prompt == [1, 2] and atom.completions == [[3, 0], [0], [4, 5, 0]]
-    batch = collate([atom])
+    group = judged_together([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
+    assert group.prompt == [1, 2] and group.completions == [[3, 0], [0], [4, 5, 0]]
+    batch = collate([group])
     assert batch.tokens[batch.sources].tolist() == [3, 2, 5]
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5], "the zeros are not computed"
     alone = collate([judged_together([[7, 8]]), judged_together([[1], [2]])])
     assert alone.tokens[alone.sources].tolist() == [8, 1, 2]
-    assert collate([atom.unshared()]).tokens.tolist() == [1, 2, 3, 1, 2, 1, 2, 4, 5]
+    assert collate([group.unshared()]).tokens.tolist() == [1, 2, 3, 1, 2, 1, 2, 4, 5]
 
 
 def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetContext], tokenizer: Tokenizer) -> None:
@@ -198,8 +198,8 @@ def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetCon
     data = compared_sums.load(compared_sums.Config.model_validate(options), made)
     assert len(data.train) == 300 and len(data.validation) == 20
     problems = []
-    for atom in every_atom(data):
-        right, wrong = (text.removesuffix(EOS) for text in judged(atom, plain))
+    for group in every_atom(data):
+        right, wrong = (text.removesuffix(EOS) for text in judged(group, plain))
         question = right.partition("=")[0]
         assert wrong.startswith(f"{question}=")
         total = sum(map(int, question.split(" + ")))

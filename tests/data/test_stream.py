@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.check import check_dataset, check_task
 from llmquest_rl.data.dataset import SupervisedData
 from llmquest_rl.data.rows import DataError, ListedRows, MalformedRows, Row
-from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.data.task import Task
 from llmquest_rl.data.tasks import arithmetic
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
@@ -127,14 +127,14 @@ def test_a_check_renders_rows_and_leaves_the_stream_where_it_was(renderer: Promp
     assert "Be brief." in check.example and check.example.endswith("<|im_start|>assistant\n")
 
 
-def atoms(count: int) -> SupervisedData:
-    sequences = [Atom([], [[i, i + 1]]) for i in range(count)]
+def groups(count: int) -> SupervisedData:
+    sequences = [SequenceGroup([], [[i, i + 1]]) for i in range(count)]
     return SupervisedData("d", sequences, sequences[:2])
 
 
 @given(st.integers(1, 10), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 20))
-def test_a_resumed_atom_stream_gives_what_an_uninterrupted_one_gives(size: int, before: list[int], n: int) -> None:
-    uninterrupted, resumed = AtomStream(atoms(size), 0), AtomStream(atoms(size), 0)
+def test_a_resumed_groups_stream_gives_what_an_uninterrupted_one_gives(size: int, before: list[int], n: int) -> None:
+    uninterrupted, resumed = SequenceGroupStream(groups(size), 0), SequenceGroupStream(groups(size), 0)
     state: dict[str, Any] = resumed.state_dict()
     for count in before:
         uninterrupted.take(count)
@@ -143,12 +143,12 @@ def test_a_resumed_atom_stream_gives_what_an_uninterrupted_one_gives(size: int, 
     assert uninterrupted.take(n) == resumed.take(n)
 
 
-def test_an_atom_stream_gives_every_sequence_once_an_epoch() -> None:
-    stream = AtomStream(atoms(8), 0)
-    assert sorted(atom.completions[0][0] for atom in stream.take(8)) == list(range(8))
+def test_an_groups_stream_gives_every_sequence_once_an_epoch() -> None:
+    stream = SequenceGroupStream(groups(8), 0)
+    assert sorted(group.completions[0][0] for group in stream.take(8)) == list(range(8))
     assert len(stream.validation()) == 2 and len(stream.validation(1)) == 1
-    assert stream.validation() == AtomStream(atoms(8), 0).validation()
+    assert stream.validation() == SequenceGroupStream(groups(8), 0).validation()
     before = stream.state_dict()
     assert check_dataset(stream)[1].lengths.mean == 2 and stream.state_dict() == before
     with pytest.raises(DataError, match="no training sequences"):
-        AtomStream(atoms(0), 0)
+        SequenceGroupStream(groups(0), 0)

@@ -65,6 +65,6 @@ def test_held_out_problems_are_the_tasks_and_are_not_trained_on(
     options = arithmetic.Config(digits=3, template="{question}=", held_out=20)
     held_out = arithmetic.load(options, 0, MalformedRows("error")).held_out
     expected = {str(held_out.row(i).prompt) for i in range(20)}
-    asked = {renderer.decode(atom.prompt) for atom in data.validation}
+    asked = {renderer.decode(group.prompt) for group in data.validation}
     assert asked == expected
-    assert len(data.train) == 300 and not asked & {renderer.decode(atom.prompt) for atom in data.train}
+    assert len(data.train) == 300 and not asked & {renderer.decode(group.prompt) for group in data.train}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.models.base import CausalLM
@@ -55,7 +55,7 @@ def largest_gap(generator: NativeGenerator, requests: list[Request], groups: Gro
     """Largest difference between the completions' log-probs and those of a packed forward of the model."""
     gaps = []
     for request, group in zip(requests, groups, strict=True):
-        batch = collate([Atom(request.prompt_ids, [completion.token_ids for completion in group])])
+        batch = collate([SequenceGroup(request.prompt_ids, [completion.token_ids for completion in group])])
         expected = generator.model(batch, temperature=temperature).logprobs
         given = torch.tensor([value for completion in group for value in completion.logprobs])
         gaps.append(float((given - expected).abs().max()))

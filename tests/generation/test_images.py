@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM
@@ -59,15 +59,19 @@ def requests() -> list[Request]:
 
 def learner_logprobs(model: VLM, asked: Sequence[Request], groups: Sequence[Sequence[Completion]]) -> list[float]:
     """Of all completions in one packed forward, as a learner computes them."""
-    atoms = [
-        Atom(
+    sequence_groups = [
+        SequenceGroup(
             request.prompt_ids,
             [completion.token_ids for completion in group],
             images=None if request.images is None else torch.from_numpy(request.images),
         )
         for request, group in zip(asked, groups, strict=True)
     ]
-    units = atoms if model.shares_prompts else [part for atom in atoms for part in atom.expanded()]
+    units = (
+        sequence_groups
+        if model.shares_prompts
+        else [part for sequence_group in sequence_groups for part in sequence_group.expanded()]
+    )
     logprobs: list[float] = model(collate(units)).logprobs.tolist()
     return logprobs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.generation.packed_weights import PackedExperts, can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.models.checkpoint.load_save import architectures, new_model
@@ -37,7 +37,7 @@ def test_packed_experts_equal_plain_ones(tokens: int, capacity: int | None, dtyp
 def test_a_packed_mixture_is_the_same_model(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(architectures()[architecture].config.tiny().to_hf()))
     model = new_model(tmp_path, torch.float32, seed=1).requires_grad_(False).eval()
-    batch = collate([Atom([3, 4, 5], [[6, 7, 8, 9], [1, 2]]), Atom([9], [[8, 7, 6]])])
+    batch = collate([SequenceGroup([3, 4, 5], [[6, 7, 8, 9], [1, 2]]), SequenceGroup([9], [[8, 7, 6]])])
     before, names = model(batch).logprobs, [name for name, _ in model.named_parameters()]
     assert can_pack(model) and packed_bytes(model) == 0
     pack_model(model)

@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.mtp import depths
 
 ATOMS = [
-    Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
-    Atom([11], [[7, 12, 13]]),
-    Atom([], [[4, 8, 15, 16, 23, 42], [17]]),
-    Atom([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, False, False]]),
-    Atom([20, 21, 22], []),
-    Atom([24], [[25]]),
+    SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
+    SequenceGroup([11], [[7, 12, 13]]),
+    SequenceGroup([], [[4, 8, 15, 16, 23, 42], [17]]),
+    SequenceGroup([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, False, False]]),
+    SequenceGroup([20, 21, 22], []),
+    SequenceGroup([24], [[25]]),
 ]
 
 
 def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[int, int]]]]:
     """For each completion with a target: (position, its token, the token `depth` ahead), and (position, target)."""
     found = []
-    for atom in ATOMS:
-        for i, completion in enumerate(atom.completions):
-            mask = atom.mask[i] if atom.mask else [True] * len(completion)
-            whole = atom.prompt + completion
-            targets = [len(atom.prompt) + j for j, keep in enumerate(mask) if keep and (j or atom.prompt)]
+    for group in ATOMS:
+        for i, completion in enumerate(group.completions):
+            mask = group.mask[i] if group.mask else [True] * len(completion)
+            whole = group.prompt + completion
+            targets = [len(group.prompt) + j for j, keep in enumerate(mask) if keep and (j or group.prompt)]
             if targets:
                 inputs = [(at, whole[at], whole[at + depth]) for at in range(targets[-1] - depth)]
                 reached = [(target - depth - 1, whole[target]) for target in targets if target > depth]
@@ -33,7 +33,7 @@ def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[in
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_inputs_and_targets(shared: bool) -> None:
-    batch = collate(ATOMS if shared else [part for atom in ATOMS for part in atom.expanded()])
+    batch = collate(ATOMS if shared else [part for group in ATOMS for part in group.expanded()])
     trail = torch.arange(len(batch.tokens))  # of each position, the packed row that it comes from
     for number, depth in enumerate(depths(batch, 3), start=1):
         trail = trail[depth.rows]
@@ -52,6 +52,6 @@ def test_inputs_and_targets(shared: bool) -> None:
 
 
 def test_nothing_to_predict() -> None:
-    for atoms in ([], [Atom([1, 2], [])], [Atom([3, 4], [[], []])], [Atom([], [[5]])]):
-        for depth in depths(collate(atoms), 2):
+    for groups in ([], [SequenceGroup([1, 2], [])], [SequenceGroup([3, 4], [[], []])], [SequenceGroup([], [[5]])]):
+        for depth in depths(collate(groups), 2):
             assert depth.layout.num_tokens == len(depth.rows) == len(depth.targets) == 0

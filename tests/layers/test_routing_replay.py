@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.moe.moe import Routing, SigmoidRouter, SoftmaxRouter
 from llmquest_rl.layers.moe.routing_replay import Router, noted_choices, num_changed, replaying, routers
 from llmquest_rl.models.base import CausalLM
@@ -27,9 +27,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 BATCH = collate(
     [
-        Atom([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2], [9]]),
-        Atom([], [[4, 8, 15, 16, 23, 42]]),
-        Atom([11, 3], [[7, 7, 7]]),
+        SequenceGroup([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2], [9]]),
+        SequenceGroup([], [[4, 8, 15, 16, 23, 42]]),
+        SequenceGroup([11, 3], [[7, 7, 7]]),
     ]
 )
 

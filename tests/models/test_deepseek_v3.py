@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.layers.moe.moe import SigmoidRouter
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.deepseek_v3 import DeepseekV3
@@ -31,10 +31,10 @@ TINY = replace(
 )
 
 ATOMS = [
-    Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
-    Atom([], [[4, 8, 15, 16, 23, 42]]),
-    Atom([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, True, False]]),
-    Atom([11, 3], [[7]]),
+    SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
+    SequenceGroup([], [[4, 8, 15, 16, 23, 42]]),
+    SequenceGroup([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, True, False]]),
+    SequenceGroup([11, 3], [[7]]),
 ]
 
 
@@ -76,12 +76,12 @@ def reference_losses(folder: Path) -> tuple[torch.nn.Module, list[Tensor]]:
     theirs, mtp = theirs.double(), MtpModel.from_pretrained(theirs).double()
     sums = [torch.zeros((), dtype=torch.float64) for _ in mtp.layers]
     num_targets = 0
-    for atom in ATOMS:
-        for i, completion in enumerate(atom.completions):
-            mask = [False] * len(atom.prompt) + (atom.mask[i] if atom.mask else [True] * len(completion))
+    for group in ATOMS:
+        for i, completion in enumerate(group.completions):
+            mask = [False] * len(group.prompt) + (group.mask[i] if group.mask else [True] * len(completion))
             mask[:1] = [False]
             num_targets += sum(mask)
-            ids = torch.tensor([atom.prompt + completion])
+            ids = torch.tensor([group.prompt + completion])
             states = theirs.model(ids).last_hidden_state
             for k, module in enumerate(mtp.layers, start=1):
                 length = ids.shape[1] - k
@@ -107,7 +107,7 @@ def test_mtp_equals_transformers_modules(depth: int, shared: bool, tmp_path: Pat
     """Loss and gradients, for packed sequences with masks, prompts of their own or shared."""
     model = fresh(tmp_path, replace(TINY, num_mtp_layers=depth, mtp_loss_weight=0.7))
     theirs, losses = reference_losses(saved(tmp_path, model))
-    batch = collate(ATOMS if shared else [part for atom in ATOMS for part in atom.expanded()])
+    batch = collate(ATOMS if shared else [part for group in ATOMS for part in group.expanded()])
     loss = model(batch).aux["mtp"]
     expected = 0.7 / depth * torch.stack(losses).sum()
     assert float(expected.detach()) > 0.5
@@ -152,11 +152,13 @@ def test_no_weight_freezes_the_modules(tmp_path: Path) -> None:
     assert model.after_update(True, same)["moe/max_vio"] >= 0
 
 
-@pytest.mark.parametrize("atoms", [[Atom([1], [[3]])], [Atom([1], [[]])], [Atom([], [[5]])]])
-def test_too_short_for_mtp(atoms: list[Atom], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "groups", [[SequenceGroup([1], [[3]])], [SequenceGroup([1], [[]])], [SequenceGroup([], [[5]])]]
+)
+def test_too_short_for_mtp(groups: list[SequenceGroup], tmp_path: Path) -> None:
     """Nothing to predict further ahead: the loss and the modules' gradients are 0, where other processes have some."""
     model = fresh(tmp_path)
-    output = model(collate(atoms))
+    output = model(collate(groups))
     assert float(output.aux["mtp"].detach()) == 0.0
     (output.logprobs.sum() + sum(output.aux.values())).backward()
     assert all(p.grad is not None and not bool(p.grad.any()) for n, p in model.named_parameters() if "mtp." in n)
@@ -290,7 +292,7 @@ def test_the_bias_evens_out_the_load(tmp_path: Path) -> None:
     (router,) = (module for module in model.modules() if isinstance(module, SigmoidRouter))
     router.get_buffer("e_score_correction_bias").copy_(torch.tensor([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
     generator = torch.Generator().manual_seed(0)
-    batch = collate([Atom([], [torch.randint(101, (200,), generator=generator).tolist()])])
+    batch = collate([SequenceGroup([], [torch.randint(101, (200,), generator=generator).tolist()])])
     violations = []
     for _ in range(60):
         model(batch)
@@ -303,7 +305,7 @@ def test_the_balance_loss_is_scaled_and_summed_over_layers(tmp_path: Path) -> No
     """Beside eq. 17 to 20 in float64, with what the routers returned, those of modules further ahead too."""
     model = fresh(tmp_path, replace(TINY, first_k_dense_replace=0, num_mtp_layers=1, aux_loss_alpha=0.3))
     sequences = {6: (slice(0, 4), slice(4, 6)), 4: (slice(0, 3), slice(3, 4))}  # by tokens: of the model, of the module
-    batch = collate([Atom([], [[4, 8, 15, 16, 23]]), Atom([], [[42, 7, 9]])])
+    batch = collate([SequenceGroup([], [[4, 8, 15, 16, 23]]), SequenceGroup([], [[42, 7, 9]])])
     expected = 0.0
 
     def add(router: SigmoidRouter, inputs: tuple[Tensor], routing: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packed_weights import pack_model
 from llmquest_rl.layers.attention.attention import PackedAttention
@@ -110,7 +110,9 @@ def test_generation_past_the_window(packed: bool) -> None:
     generator = NativeGenerator(model, frozenset(), 96, max_sequences=4)
     requests = [Request(prompt, 2, seed=seed) for seed, prompt in enumerate(prompts)]
     groups = generator.generate(requests, Sampling(max_tokens=25))
-    batch = collate([Atom(r.prompt_ids, [c.token_ids for c in g]) for r, g in zip(requests, groups, strict=True)])
+    batch = collate(
+        [SequenceGroup(r.prompt_ids, [c.token_ids for c in g]) for r, g in zip(requests, groups, strict=True)]
+    )
     given = torch.tensor([value for group in groups for completion in group for value in completion.logprobs])
     torch.testing.assert_close(given, model(batch).logprobs, atol=1e-5, rtol=0.0)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.gpt2 import GPT2, GPT2Config
 from llmquest_rl.models.weight_map import disk_tensors
@@ -59,10 +59,10 @@ def test_a_sequence_beyond_the_learned_positions() -> None:
         GPT2Config(vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_positions=6)
     )
     model.init_weights(torch.Generator().manual_seed(0))
-    model(collate([Atom([1, 2, 3], [[4, 5, 6, 7], [1]])]))  # the last token predicts nothing
-    for atom in (Atom([1, 2, 3], [[1], [4, 5, 6, 7, 8]]), Atom([], [[1] * 8])):
+    model(collate([SequenceGroup([1, 2, 3], [[4, 5, 6, 7], [1]])]))  # the last token predicts nothing
+    for group in (SequenceGroup([1, 2, 3], [[1], [4, 5, 6, 7, 8]]), SequenceGroup([], [[1] * 8])):
         with pytest.raises(ValueError, match="a sequence has 7 tokens.*n_positions 6"):
-            model(collate([atom]))
+            model(collate([group]))
 
 
 def test_what_is_added_to_the_residual_stream_starts_smaller() -> None:

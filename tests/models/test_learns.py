@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import new_model
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
@@ -22,7 +22,7 @@ LENGTH = 12
 def sequences(vocab_size: int, with_prompt: bool = False) -> TokenBatch:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocab_size, (8, LENGTH), generator=generator).tolist()
-    return collate([Atom(row[:1] if with_prompt else [], [row[1:] if with_prompt else row]) for row in rows])
+    return collate([SequenceGroup(row[:1] if with_prompt else [], [row[1:] if with_prompt else row]) for row in rows])
 
 
 def fresh(architecture: str, folder: Path) -> CausalLM:

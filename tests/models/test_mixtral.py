@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.checkpoint.weight_files import weight_entries
 from llmquest_rl.models.mixtral import HF, Mixtral, MixtralConfig
 from tests.models.families import write_reference
 
 torch.set_num_threads(1)
 
-BATCH = collate([Atom([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2]]), Atom([11, 3], [[7, 7, 7]])])
+BATCH = collate([SequenceGroup([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2]]), SequenceGroup([11, 3], [[7, 7, 7]])])
 
 
 def tiny(**changes: Any) -> Mixtral:
@@ -63,7 +63,7 @@ def test_balance_loss_is_that_of_transformers(tmp_path: Path) -> None:
 
     each = [load_balancing_loss_func((logits,), 7, 3) / 3 for logits in routers]
     model = load_model(folder, torch.float32).train()
-    ours = model(collate([Atom([], [[*tokens.tolist(), 0]])])).aux["balance"]
+    ours = model(collate([SequenceGroup([], [[*tokens.tolist(), 0]])])).aux["balance"]
     torch.testing.assert_close(ours, 0.001 * torch.stack(each).mean(), rtol=1e-5, atol=0.0)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.models.base import CausalLM
@@ -16,10 +16,10 @@ torch.set_num_threads(1)
 ARCHITECTURES = {name: architectures()[name] for name in LANGUAGE_MODELS}
 
 ATOMS = [
-    Atom([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
-    Atom([11, 3], [[7, 7, 7]]),
-    Atom([], [[4, 8, 15, 16, 23, 42]]),
-    Atom([6, 6, 6, 6, 6], [[], [2, 3, 4, 5]], mask=[[], [True, False, True, True]]),
+    SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
+    SequenceGroup([11, 3], [[7, 7, 7]]),
+    SequenceGroup([], [[4, 8, 15, 16, 23, 42]]),
+    SequenceGroup([6, 6, 6, 6, 6], [[], [2, 3, 4, 5]], mask=[[], [True, False, True, True]]),
 ]
 
 
@@ -52,22 +52,22 @@ def test_shared_prompts_equal_repeated_prompts(model: CausalLM) -> None:
     if not model.shares_prompts:
         pytest.skip("this architecture computes a prompt for each completion")
     shared = model(collate(ATOMS), 0.8, True)
-    repeated = model(collate([part for atom in ATOMS for part in atom.expanded()]), 0.8, True)
+    repeated = model(collate([part for group in ATOMS for part in group.expanded()]), 0.8, True)
     torch.testing.assert_close(shared.logprobs, repeated.logprobs, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(shared.entropy, repeated.entropy, atol=1e-5, rtol=0.0)
     assert_same_gradients(gradients(model, shared.logprobs), gradients(model, repeated.logprobs))
 
 
 def test_packed_equals_separate(model: CausalLM) -> None:
-    atoms = [part for atom in ATOMS for part in atom.expanded()]
-    packed = model(collate(atoms)).logprobs
-    separate = torch.cat([model(collate([atom])).logprobs for atom in atoms])
+    groups = [part for group in ATOMS for part in group.expanded()]
+    packed = model(collate(groups)).logprobs
+    separate = torch.cat([model(collate([group])).logprobs for group in groups])
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=0.0)
     assert_same_gradients(gradients(model, packed), gradients(model, separate))
 
 
 def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
-    batch = collate([part for atom in ATOMS for part in atom.expanded()])
+    batch = collate([part for group in ATOMS for part in group.expanded()])
     states = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu")).states
     distribution = torch.log_softmax(model.logits(states).double() / 0.8, -1)[batch.sources]
     output = model(batch, 0.8, True)
@@ -81,11 +81,11 @@ def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
 def test_a_neighbour_cannot_leak(model: CausalLM) -> None:
     """Changing one completion, or the other group, changes no other log-prob by a single bit; where there are experts,
     by no more than the rounding of a product with another number of rows."""
-    atoms = [ATOMS[0], ATOMS[1]]
-    before = model(collate(atoms)).logprobs
-    atoms[0] = Atom(ATOMS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
-    atoms[1] = Atom([50, 51], ATOMS[1].completions)
-    after = model(collate(atoms)).logprobs
+    groups = [ATOMS[0], ATOMS[1]]
+    before = model(collate(groups)).logprobs
+    groups[0] = SequenceGroup(ATOMS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
+    groups[1] = SequenceGroup([50, 51], ATOMS[1].completions)
+    after = model(collate(groups)).logprobs
     own = torch.tensor([0, 1, 7])  # completions 0 and 2 of the first group
     has_experts = any(isinstance(module, RoutedExperts) for module in model.modules())
     torch.testing.assert_close(after[own], before[own], atol=5e-6 if has_experts else 0.0, rtol=0.0)
@@ -133,6 +133,6 @@ def test_checkpointing_does_nothing_without_gradient(model: CausalLM, monkeypatc
 
 
 def test_batch_without_targets(model: CausalLM) -> None:
-    output = model(collate([Atom([1, 2, 3], [[]])]), entropy=True)
+    output = model(collate([SequenceGroup([1, 2, 3], [[]])]), entropy=True)
     assert output.logprobs.shape == (0,)
     assert not any(bool(gradient.any()) for gradient in gradients(model, output.logprobs).values())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.models.qwen3_moe import HF, Qwen3Moe, Qwen3MoeConfig
 from llmquest_rl.models.weight_map import disk_tensors
@@ -16,7 +16,7 @@ from tests.models.families import write_reference
 
 torch.set_num_threads(1)
 
-BATCH = collate([Atom([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2]]), Atom([11, 3], [[7, 7, 7]])])
+BATCH = collate([SequenceGroup([5, 9, 2, 7], [[3, 8, 1], [1, 1, 4, 6, 2]]), SequenceGroup([11, 3], [[7, 7, 7]])])
 
 
 def tiny(**changes: Any) -> Qwen3Moe:
@@ -26,7 +26,7 @@ def tiny(**changes: Any) -> Qwen3Moe:
 
 
 def weighted(batch: TokenBatch, weight: float) -> TokenBatch:
-    return replace(batch, streams={"weights": torch.full((len(batch.targets),), weight)})
+    return replace(batch, token_fields={"weights": torch.full((len(batch.targets),), weight)})
 
 
 def test_balance_loss_is_that_of_transformers(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_balance_loss_is_that_of_transformers(tmp_path: Path) -> None:
 
     expected = load_balancing_loss_func(tuple(router_logits), 8, 3)
     model = load_model(folder, torch.float32).train()
-    batch = collate([Atom([], [[*tokens.tolist(), 0]])])
+    batch = collate([SequenceGroup([], [[*tokens.tolist(), 0]])])
     assert model.config.mlp_only_layers == (0, 2)
     assert isinstance(expected, torch.Tensor)
     torch.testing.assert_close(model(batch).aux["balance"], 0.001 / 3 * expected, rtol=1e-5, atol=0.0)

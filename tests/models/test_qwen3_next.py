@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.attention.cache import Decode, Prefill
 from llmquest_rl.layers.attention.cache_slots import SlotCache
@@ -144,7 +144,7 @@ def test_balance_loss(coefficient: float) -> None:
     model.init_weights(torch.Generator().manual_seed(0))
     logits: list[Tensor] = []
     model.blocks[1].get_submodule("mlp.router").register_forward_hook(lambda m, i, out: logits.append(out.logits))
-    batch = collate([Atom([1, 2, 3], [[4, 5], [6, 7, 8]])])
+    batch = collate([SequenceGroup([1, 2, 3], [[4, 5], [6, 7, 8]])])
     aux = model(batch).aux
     expected = load_balancing_loss_func((logits[0],), config.num_experts, config.num_experts_per_tok)
     assert isinstance(expected, Tensor)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
-from llmquest_rl.models.base import CausalLM, Scorer
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
+from llmquest_rl.models.base import CausalLM, ClassifierModel
 from llmquest_rl.models.checkpoint.hub import check_model_files
-from llmquest_rl.models.checkpoint.load_classifier import check_scorer, load_scorer, new_scorer
+from llmquest_rl.models.checkpoint.load_classifier import check_classifier, load_classifier, new_classifier
 from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
 from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
@@ -33,9 +33,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 every_decoder = pytest.mark.parametrize("decoder", LANGUAGE_MODELS)
 
 ATOMS = [
-    Atom([], [[5, 9, 2, 7, 1]], mask=[[False] * 4 + [True]]),
-    Atom([11, 3, 8], [[0], [7, 7, 2]], mask=[[True], [False, False, True]]),
-    Atom([6, 6, 6, 6], [[4, 1]], mask=[[False, True]]),
+    SequenceGroup([], [[5, 9, 2, 7, 1]], mask=[[False] * 4 + [True]]),
+    SequenceGroup([11, 3, 8], [[0], [7, 7, 2]], mask=[[True], [False, False, True]]),
+    SequenceGroup([6, 6, 6, 6], [[4, 1]], mask=[[False, True]]),
 ]
 
 
@@ -50,12 +50,12 @@ def write_classifier(folder: Path, case: tuple[str, str], dtype: torch.dtype = t
 
 
 def load(folder: Path, labels: Sequence[str] = LABELS, seed: int = 0) -> SequenceClassifier:
-    model = load_scorer(folder, labels, torch.float32, seed=seed)
+    model = load_classifier(folder, labels, torch.float32, seed=seed)
     assert isinstance(model, SequenceClassifier)
     return model
 
 
-def gradients(model: Scorer, values: Tensor) -> dict[str, Tensor]:
+def gradients(model: ClassifierModel, values: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     (values * torch.linspace(0.5, 1.5, values.numel()).view_as(values)).sum().backward()
     return {name: gradient.clone() for name, gradient in named_gradients(model)}
@@ -93,8 +93,8 @@ def test_gradients_equal_transformers(case: tuple[str, str], tmp_path: Path) -> 
     )
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(1, model.config.vocab_size, (n,), generator=generator).tolist() for n in (9, 40, 5)]
-    atoms = [Atom([], [[*text, i]], mask=[[False] * len(text) + [True]]) for i, text in enumerate(texts)]
-    batch = collate(atoms)
+    groups = [SequenceGroup([], [[*text, i]], mask=[[False] * len(text) + [True]]) for i, text in enumerate(texts)]
+    batch = collate(groups)
     F.cross_entropy(model(batch).values, batch.targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
     for i, text in enumerate(texts):
         theirs(torch.tensor([text]), labels=torch.tensor([i]), use_cache=False).loss.backward()
@@ -110,8 +110,8 @@ def test_round_trip_gives_the_same_bytes(case: tuple[str, str], tmp_path: Path) 
     for dtype in (torch.float32, torch.bfloat16):
         first, second = write_classifier(tmp_path / f"{dtype}", case, dtype), tmp_path / f"{dtype} again"
         check_model_files(first)
-        check_scorer(first, LABELS)
-        model = load_scorer(first, LABELS, dtype)
+        check_classifier(first, LABELS)
+        model = load_classifier(first, LABELS, dtype)
         save_model(first, disk_tensors(model), second, config_fields=model.config_fields)
         assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
         kept = json.loads((second / "config.json").read_text())
@@ -121,22 +121,22 @@ def test_round_trip_gives_the_same_bytes(case: tuple[str, str], tmp_path: Path) 
 
 @every_decoder
 def test_packed_equals_separate_and_shared_prompts_equal_repeated_ones(decoder: str, tmp_path: Path) -> None:
-    model = new_scorer(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).eval()
-    separate = [part for atom in ATOMS for part in atom.expanded()]
-    expected = torch.cat([model(collate([atom])).values for atom in separate])
+    model = new_classifier(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).eval()
+    separate = [part for group in ATOMS for part in group.expanded()]
+    expected = torch.cat([model(collate([group])).values for group in separate])
     assert float(expected.detach().std()) > 0.1
-    for atoms in [separate] + [ATOMS] * model.shares_prompts:
-        packed = model(collate(atoms)).values
+    for groups in [separate] + [ATOMS] * model.shares_prompts:
+        packed = model(collate(groups)).values
         torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0.0)
         assert_close(gradients(model, packed), gradients(model, expected), 1e-4)
-        expected = torch.cat([model(collate([atom])).values for atom in separate])
+        expected = torch.cat([model(collate([group])).values for group in separate])
 
 
 @every_decoder
 def test_gradient_checkpointing_changes_nothing(decoder: str, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
-        model = new_scorer(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).train()
+        model = new_classifier(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).train()
         model.gradient_checkpointing = checkpointing
         found.append(gradients(model, model(collate(ATOMS[:1])).values))
     assert_close(found[1], found[0], 1e-5)
@@ -147,7 +147,7 @@ def test_a_decoders_folder_gets_a_new_head(decoder: str, tmp_path: Path) -> None
     """Everything else is the decoder's; its output layer, and modules that predict further, are dropped."""
     folder = write_reference(tmp_path / "decoder", first_case(decoder))
     source = dict(named_weights(load_model(folder, torch.float32)))
-    check_scorer(folder, LABELS)
+    check_classifier(folder, LABELS)
     model, again, other = load(folder), load(folder), load(folder, seed=1)
     kept = {name.removeprefix("decoder."): weight for name, weight in named_weights(model) if name != "score.weight"}
     assert all(torch.equal(weight, source[name]) for name, weight in kept.items())
@@ -205,7 +205,7 @@ def test_other_names_for_as_many_labels_keep_the_head_and_the_same_in_another_or
     with pytest.raises(ValueError, match=r"has the labels no, perhaps, yes in this order: name them in the same"):
         load(folder, ("yes", "no", "perhaps"))
     with pytest.raises(ValueError, match="in this order"):
-        check_scorer(folder, ("yes", "no", "perhaps"))
+        check_classifier(folder, ("yes", "no", "perhaps"))
 
 
 def test_a_decoders_folder_must_be_whole(tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_nothing_that_scores_is_made_of_a_vision_language_model(tmp_path: Path) 
     folder = tiny_folder(tmp_path, "VisionLanguageForCausalLM")
     message = "holds a VisionLanguageForCausalLM, of which nothing that scores is made"
     with pytest.raises(ValueError, match=message):
-        check_scorer(folder, LABELS)
+        check_classifier(folder, LABELS)
     with pytest.raises(ValueError, match=message):
-        new_scorer(folder, LABELS, torch.float32)
+        new_classifier(folder, LABELS, torch.float32)
 
 
 def test_it_is_no_language_model(tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_it_is_no_language_model(tmp_path: Path) -> None:
 
 
 def test_images_are_refused(tmp_path: Path) -> None:
-    model = new_scorer(tiny_folder(tmp_path, "LlamaForCausalLM"), LABELS, torch.float32)
-    batch = collate([Atom([1, 2], [[0]], images=torch.zeros(1, 3, 16, 16))])
+    model = new_classifier(tiny_folder(tmp_path, "LlamaForCausalLM"), LABELS, torch.float32)
+    batch = collate([SequenceGroup([1, 2], [[0]], images=torch.zeros(1, 3, 16, 16))])
     with pytest.raises(ValueError, match="LlamaForSequenceClassification reads text only"):
         model(batch)
 
@@ -253,10 +253,10 @@ def test_config_is_read_as_it_is_written() -> None:
 
 @every_decoder
 def test_six_texts_are_learned_by_heart(decoder: str, tmp_path: Path) -> None:
-    model = new_scorer(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=1).train()
+    model = new_classifier(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=1).train()
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(model.config.vocab_size, (6, 8), generator=generator).tolist()
-    batch = collate([Atom([], [[*text, i % 3]], mask=[[False] * 8 + [True]]) for i, text in enumerate(texts)])
+    batch = collate([SequenceGroup([], [[*text, i % 3]], mask=[[False] * 8 + [True]]) for i, text in enumerate(texts)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     loss = math.inf
     for _ in range(150):
@@ -270,7 +270,7 @@ def test_six_texts_are_learned_by_heart(decoder: str, tmp_path: Path) -> None:
     assert torch.equal(model.eval()(batch).values.argmax(-1), batch.targets)
 
 
-def step(model: Scorer, batch: TokenBatch) -> float:
+def step(model: ClassifierModel, batch: TokenBatch) -> float:
     """One backward pass; the cross-entropy before it."""
     output = model(batch)
     loss = F.cross_entropy(output.values, batch.targets)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, collate
-from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.batch import SequenceGroup, collate
+from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import disk_tensors
@@ -184,22 +184,22 @@ def test_it_is_no_language_model(tmp_path: Path) -> None:
 def test_a_batch_is_scored_in_the_order_of_its_images() -> None:
     model = fresh(ViTConfig.tiny())
     pixels, room = images(model.config, 3), [0] * model.config.num_tokens
-    batch = collate([Atom(room, [[i]], images=pixels[i : i + 1]) for i in (2, 0, 1)])
+    batch = collate([SequenceGroup(room, [[i]], images=pixels[i : i + 1]) for i in (2, 0, 1)])
     torch.testing.assert_close(model(batch).values, model.logits(pixels[[2, 0, 1]]), atol=1e-6, rtol=0.0)
     assert model(batch).aux == {}
 
 
 @pytest.mark.parametrize(
-    "atoms",
+    "groups",
     [
-        [Atom([0] * 5, [[1]])],
-        [Atom([0] * 5, [[1], [2]], images=torch.zeros(1, 3, 16, 16))],
-        [Atom([0] * 5, [[1]], images=torch.zeros(2, 3, 16, 16))],
+        [SequenceGroup([0] * 5, [[1]])],
+        [SequenceGroup([0] * 5, [[1], [2]], images=torch.zeros(1, 3, 16, 16))],
+        [SequenceGroup([0] * 5, [[1]], images=torch.zeros(2, 3, 16, 16))],
     ],
 )
-def test_one_image_for_each_label(atoms: list[Atom]) -> None:
+def test_one_image_for_each_label(groups: list[SequenceGroup]) -> None:
     with pytest.raises(ValueError, match=r"one image for each label, but the batch has \d images and \d labels"):
-        fresh(ViTConfig.tiny())(collate(atoms))
+        fresh(ViTConfig.tiny())(collate(groups))
 
 
 def test_labels_keep_their_names_and_others_get_a_head_of_zeros(tmp_path: Path) -> None:
@@ -208,14 +208,14 @@ def test_labels_keep_their_names_and_others_get_a_head_of_zeros(tmp_path: Path) 
     config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     (folder / "config.json").write_text(json.dumps(config))
-    same = load_scorer(folder, names, torch.float32)
+    same = load_classifier(folder, names, torch.float32)
     assert same.config.labels == load(folder).config.labels == names
     assert all(torch.equal(weight, same.state_dict()[name]) for name, weight in load(folder).state_dict().items())
-    two = load_scorer(folder, ("cat", "dog"), torch.float32)
+    two = load_classifier(folder, ("cat", "dog"), torch.float32)
     pixels = images(same.config)
     assert isinstance(two, ViT) and isinstance(same, ViT)
     assert two.logits(pixels).tolist() == [[0.0, 0.0]] * len(pixels)
     torch.testing.assert_close(two.features(pixels), same.features(pixels))
     assert two.config_fields["id2label"] == {"0": "cat", "1": "dog"}
     with pytest.raises(ValueError, match="in this order: name them in the same"):
-        load_scorer(folder, names[::-1], torch.float32)
+        load_classifier(folder, names[::-1], torch.float32)

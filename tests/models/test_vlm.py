@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.attention.cache import Decode, Prefill
@@ -56,13 +56,13 @@ def pictures(number: int, seed: int = 0) -> Tensor:
     return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def atoms() -> list[Atom]:
+def groups() -> list[SequenceGroup]:
     """0, 1 and 2 images, one of them before text and one within, prompts that are shared, and no prompt."""
     return [
-        Atom([*IMAGE, 1, 2], [[3, 4], [5, 6, 7]], images=pictures(1, 1)),
-        Atom([7, 8], [[8, MARK, 9]]),
-        Atom([*IMAGE, 3, *IMAGE, 4], [[4, 4], [9], [1, 2, 3]], images=pictures(2, 2)),
-        Atom([], [[5, 6, 7, 8]]),
+        SequenceGroup([*IMAGE, 1, 2], [[3, 4], [5, 6, 7]], images=pictures(1, 1)),
+        SequenceGroup([7, 8], [[8, MARK, 9]]),
+        SequenceGroup([*IMAGE, 3, *IMAGE, 4], [[4, 4], [9], [1, 2, 3]], images=pictures(2, 2)),
+        SequenceGroup([], [[5, 6, 7, 8]]),
     ]
 
 
@@ -82,11 +82,11 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], relative: float) -> 
 @every_decoder
 def test_packed_and_shared_equal_separate(decoder: str) -> None:
     model = far_from_uniform(fresh(decoder)).eval()
-    parts = [part for atom in atoms() for part in atom.expanded()]
+    parts = [part for group in groups() for part in group.expanded()]
     separate = torch.cat([model(collate([part])).logprobs for part in parts])
     expected = gradients(model, separate)
     assert {name for name, _ in model.named_parameters() if name.startswith(("vision", "adapter"))} <= expected.keys()
-    packs = [parts, atoms()] if model.shares_prompts else [parts]
+    packs = [parts, groups()] if model.shares_prompts else [parts]
     for pack in packs:
         logprobs = model(collate(pack)).logprobs
         torch.testing.assert_close(logprobs, separate, atol=5e-5, rtol=0.0)
@@ -96,16 +96,16 @@ def test_packed_and_shared_equal_separate(decoder: str) -> None:
 @every_decoder
 def test_text_alone_is_the_decoder_alone(decoder: str) -> None:
     model = far_from_uniform(fresh(decoder)).eval()
-    text = collate([Atom([1, 2, 3], [[4, 5], [6]]), Atom([], [[7, 8, 9]])])
+    text = collate([SequenceGroup([1, 2, 3], [[4, 5], [6]]), SequenceGroup([], [[7, 8, 9]])])
     assert torch.equal(model(text).logprobs, model.decoder(text).logprobs)
 
 
 @every_decoder
 def test_an_image_changes_what_follows_it_and_nothing_else(decoder: str) -> None:
     model = far_from_uniform(fresh(decoder)).eval()
-    pack = [part for atom in atoms() for part in atom.expanded()]
+    pack = [part for group in groups() for part in group.expanded()]
     before = model(collate(pack)).logprobs
-    changed = [replace(atom, images=pictures(1, 9)) if i < 2 else atom for i, atom in enumerate(pack)]
+    changed = [replace(group, images=pictures(1, 9)) if i < 2 else group for i, group in enumerate(pack)]
     after = model(collate(changed)).logprobs
     assert not bool((before[:5] == after[:5]).any())
     torch.testing.assert_close(before[5:], after[5:], atol=1e-5, rtol=0.0)  # experts compute in other company
@@ -117,7 +117,7 @@ def test_every_part_learns_and_checkpointing_changes_nothing(decoder: str) -> No
     for checkpointing in (False, True):
         model = fresh(decoder).train()
         model.gradient_checkpointing = checkpointing
-        output = model(collate(atoms()))
+        output = model(collate(groups()))
         (-output.logprobs.mean() + sum(output.aux.values())).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         assert isinstance(model.after_update(True, lambda tensor: None), dict)
@@ -135,9 +135,9 @@ def test_multi_token_prediction_sees_images() -> None:
     model = VLM(VLMConfig(TOWER, text, "mlp", MARK))
     model.init_weights(torch.Generator().manual_seed(0))
     far_from_uniform(model).train()
-    pack = [Atom([1, *IMAGE, 2], [[3, 4, 5]], images=pictures(1, seed)) for seed in (1, 2)]
+    pack = [SequenceGroup([1, *IMAGE, 2], [[3, 4, 5]], images=pictures(1, seed)) for seed in (1, 2)]
     both = model(collate(pack))
-    alone = [model(collate([atom])) for atom in pack]
+    alone = [model(collate([group])) for group in pack]
     name = next(name for name in both.aux if "mtp" in name)
     assert not torch.allclose(alone[0].aux[name], alone[1].aux[name], atol=1e-4)
     torch.testing.assert_close(both.aux[name], (alone[0].aux[name] + alone[1].aux[name]) / 2, atol=1e-5, rtol=0.0)
@@ -234,7 +234,9 @@ def test_eight_captions_are_learned_by_heart() -> None:
     """All prompts have the same tokens: only the image tells which caption it is."""
     model = fresh(seed=1).train()
     images = pictures(8)
-    batch = collate([Atom([*IMAGE, 1], [[10 + i, 20 + 3 * i, 50 - i]], images=images[i : i + 1]) for i in range(8)])
+    batch = collate(
+        [SequenceGroup([*IMAGE, 1], [[10 + i, 20 + 3 * i, 50 - i]], images=images[i : i + 1]) for i in range(8)]
+    )
     assert float(-model(batch).logprobs.mean().detach()) == pytest.approx(math.log(256), rel=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     for _ in range(150):
@@ -252,7 +254,7 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
     model = new_model(tmp_path, torch.float32)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith(("vision.", "decoder.norm."))}
-    model(collate(atoms())).logprobs.sum().backward()
+    model(collate(groups())).logprobs.sum().backward()
     assert all((p.grad is None) == (name in frozen) for name, p in model.named_parameters())
 
 
@@ -285,55 +287,63 @@ def test_assembled_parts_are_those_of_their_folders(tmp_path: Path) -> None:
             assemble(*parts, tmp_path / "never", 100)
 
 
-WRONG: list[tuple[Atom, str]] = [
-    (Atom([*IMAGE, MARK, 1], [[2]], images=pictures(1)), "segment 0 holds 6 image tokens .* 1 images need 5 each"),
-    (Atom([1], [[2]], images=pictures(1)), "segment 0 holds 0 image tokens"),
-    (Atom([*IMAGE, 1], [[2]]), "segment 0 holds 5 image tokens .* 0 images"),
-    (Atom([*IMAGE, 1], [[2]], images=torch.zeros(1, 3, 8, 8)), r"this ViT takes \[images, 3, 16, 16\]"),
+WRONG: list[tuple[SequenceGroup, str]] = [
+    (
+        SequenceGroup([*IMAGE, MARK, 1], [[2]], images=pictures(1)),
+        "segment 0 holds 6 image tokens .* 1 images need 5 each",
+    ),
+    (SequenceGroup([1], [[2]], images=pictures(1)), "segment 0 holds 0 image tokens"),
+    (SequenceGroup([*IMAGE, 1], [[2]]), "segment 0 holds 5 image tokens .* 0 images"),
+    (SequenceGroup([*IMAGE, 1], [[2]], images=torch.zeros(1, 3, 8, 8)), r"this ViT takes \[images, 3, 16, 16\]"),
 ]
 
 
-@pytest.mark.parametrize(("atom", "message"), WRONG)
-def test_images_that_do_not_fit_their_tokens(atom: Atom, message: str) -> None:
+@pytest.mark.parametrize(("group", "message"), WRONG)
+def test_images_that_do_not_fit_their_tokens(group: SequenceGroup, message: str) -> None:
     model = fresh()
     with pytest.raises(ValueError, match=message):
-        model(collate([atom]))
-    assert model(collate([Atom([1], [[2]])])).logprobs.shape == (1,)  # nothing is left of it
+        model(collate([group]))
+    assert model(collate([SequenceGroup([1], [[2]])])).logprobs.shape == (1,)  # nothing is left of it
 
 
 def test_images_of_the_wrong_prompt_are_seen() -> None:
     """In sum there are as many image tokens as needed."""
-    pack = [Atom([*IMAGE, 1], [[2]], images=pictures(2)), Atom([*IMAGE, *IMAGE, 1], [[2]], images=pictures(1))]
+    pack = [
+        SequenceGroup([*IMAGE, 1], [[2]], images=pictures(2)),
+        SequenceGroup([*IMAGE, *IMAGE, 1], [[2]], images=pictures(1)),
+    ]
     with pytest.raises(ValueError, match="segment 0 holds 5 image tokens"):
         fresh()(collate(pack))
 
 
 def test_images_travel_with_a_batch() -> None:
-    batch = collate(atoms())
+    batch = collate(groups())
     assert batch.image_counts == (1, 0, 0, 0, 0, 2, 0, 0, 0, 0)
     assert batch.images is not None and torch.equal(batch.images, torch.cat((pictures(1, 1), pictures(2, 2))))
     moved = batch.to("meta").images
     assert moved is not None and moved.device.type == "meta"
-    text = collate([atoms()[1]])
+    text = collate([groups()[1]])
     assert text.images is None and text.image_counts == () and text.to("meta").images is None
-    repeated = collate([part for atom in atoms() for part in atom.expanded()])
+    repeated = collate([part for group in groups() for part in group.expanded()])
     assert repeated.image_counts == (1, 0, 1, 0, 0, 0, 2, 0, 2, 0, 2, 0, 0)
     with pytest.raises(ValueError, match="images but no prompt"):
-        collate([Atom([], [[1, 2]], images=pictures(1))])
+        collate([SequenceGroup([], [[1, 2]], images=pictures(1))])
     with pytest.raises(ValueError, match="differ in size"):
-        collate([Atom([1], [[2]], images=pictures(1)), Atom([1], [[2]], images=torch.zeros(1, 3, 8, 8))])
+        collate(
+            [SequenceGroup([1], [[2]], images=pictures(1)), SequenceGroup([1], [[2]], images=torch.zeros(1, 3, 8, 8))]
+        )
 
 
 def test_no_image_at_all_is_text() -> None:
     model = fresh().eval()
-    with_none, text = (collate([Atom([1, 2], [[3]], images=images)]) for images in (pictures(0), None))
+    with_none, text = (collate([SequenceGroup([1, 2], [[3]], images=images)]) for images in (pictures(0), None))
     assert torch.equal(model(with_none).logprobs, model(text).logprobs)
 
 
 def test_a_text_model_refuses_images() -> None:
     model: CausalLM = Llama(LlamaConfig.tiny())
     with pytest.raises(ValueError, match="Llama reads text only"):
-        model(collate(atoms()))
+        model(collate(groups()))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

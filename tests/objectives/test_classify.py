@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.objectives.classify import Classify, Config, build, cross_entropy
@@ -29,8 +29,8 @@ def tiny() -> SequenceClassifier:
     return model
 
 
-def labelled(ids: list[int], label: int) -> Atom:
-    return Atom([], [[*ids, label]], mask=[[*[False] * len(ids), True]])
+def labelled(ids: list[int], label: int) -> SequenceGroup:
+    return SequenceGroup([], [[*ids, label]], mask=[[*[False] * len(ids), True]])
 
 
 def oracle(scores: NDArray[np.float64], targets: list[int], smoothing: float) -> tuple[NDArray[np.float64], ...]:
@@ -60,9 +60,9 @@ def test_loss_and_gradient_equal_the_oracle(data: st.DataObject, rows: int, labe
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_it_is_the_mean_over_sequences_whatever_their_length(smoothing: float) -> None:
     model, objective = tiny(), Classify(LABELS, smoothing)
-    atoms = [labelled([5, 9, 2, 7], 2), labelled([1], 0), Atom([4, 4, 8], [[1]])]
-    loss = objective.loss(model, collate(objective.weigh(atoms)))
-    scores = torch.cat([model(collate([atom])).values for atom in atoms])
+    groups = [labelled([5, 9, 2, 7], 2), labelled([1], 0), SequenceGroup([4, 4, 8], [[1]])]
+    loss = objective.loss(model, collate(objective.assign_token_weights(groups)))
+    scores = torch.cat([model(collate([group])).values for group in groups])
     targets = torch.tensor([2, 0, 1])
     torch.testing.assert_close(loss.value, F.cross_entropy(scores, targets, label_smoothing=smoothing))
     floats = loss.metrics.to_floats()
@@ -81,32 +81,32 @@ def test_it_is_the_mean_over_sequences_whatever_their_length(smoothing: float) -
 )
 def test_split_changes_nothing(rows: list[tuple[list[int], int]], parts: int) -> None:
     model = tiny()
-    atoms = [Atom(ids, [[label]]) if label == 1 else labelled(ids, label) for ids, label in rows]
-    weighed = OBJECTIVE.weigh(atoms)
+    groups = [SequenceGroup(ids, [[label]]) if label == 1 else labelled(ids, label) for ids, label in rows]
+    weighed = OBJECTIVE.assign_token_weights(groups)
     whole = OBJECTIVE.loss(model, collate(weighed)).value
     split = sum(OBJECTIVE.loss(model, collate(weighed[i::parts])).value for i in range(parts) if weighed[i::parts])
     torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
 
 
 def test_a_microbatch_without_weight_adds_nothing() -> None:
-    idle = collate([Atom([0], [[0]], {"weights": [[0.0]]})])
+    idle = collate([SequenceGroup([0], [[0]], {"weights": [[0.0]]})])
     loss = OBJECTIVE.loss(tiny(), idle)
     assert float(loss.value.detach()) == 0.0
     assert loss.metrics.to_floats() == {"train/sequences": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("atom", "number"),
+    ("group", "number"),
     [
-        (Atom([1, 2], [[3]]), 1),  # a token beyond the labels
-        (Atom([1, 2], [[0, 1]]), 2),  # a reply
-        (Atom([], [[5, 9, 2]]), 2),  # text
-        (Atom([1], [[0], []]), 0),
+        (SequenceGroup([1, 2], [[3]]), 1),  # a token beyond the labels
+        (SequenceGroup([1, 2], [[0, 1]]), 2),  # a reply
+        (SequenceGroup([], [[5, 9, 2]]), 2),  # text
+        (SequenceGroup([1], [[0], []]), 0),
     ],
 )
-def test_what_is_no_label_is_refused(atom: Atom, number: int) -> None:
+def test_what_is_no_label_is_refused(group: SequenceGroup, number: int) -> None:
     with pytest.raises(ValueError, match=f"a sequence with {number} targets, .* one of its 3 labels: .*`labelled`"):
-        OBJECTIVE.weigh([labelled([1], 0), atom])
+        OBJECTIVE.assign_token_weights([labelled([1], 0), group])
 
 
 @pytest.mark.parametrize(

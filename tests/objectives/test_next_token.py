@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from llmquest_rl.objectives.next_token import NextToken
 
@@ -19,10 +19,12 @@ def tiny() -> Llama:
 def test_is_cross_entropy_over_documents() -> None:
     model, objective = tiny(), NextToken()
     documents = [[5, 9, 2, 7], [1, 3]]
-    loss = objective.loss(model, collate(objective.weigh([Atom([], [document]) for document in documents])))
+    loss = objective.loss(
+        model, collate(objective.assign_token_weights([SequenceGroup([], [document]) for document in documents]))
+    )
     terms = []
     for document in documents:
-        output = model(collate([Atom([document[0]], [document[1:]])]))
+        output = model(collate([SequenceGroup([document[0]], [document[1:]])]))
         terms.append(output.logprobs)
     torch.testing.assert_close(loss.value, -torch.cat(terms).mean().to(loss.value.dtype), rtol=1e-6, atol=1e-6)
     floats = loss.metrics.to_floats()
@@ -33,8 +35,10 @@ def test_is_cross_entropy_over_documents() -> None:
 
 def test_masked_tokens_do_not_count() -> None:
     objective = NextToken()
-    masked, plain = Atom([1, 2], [[3, 4, 5]], {}, [[False, True, True]]), Atom([1, 2, 3], [[4, 5]])
-    values = [objective.loss(tiny(), collate(objective.weigh([atom]))).value for atom in (masked, plain)]
+    masked, plain = SequenceGroup([1, 2], [[3, 4, 5]], {}, [[False, True, True]]), SequenceGroup([1, 2, 3], [[4, 5]])
+    values = [
+        objective.loss(tiny(), collate(objective.assign_token_weights([group]))).value for group in (masked, plain)
+    ]
     torch.testing.assert_close(values[0], values[1])
 
 
@@ -42,7 +46,9 @@ def test_masked_tokens_do_not_count() -> None:
 @given(st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=6), min_size=2, max_size=6), st.integers(2, 4))
 def test_split_changes_nothing(documents: list[list[int]], parts: int) -> None:
     model, objective = tiny(), NextToken()
-    weighed = objective.weigh([Atom([0] if i % 2 else [], [document]) for i, document in enumerate(documents)])
+    weighed = objective.assign_token_weights(
+        [SequenceGroup([0] if i % 2 else [], [document]) for i, document in enumerate(documents)]
+    )
     whole = objective.loss(model, collate(weighed)).value
     split = sum(objective.loss(model, collate(weighed[i::parts])).value for i in range(parts) if weighed[i::parts])
     assert float(whole) == pytest.approx(float(split), rel=1e-5, abs=1e-6)

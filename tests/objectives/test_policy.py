@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import DESCRIPTIONS, Metrics
 from llmquest_rl.models.base import Output
 from llmquest_rl.objectives.policy import Config, Policy, build
@@ -46,30 +46,34 @@ def entropy(model: Bigram, source: int, temperature: float = 1.0) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def random_atoms(seed: int, groups: int = 3, streams: tuple[str, ...] = ()) -> list[Atom]:
+def random_groups(seed: int, groups: int = 3, token_fields: tuple[str, ...] = ()) -> list[SequenceGroup]:
     draw = np.random.default_rng(seed)
-    atoms = []
+    sequence_groups = []
     for _ in range(groups):
         completions = [
             draw.integers(0, VOCAB, draw.integers(1, MAX_TOKENS)).tolist() for _ in range(draw.integers(1, 4))
         ]
         noise = {
             name: [draw.normal(-2, 0.4, len(c)).tolist() for c in completions]
-            for name in ("rollout_logprobs", *streams)
+            for name in ("rollout_logprobs", *token_fields)
         }
         advantages = [[float(draw.normal())] * len(c) for c in completions]
-        atoms.append(Atom(draw.integers(0, VOCAB, 3).tolist(), completions, {"advantages": advantages, **noise}))
-    return atoms
+        sequence_groups.append(
+            SequenceGroup(draw.integers(0, VOCAB, 3).tolist(), completions, {"advantages": advantages, **noise})
+        )
+    return sequence_groups
 
 
 def float64(batch: TokenBatch) -> TokenBatch:
-    return replace(batch, streams={name: stream.double() for name, stream in batch.streams.items()})
+    return replace(batch, token_fields={name: stream.double() for name, stream in batch.token_fields.items()})
 
 
-def run(policy: Policy, model: nn.Module, atoms: list[Atom], parts: int = 1) -> tuple[float, list[Tensor], Metrics]:
-    """Loss, gradients and metrics of atoms weighed together and computed in several microbatches."""
+def run(
+    policy: Policy, model: nn.Module, sequence_groups: list[SequenceGroup], parts: int = 1
+) -> tuple[float, list[Tensor], Metrics]:
+    """Loss, gradients and metrics of sequence groups weighed together and computed in several microbatches."""
     model.zero_grad()
-    weighed = policy.weigh(atoms)
+    weighed = policy.assign_token_weights(sequence_groups)
     total, metrics = 0.0, Metrics()
     for i in range(parts):
         if weighed[i::parts]:
@@ -81,22 +85,22 @@ def run(policy: Policy, model: nn.Module, atoms: list[Atom], parts: int = 1) -> 
 
 
 def oracle_loss(
-    atoms: list[Atom], model: Bigram, algorithm: Algorithm, fixed: Bigram, temperature: float = 1.0
+    sequence_groups: list[SequenceGroup], model: Bigram, algorithm: Algorithm, fixed: Bigram, temperature: float = 1.0
 ) -> float:
     """The loops of `tests/algorithms/oracle.py`, on what the model says; `fixed` stands where no gradient flows."""
     groups = []
-    for atom in atoms:
+    for sequence_group in sequence_groups:
         group = []
-        for i, completion in enumerate(atom.completions):
-            sources = [atom.prompt[-1], *completion[:-1]]
+        for i, completion in enumerate(sequence_group.completions):
+            sources = [sequence_group.prompt[-1], *completion[:-1]]
             new, frozen = (
                 np.array([logprob(m, *pair, temperature) for pair in zip(sources, completion, strict=True)])
                 for m in (model, fixed)
             )
-            streams = {name: np.asarray(rows[i]) for name, rows in atom.streams.items()}
+            token_fields = {name: np.asarray(rows[i]) for name, rows in sequence_group.token_fields.items()}
             entropies = np.array([entropy(model, source, temperature) for source in sources])
-            old, reference = streams.get("old_logprobs", frozen), streams.get("ref_logprobs", frozen)
-            rest = (old, streams["rollout_logprobs"], reference, streams["advantages"], entropies)
+            old, reference = token_fields.get("old_logprobs", frozen), token_fields.get("ref_logprobs", frozen)
+            rest = (old, token_fields["rollout_logprobs"], reference, token_fields["advantages"], entropies)
             group.append(oracle.Sequence(new, frozen, *rest))
         groups.append(group)
     return oracle.loss(groups, algorithm, MAX_TOKENS)
@@ -118,10 +122,12 @@ def test_loss_is_the_papers(
     algorithm = resolve(preset, {"beta": beta, "tis_cap": cap, "entropy_bonus": bonus})
     policy = Policy(algorithm, temperature, MAX_TOKENS, entropy=False)
     model = Bigram(seed % 97)
-    atoms = random_atoms(seed, streams=policy.streams(2 if reused else 1))
-    loss, _, _ = run(policy, model, atoms)
+    sequence_groups = random_groups(seed, token_fields=policy.computed_logprobs(2 if reused else 1))
+    loss, _, _ = run(policy, model, sequence_groups)
     # Streams travel as float32, hence the tolerance.
-    np.testing.assert_allclose(loss, oracle_loss(atoms, model, algorithm, model, temperature), rtol=3e-6, atol=3e-6)
+    np.testing.assert_allclose(
+        loss, oracle_loss(sequence_groups, model, algorithm, model, temperature), rtol=3e-6, atol=3e-6
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,8 +138,8 @@ def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
     algorithm = resolve(preset, {"beta": 0.1, "entropy_bonus": 0.1, **bounds})
     policy = Policy(algorithm, 1.0, MAX_TOKENS)
     model, fixed = Bigram(seed % 97), Bigram(seed % 97)
-    atoms = random_atoms(seed, streams=("old_logprobs", "ref_logprobs"))
-    _, gradients, _ = run(policy, model, atoms)
+    sequence_groups = random_groups(seed, token_fields=("old_logprobs", "ref_logprobs"))
+    _, gradients, _ = run(policy, model, sequence_groups)
     draw = np.random.default_rng(seed)
     for _ in range(4):
         i, j = draw.integers(0, VOCAB, 2)
@@ -141,7 +147,7 @@ def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
         for step in (1e-5, -1e-5):
             with torch.no_grad():
                 model.table[i, j] += step
-            values.append(oracle_loss(atoms, model, algorithm, fixed))
+            values.append(oracle_loss(sequence_groups, model, algorithm, fixed))
             with torch.no_grad():
                 model.table[i, j] -= step
         np.testing.assert_allclose(float(gradients[0][i, j]), (values[0] - values[1]) / 2e-5, rtol=1e-3, atol=1e-5)
@@ -151,11 +157,11 @@ def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
 def test_first_update_is_the_plain_policy_gradient(preset: str) -> None:
     plain = {"beta": 0.0, "tis_cap": None, "old_policy": "learner"}
     policy = Policy(resolve(preset, plain), 1.0, MAX_TOKENS)
-    model, atoms = Bigram(), random_atoms(3)
-    _, gradients, metrics = run(policy, model, atoms)
+    model, sequence_groups = Bigram(), random_groups(3)
+    _, gradients, metrics = run(policy, model, sequence_groups)
     model.zero_grad()
-    batch = float64(collate(policy.weigh(atoms)))
-    (-(batch.streams["weights"] * batch.streams["advantages"] * model(batch).logprobs)).sum().backward()
+    batch = float64(collate(policy.assign_token_weights(sequence_groups)))
+    (-(batch.token_fields["weights"] * batch.token_fields["advantages"] * model(batch).logprobs)).sum().backward()
     torch.testing.assert_close(gradients[0], model.table.grad, rtol=1e-12, atol=1e-14)
     floats = metrics.to_floats()
     assert (floats["policy/ratio"], floats["policy/approx_kl"]) == (1.0, 0.0)
@@ -166,9 +172,11 @@ def test_first_update_is_the_plain_policy_gradient(preset: str) -> None:
 @pytest.mark.parametrize("reused", [False, True])
 def test_zero_advantages_give_no_gradient(preset: str, reused: bool) -> None:
     policy = Policy(resolve(preset, {"beta": 0.0}), 1.0, MAX_TOKENS)
-    atoms = random_atoms(0, streams=policy.streams(2 if reused else 1))
-    atoms = [a.with_stream("advantages", [[0.0] * len(c) for c in a.completions]) for a in atoms]
-    _, gradients, _ = run(policy, Bigram(), atoms)
+    sequence_groups = random_groups(0, token_fields=policy.computed_logprobs(2 if reused else 1))
+    sequence_groups = [
+        a.with_token_field("advantages", [[0.0] * len(c) for c in a.completions]) for a in sequence_groups
+    ]
+    _, gradients, _ = run(policy, Bigram(), sequence_groups)
     assert not gradients[0].any()
 
 
@@ -177,9 +185,9 @@ def test_zero_advantages_give_no_gradient(preset: str, reused: bool) -> None:
 def test_microbatches_and_order_change_nothing(seed: int, preset: str, parts: int, shuffler: Any) -> None:
     policy = Policy(resolve(preset, {"beta": 0.04}), 0.9, MAX_TOKENS)
     model = Bigram()
-    atoms = random_atoms(seed, groups=5, streams=policy.streams(2))
-    loss, gradients, metrics = run(policy, model, atoms)
-    shuffled = list(atoms)
+    sequence_groups = random_groups(seed, groups=5, token_fields=policy.computed_logprobs(2))
+    loss, gradients, metrics = run(policy, model, sequence_groups)
+    shuffled = list(sequence_groups)
     shuffler.shuffle(shuffled)
     other_loss, other_gradients, other_metrics = run(policy, model, shuffled, parts)
     assert loss == pytest.approx(other_loss, rel=1e-9, abs=1e-12)
@@ -191,14 +199,14 @@ def test_metrics_by_hand() -> None:
     old, rollout = [-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0 - np.log(4), -1.0 + np.log(2), -1.0]
     ratios = np.array([1.5, 1.5, 0.5, 1.5])
     new = torch.tensor(-1 + np.log(ratios))
-    streams = {
+    token_fields = {
         "advantages": [[1.0, 1.0, -1.0, -1.0]],
         "old_logprobs": [old],
         "rollout_logprobs": [rollout],
         "ref_logprobs": [[-1.0, -2.0, -1.0, -1.0]],
         "weights": [[0.25] * 4],
     }
-    batch = collate([Atom([0], [[1, 2, 3, 4]], streams)])
+    batch = collate([SequenceGroup([0], [[1, 2, 3, 4]], token_fields)])
     policy = Policy(resolve("dapo", {"tis_cap": 2.0, "beta": 0.1}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(new, batch)
     floats = metrics.to_floats()
@@ -222,9 +230,9 @@ def test_metrics_by_hand() -> None:
 def test_a_dual_clip_bounds_what_a_bad_sample_costs(cells: dict[str, float], loss: float) -> None:
     """A sample with A = -1 that has become four times as likely."""
     old = -3.0
-    streams = {"advantages": [[-1.0]], "rollout_logprobs": [[old]], "old_logprobs": [[old]], "weights": [[1.0]]}
+    token_fields = {"advantages": [[-1.0]], "rollout_logprobs": [[old]], "old_logprobs": [[old]], "weights": [[1.0]]}
     policy = Policy(resolve("grpo", {"beta": 0.0, **cells}), 1.0, MAX_TOKENS)
-    losses, _ = policy.token_losses(torch.tensor([old + np.log(4)]), collate([Atom([0], [[1]], streams)]))
+    losses, _ = policy.token_losses(torch.tensor([old + np.log(4)]), collate([SequenceGroup([0], [[1]], token_fields)]))
     assert losses.tolist() == pytest.approx([loss])
 
 
@@ -235,19 +243,19 @@ def test_a_group_without_advantages_has_a_gradient_of_other_terms(cells: dict[st
 
 
 def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
-    streams = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
-    policy = Policy(resolve("grpo", {"mismatch": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
-    _, metrics = policy.token_losses(torch.tensor([-0.1]), collate([Atom([0], [[1]], streams)]))
+    token_fields = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
+    policy = Policy(resolve("grpo", {"is_correction": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
+    _, metrics = policy.token_losses(torch.tensor([-0.1]), collate([SequenceGroup([0], [[1]], token_fields)]))
     floats = metrics.to_floats()
     assert (floats["policy/tis_capped_share"], floats["policy/tis_weight"], floats["policy/tis_ess"]) == (1, 0, 0)
 
 
 def test_tokens_without_weight_are_in_no_metric() -> None:
     policy = Policy(resolve("grpo"), 1.0, MAX_TOKENS)
-    atoms = policy.weigh(random_atoms(1, streams=("ref_logprobs", "old_logprobs")))
-    empty = Atom([0], [[0]], {name: [[0.0]] for name in atoms[0].streams})
+    sequence_groups = policy.assign_token_weights(random_groups(1, token_fields=("ref_logprobs", "old_logprobs")))
+    empty = SequenceGroup([0], [[0]], {name: [[0.0]] for name in sequence_groups[0].token_fields})
     model = Bigram()
-    alone, padded = (policy.loss(model, float64(collate(a))) for a in (atoms, [*atoms, empty]))
+    alone, padded = (policy.loss(model, float64(collate(a))) for a in (sequence_groups, [*sequence_groups, empty]))
     assert alone.metrics.to_floats() == pytest.approx(padded.metrics.to_floats())
     assert alone.value.item() == pytest.approx(padded.value.item(), rel=1e-12)
     assert set(alone.metrics.to_floats()) <= set(DESCRIPTIONS)
@@ -260,22 +268,22 @@ def test_what_is_asked_for_depends_on_beta_and_reuse() -> None:
     with_reference, without = (build(Config(), resolve("grpo", {"beta": b}), Sampling()) for b in (0.04, 0.0))
     assert with_reference.needs_reference
     assert not without.needs_reference
-    assert without.streams(1) == ()
-    assert without.streams(2) == ("old_logprobs",)
-    assert with_reference.streams(1) == ("ref_logprobs",)
-    assert set(with_reference.streams(4)) == {"old_logprobs", "ref_logprobs"}
+    assert without.computed_logprobs(1) == ()
+    assert without.computed_logprobs(2) == ("old_logprobs",)
+    assert with_reference.computed_logprobs(1) == ("ref_logprobs",)
+    assert set(with_reference.computed_logprobs(4)) == {"old_logprobs", "ref_logprobs"}
     assert build(Config(), resolve("grpo"), Sampling(temperature=0.0)).temperature == 1.0
 
 
 def test_what_masks_leave_out_is_counted() -> None:
     """By hand: two sequences, the first off-policy with a negative advantage; half of each sequence's tokens stay."""
-    streams = {
+    token_fields = {
         "advantages": [[-1.0, -1.0], [-1.0, -1.0]],
         "rollout_logprobs": [[-0.5, -0.5], [-1.0, -1.0]],
         "weights": [[0.25] * 2] * 2,
     }
-    batch = collate([Atom([0], [[1, 2], [3, 4]], streams)])
-    cells = {"off_policy_delta": 0.4, "entropy_share": 0.5, "tis_cap": None, "beta": 0.0}
+    batch = collate([SequenceGroup([0], [[1, 2], [3, 4]], token_fields)])
+    cells = {"off_policy_delta": 0.4, "top_entropy_fraction": 0.5, "tis_cap": None, "beta": 0.0}
     policy = Policy(resolve("grpo", cells), 1.0, MAX_TOKENS)
     new = torch.full((4,), -1.0).requires_grad_()
     losses, metrics = policy.token_losses(new, batch, torch.tensor([1.0, 2.0, 2.0, 1.0]))
@@ -288,22 +296,25 @@ def test_what_masks_leave_out_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "asked"), [({}, False), ({"entropy_bonus": 0.1}, True), ({"entropy_share": 0.2}, True)]
+    ("cells", "asked"), [({}, False), ({"entropy_bonus": 0.1}, True), ({"top_entropy_fraction": 0.2}, True)]
 )
 def test_the_entropy_is_computed_when_the_loss_needs_it(cells: dict[str, float], asked: bool) -> None:
     policy = build(Config(entropy=False), resolve("dapo", cells), Sampling())
-    _, _, metrics = run(policy, Bigram(), random_atoms(0))
+    _, _, metrics = run(policy, Bigram(), random_groups(0))
     assert ("policy/entropy" in metrics.to_floats()) == asked
 
 
 def test_the_ratio_may_be_taken_to_the_engine() -> None:
     """No old policy is computed then, and nothing is left to correct: the loss is that of old = rollout log-probs."""
-    model, atoms = Bigram(), random_atoms(5)
+    model, sequence_groups = Bigram(), random_groups(5)
     engine = build(Config(), resolve("grpo", {"beta": 0.0, "old_policy": "engine"}), Sampling(max_tokens=MAX_TOKENS))
     learner = build(Config(), resolve("grpo", {"beta": 0.0, "tis_cap": None}), Sampling(max_tokens=MAX_TOKENS))
-    assert engine.streams(2) == () and learner.streams(2) == ("old_logprobs",)
-    given = [atom.with_stream("old_logprobs", atom.streams["rollout_logprobs"]) for atom in atoms]
-    value, gradients, metrics = run(engine, model, atoms)
+    assert engine.computed_logprobs(2) == () and learner.computed_logprobs(2) == ("old_logprobs",)
+    given = [
+        sequence_group.with_token_field("old_logprobs", sequence_group.token_fields["rollout_logprobs"])
+        for sequence_group in sequence_groups
+    ]
+    value, gradients, metrics = run(engine, model, sequence_groups)
     expected, expected_gradients, _ = run(learner, model, given)
     assert value == pytest.approx(expected)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
@@ -313,7 +324,7 @@ def test_the_ratio_may_be_taken_to_the_engine() -> None:
 
 def test_rare_tokens_are_cut_apart_from_others() -> None:
     policy = build(Config(), resolve("grpo", {"beta": 0.0}), Sampling(max_tokens=4))
-    atom = Atom(
+    sequence_group = SequenceGroup(
         [0],
         [[1, 2, 3, 4]],
         {
@@ -322,7 +333,7 @@ def test_rare_tokens_are_cut_apart_from_others() -> None:
             "rollout_logprobs": [[-3.0, -3.0, -0.1, -0.1]],
         },
     )
-    [batch] = [collate(policy.weigh([atom]))]
+    [batch] = [collate(policy.assign_token_weights([sequence_group]))]
     logprobs = torch.tensor([-2.0, -3.0, -0.1, -0.11])
     metrics = policy.token_losses(logprobs, batch)[1].to_floats()
     assert metrics["policy/clip_frac_rare"] == 0.5

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.data.pairs import judged_together
 from llmquest_rl.metrics import DERIVED, DESCRIPTIONS, Metrics
 from llmquest_rl.models.base import Scores
@@ -19,7 +19,7 @@ from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.reward_model import RewardModel
-from trainer.learner.microbatches import idle_atom
+from trainer.learner.microbatches import idle_group
 
 score = st.floats(-30, 30)
 Pairs = list[tuple[float, float, float]]
@@ -38,20 +38,23 @@ class Given(nn.Module):
         return Scores(self.scores[batch.tokens[batch.sources], None], {})
 
 
-def atoms(pairs: Pairs) -> list[Atom]:
+def sequence_groups(pairs: Pairs) -> list[SequenceGroup]:
     """Pairs of one token each, its number is its place among the scores."""
-    made = [Atom([], [[2 * i, 0], [2 * i + 1, 0]], mask=[[False, True]] * 2) for i in range(len(pairs))]
-    return [atom.with_stream("margins", [[m, m]] * 2) for atom, (_, _, m) in zip(made, pairs, strict=True)]
+    made = [SequenceGroup([], [[2 * i, 0], [2 * i + 1, 0]], mask=[[False, True]] * 2) for i in range(len(pairs))]
+    return [
+        sequence_group.with_token_field("margins", [[m, m]] * 2)
+        for sequence_group, (_, _, m) in zip(made, pairs, strict=True)
+    ]
 
 
 def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
     """Loss and the gradient of every score."""
     model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center)
-    batch = collate(objective.weigh(atoms(pairs)))
-    streams = {name: stream.double() for name, stream in batch.streams.items()}
-    streams["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
-    streams["weights"] = torch.full_like(streams["weights"], 1 / (2 * len(pairs)))
-    loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "streams": streams}))
+    batch = collate(objective.assign_token_weights(sequence_groups(pairs)))
+    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    token_fields["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
+    token_fields["weights"] = torch.full_like(token_fields["weights"], 1 / (2 * len(pairs)))
+    loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "streams": token_fields}))
     [gradient] = torch.autograd.grad(loss.value, model.scores)
     return loss, gradient
 
@@ -102,7 +105,7 @@ def tiny_model() -> SequenceClassifier:
     return model
 
 
-def random_pairs(seed: int, count: int) -> list[Atom]:
+def random_pairs(seed: int, count: int) -> list[SequenceGroup]:
     generator = torch.Generator().manual_seed(seed)
 
     def ids(longest: int) -> list[int]:
@@ -120,7 +123,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("parts", [2, 5])
 def test_split_changes_nothing(parts: int) -> None:
     model, objective = tiny_model(), RewardModel(0.01)
-    weighed = objective.weigh(random_pairs(1, 5))
+    weighed = objective.assign_token_weights(random_pairs(1, 5))
     found = []
     for groups in ([weighed], [weighed[i::parts] for i in range(parts)]):
         model.zero_grad()
@@ -138,17 +141,20 @@ def test_split_changes_nothing(parts: int) -> None:
 def test_copies_of_the_prompt_change_nothing() -> None:
     """For models that cannot share a prompt, as the learner gives them."""
     model, objective = tiny_model(), RewardModel()
-    weighed = objective.weigh(
-        [atom.with_stream("margins", [[0.5] * len(ids) for ids in atom.completions]) for atom in random_pairs(2, 4)]
+    weighed = objective.assign_token_weights(
+        [
+            sequence_group.with_token_field("margins", [[0.5] * len(ids) for ids in sequence_group.completions])
+            for sequence_group in random_pairs(2, 4)
+        ]
     )
     shared = objective.loss(model, collate(weighed)).value
-    repeated = objective.loss(model, collate([atom.unshared() for atom in weighed])).value
+    repeated = objective.loss(model, collate([sequence_group.unshared() for sequence_group in weighed])).value
     torch.testing.assert_close(shared, repeated, rtol=1e-9, atol=1e-9)
 
 
 def test_an_idle_microbatch_changes_nothing() -> None:
     model, objective = tiny_model(), RewardModel(0.1)
-    loss = objective.loss(model, collate([idle_atom(["margins", "weights"])]))
+    loss = objective.loss(model, collate([idle_group(["margins", "weights"])]))
     loss.value.backward()  # type: ignore[no-untyped-call]
     assert loss.value.item() == 0
     assert all(not gradient.any() for gradient in gradients(model)), "and every parameter was reached"
@@ -158,15 +164,17 @@ def test_an_idle_microbatch_changes_nothing() -> None:
 
 def test_a_margin_that_is_missing_is_none() -> None:
     with_margin, without = random_pairs(3, 2)
-    with_margin = with_margin.with_stream("margins", [[2.0] * len(ids) for ids in with_margin.completions])
-    batch = collate(RewardModel().weigh([with_margin, without]))
-    assert batch.streams["margins"].tolist() == [2, 2, 0, 0]
+    with_margin = with_margin.with_token_field("margins", [[2.0] * len(ids) for ids in with_margin.completions])
+    batch = collate(RewardModel().assign_token_weights([with_margin, without]))
+    assert batch.token_fields["margins"].tolist() == [2, 2, 0, 0]
 
 
-@pytest.mark.parametrize("atom", [Atom([1], [[2, 3]]), Atom([1], [[2], [3], [4]], mask=[[True]] * 3)])
-def test_what_is_no_pair_is_refused(atom: Atom) -> None:
+@pytest.mark.parametrize(
+    "sequence group", [SequenceGroup([1], [[2, 3]]), SequenceGroup([1], [[2], [3], [4]], mask=[[True]] * 3)]
+)
+def test_what_is_no_pair_is_refused(sequence_group: SequenceGroup) -> None:
     with pytest.raises(ValueError, match="learns from pairs of replies"):
-        RewardModel().weigh([atom])
+        RewardModel().assign_token_weights([sequence_group])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
@@ -52,12 +52,12 @@ def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[NativeEngin
 
 def largest_gap(model: CausalLM, groups: list[list[Completion]]) -> float:
     """Largest difference between completions' log-probs and those of a model's training forward."""
-    atoms = [
-        Atom(request.prompt_ids, [completion.token_ids for completion in group])
+    sequence_groups = [
+        SequenceGroup(request.prompt_ids, [completion.token_ids for completion in group])
         for request, group in zip(REQUESTS, groups, strict=True)
     ]
     with torch.no_grad():
-        expected = model(collate(atoms)).logprobs
+        expected = model(collate(sequence_groups)).logprobs
     given = torch.tensor([value for group in groups for completion in group for value in completion.logprobs])
     return float((given - expected).abs().max())
 

@@ -28,7 +28,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.loop import train
 from trainer.run.tracking import JsonLines
-from trainer.session import Session
+from trainer.session import TrainingRun
 
 ROOT = Path(__file__).parents[2]
 REWARDS = ROOT / "tests" / "trainer" / "sources" / "reward_cases.py"
@@ -170,7 +170,7 @@ def judge(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "judge",
         "steps": 120,
         "objective": {"name": "reward_model", "center": 0.01},
-        "data": {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add.", "eval_samples": 100},
+        "data": {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add.", "eval_size": 100},
         "batch": {"sequences_per_step": 64, "tokens_per_sequence": 100, "tokens_per_microbatch": 4096},
         "optimizer": {"lr": 3.0e-3, "schedule": "cosine", "warmup_steps": 5},
         "eval": {"every": 120, "at_start": True},
@@ -188,7 +188,7 @@ def tiny_values(tiny_model: Path) -> dict[str, Any]:
         "steps": 3,
         "model": {"path": str(tiny_model), "dtype": "float32"},
         "algorithm": {"name": "grpo", "beta": 0.0},
-        "data": {"task": TASK, "max_prompt_tokens": 128, "system_prompt": "Add.", "eval_samples": 4},
+        "data": {"task": TASK, "max_prompt_tokens": 128, "system_prompt": "Add.", "eval_size": 4},
         "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "tokens_per_microbatch": 256},
         "rollout": {"dtype": "float32", "sampling": {"max_tokens": 8}, "timeout_s": 60},
         "rewards": [{"function": f"{REWARDS}:low_characters"}],
@@ -205,15 +205,15 @@ def tiny_values(tiny_model: Path) -> dict[str, Any]:
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Ctrl-C at the end of a step, as the operating system delivers it."""
-    record = Session.record
+    record = TrainingRun.record
 
     def interrupt(at: int) -> None:
-        def record_and_interrupt(self: Session, step: int, *arguments: Any) -> None:
+        def record_and_interrupt(self: TrainingRun, step: int, *arguments: Any) -> None:
             if step == at:
                 os.kill(os.getpid(), signal.SIGINT)
             record(self, step, *arguments)
 
-        monkeypatch.setattr(Session, "record", record_and_interrupt)
+        monkeypatch.setattr(TrainingRun, "record", record_and_interrupt)
 
     return interrupt
 

@@ -26,12 +26,12 @@ def test_every_row_learns(name: str, runs: Runs) -> None:
 ALL_OPTIONS = {
     "beta": 0.05,
     "entropy_bonus": 0.01,
-    "entropy_share": 0.5,
+    "top_entropy_fraction": 0.5,
     "off_policy_delta": 0.5,
     "length_penalty": "relative",
     "advantage_limit": 3.0,
     "positive_weight": 0.7,
-    "mismatch": "geometric_mask",
+    "is_correction": "geometric_mask",
     "tis_floor": 0.9,
     "tis_cap": 1.1,
 }
@@ -40,18 +40,18 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize("name", ["grpo", "gspo_token", "sapo", "cispo", "reinforce_pp"])
 def test_all_options_together_and_several_updates(name: str, runs: Runs) -> None:
     options = [f"algorithm.{key}={value}" for key, value in ALL_OPTIONS.items()]
-    sizes = ["batch.updates_per_step=2", "batch.passes_per_step=2", "batch.tokens_per_microbatch=160"]
+    sizes = ["batch.minibatches_per_step=2", "batch.epochs_per_step=2", "batch.tokens_per_microbatch=160"]
     folder = runs.train(f"algorithm.name={name}", *options, *sizes)
     for row in rows(folder):
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         assert 0.3 <= row["policy/low_entropy_share"] <= 0.5
         assert row["policy/kl"] >= 0.0
-        assert row["learner/bad_steps"] == 0
+        assert row["learner/skipped_updates"] == 0
 
 
 def test_the_reference_becomes_the_current_model_again_and_again(runs: Runs) -> None:
     """One update a step: its KL is 0 where the model has just become the reference."""
-    logged = rows(runs.train("algorithm.beta=0.1", "algorithm.reference_every=2", "steps=6", "eval.every=0"))
+    logged = rows(runs.train("algorithm.beta=0.1", "algorithm.ref_sync_interval=2", "steps=6", "eval.every=0"))
     divergences = [row["policy/kl"] for row in logged]
     assert [divergences[step] for step in (0, 2, 4)] == [pytest.approx(0.0, abs=1e-9)] * 3
     assert min(divergences[step] for step in (1, 3, 5)) > 1e-6
@@ -60,7 +60,7 @@ def test_the_reference_becomes_the_current_model_again_and_again(runs: Runs) -> 
 
 
 def test_cut_completions_are_filtered(runs: Runs) -> None:
-    row, *_ = rows(runs.train("algorithm.name=dapo", "steps=2", "eval.every=0", "batch.uniform_rewards=take"))
+    row, *_ = rows(runs.train("algorithm.name=dapo", "steps=2", "eval.every=0", "batch.zero_advantage_groups=take"))
     ended, longest = 16 * (1 - row["rollout/truncated_share"]), 8
     assert ended >= 1
     assert row["policy/tokens"] <= ended * longest < row["reward/scored_samples"] * longest

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom
-from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import disk_shapes
 from llmquest_rl.models.sequence_classifier import DECODERS
 from llmquest_rl.models.vit import ViTConfig
@@ -43,7 +43,7 @@ def letters(runs: Runs, count: int = 200, length: int = 6) -> Runs:
     (runs.folder / "letters.jsonl").write_text("".join(lines))
     runs.values["objective"] = {"name": "classify", "labels": list(LABELS)}
     dataset = {"name": "labelled", "path": str(runs.folder / "letters.jsonl"), "validation_share": 0.2}
-    runs.values["data"] = {"dataset": dataset, "eval_samples": 40}
+    runs.values["data"] = {"dataset": dataset, "eval_size": 40}
     runs.values["batch"] |= {"sequences_per_step": 8, "tokens_per_sequence": 64}
     return runs
 
@@ -54,7 +54,7 @@ def pictures(runs: Runs, folder: Path) -> Runs:
     runs.values["model"] = {"path": str(folder), "init": "random", "dtype": "float32"}
     runs.values["objective"] = {"name": "classify", "labels": ["red", "green", "blue", "yellow"]}
     task = {"name": "shapes", "ask": "colour", "size": 16, "held_out": 60}
-    runs.values["data"] = {"dataset": {"name": "labelled", "task": task, "task_rows": 500}, "eval_samples": 60}
+    runs.values["data"] = {"dataset": {"name": "labelled", "task": task, "task_rows": 500}, "eval_size": 60}
     runs.values["batch"] |= {"sequences_per_step": 16, "tokens_per_sequence": 8}
     return runs
 
@@ -72,7 +72,7 @@ def test_two_steps_from_a_decoders_folder(decoder: str, tiny_model: Path, runs: 
     config = json.loads((exported / "config.json").read_text())
     assert [DECODERS[config["architectures"][0]].architecture] == [decoder]
     assert list(config["id2label"].values()) == list(LABELS)
-    before, after = (dict(disk_tensors(load_scorer(path, LABELS, torch.float32))) for path in (folder, exported))
+    before, after = (dict(disk_tensors(load_classifier(path, LABELS, torch.float32))) for path in (folder, exported))
     assert before.keys() == after.keys()
     assert not torch.equal(before["score.weight"], after["score.weight"])
     assert any(not torch.equal(before[name], after[name]) for name in before if name != "score.weight")
@@ -134,7 +134,7 @@ def test_a_run_resumed_at_every_step_changes_nothing(
     kind: str, runs: Runs, interrupt_at: Callable[[int], None], tmp_path: Path
 ) -> None:
     letters(runs) if kind == "texts" else pictures(runs, tmp_path / "vit")
-    options = ("batch.updates_per_step=2", "checkpoint.every=0", "objective.label_smoothing=0.1")
+    options = ("batch.minibatches_per_step=2", "checkpoint.every=0", "objective.label_smoothing=0.1")
     expected = runs.train(*options)
     stopped = None
     for step in (1, 2, 3):
@@ -162,28 +162,28 @@ def test_an_exported_classifier_goes_on_where_it_ended(runs: Runs) -> None:
 CLASSIFY = Classify(LABELS, label_smoothing=0.1)
 
 
-def texts_with_labels(seed: int, groups: int) -> list[list[Atom]]:
+def texts_with_labels(seed: int, groups: int) -> list[list[SequenceGroup]]:
     """A weighed minibatch of random texts, and one of a single text."""
     generator = random.Random(seed)
 
-    def text() -> Atom:
+    def text() -> SequenceGroup:
         ids = generator.choices(range(256), k=generator.randrange(1, 12))
-        return Atom([], [[*ids, generator.randrange(3)]], mask=[[False] * len(ids) + [True]])
+        return SequenceGroup([], [[*ids, generator.randrange(3)]], mask=[[False] * len(ids) + [True]])
 
-    return [CLASSIFY.weigh([text() for _ in range(count)]) for count in (groups, 1)]
+    return [CLASSIFY.assign_token_weights([text() for _ in range(count)]) for count in (groups, 1)]
 
 
-def images_with_labels(seed: int, groups: int) -> list[list[Atom]]:
+def images_with_labels(seed: int, groups: int) -> list[list[SequenceGroup]]:
     """The same of random images for the tiny Vision Transformer."""
     generator = torch.Generator().manual_seed(seed)
     shape = ViTConfig.tiny().image_format
 
-    def image() -> Atom:
+    def image() -> SequenceGroup:
         pixels = torch.randn(1, shape.channels, shape.height, shape.width, generator=generator)
         label = int(torch.randint(3, (), generator=generator))
-        return Atom([shape.token_id] * shape.tokens, [[label]], images=pixels)
+        return SequenceGroup([shape.token_id] * shape.tokens, [[label]], images=pixels)
 
-    return [CLASSIFY.weigh([image() for _ in range(count)]) for count in (groups, 1)]
+    return [CLASSIFY.assign_token_weights([image() for _ in range(count)]) for count in (groups, 1)]
 
 
 @pytest.mark.slow
@@ -191,7 +191,9 @@ def images_with_labels(seed: int, groups: int) -> list[list[Atom]]:
     ("architecture", "draw"),
     [("Qwen2ForCausalLM", texts_with_labels), ("ViTForImageClassification", images_with_labels)],
 )
-def test_two_processes_are_one(architecture: str, draw: Callable[..., list[list[Atom]]], tmp_path: Path) -> None:
+def test_two_processes_are_one(
+    architecture: str, draw: Callable[..., list[list[SequenceGroup]]], tmp_path: Path
+) -> None:
     """With all parameters shared out, and a second minibatch that leaves one process without work."""
     setup = make_setup(tiny_folder(tmp_path, architecture), objective=CLASSIFY, tokens_per_microbatch=25)
     case = Case([], 1, 0, draw=draw)

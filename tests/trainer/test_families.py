@@ -66,7 +66,7 @@ def test_parameters_shared_out_between_processes_change_nothing(architecture: st
         config = LearnerConfig.model_validate({"zero_stage": stage, "timeout_s": 60})
         learner = Learner(make_setup(source, learner=config))
         metrics = learner.update((minibatches(0), 2))
-        assert metrics["learner/bad_steps"] == 0
+        assert metrics["learner/skipped_updates"] == 0
         tensors, checksums = publish(learner.weights())
         verify((tensors, checksums))
         weights.append({name: tensor.clone() for name, tensor in tensors.items()})

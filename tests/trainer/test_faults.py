@@ -9,7 +9,7 @@ import torch
 from llmquest_rl.data.rows import DataError
 from rewards.failures import TooManyUnscoredError
 from tests.trainer.conftest import REWARDS, Runs, rows, saved
-from trainer.learner.state import BadStepsError
+from trainer.learner.state import TooManySkippedUpdatesError
 from trainer.session import WeightsDifferError
 from trainer.sources.replay import load_rollouts
 
@@ -46,8 +46,8 @@ def test_steps_without_a_difference_in_reward_are_skipped_and_counted(
     runs: Runs, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward(runs, "constant")
-    run = runs.train("batch.max_uniform_steps=2", "optimizer.warmup_steps=0")
-    assert [row["reward/uniform_steps"] for row in rows(run)] == [1, 2, 3]
+    run = runs.train("batch.max_zero_advantage_steps=2", "optimizer.warmup_steps=0")
+    assert [row["reward/zero_advantage_steps"] for row in rows(run)] == [1, 2, 3]
     assert saved(run, 2)["weights"] == saved(run, 3)["weights"]
     assert caplog.text.count("all rewards are equal within every group") == 3
     assert "2 steps in a row without any difference in reward" in capsys.readouterr().err
@@ -56,9 +56,9 @@ def test_steps_without_a_difference_in_reward_are_skipped_and_counted(
 
 def test_steps_without_a_difference_in_reward_can_be_taken(runs: Runs) -> None:
     reward(runs, "constant")
-    run = runs.train("batch.uniform_rewards=take", "algorithm.beta=0.1")
+    run = runs.train("batch.zero_advantage_groups=take", "algorithm.beta=0.1")
     assert [row["learner/updates"] for row in rows(run)] == [1, 2, 3]
-    assert [row["reward/uniform_steps"] for row in rows(run)] == [1, 2, 3]
+    assert [row["reward/zero_advantage_steps"] for row in rows(run)] == [1, 2, 3]
     assert saved(run, 2)["weights"] != saved(run, 3)["weights"], "weight decay and the KL term move the weights"
 
 
@@ -67,19 +67,21 @@ def test_with_a_kl_steps_without_a_difference_in_reward_are_updates(runs: Runs) 
     reward(runs, "constant")
     run = runs.train("algorithm.beta=0.1")
     assert [row["learner/updates"] for row in rows(run)] == [1, 2, 3]
-    assert [row["reward/uniform_steps"] for row in rows(run)] == [1, 2, 3]
+    assert [row["reward/zero_advantage_steps"] for row in rows(run)] == [1, 2, 3]
 
 
 def test_bad_numbers_are_skipped_counted_and_end_the_run(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     reward(runs, "huge")
-    with pytest.raises(BadStepsError, match=r"2 updates in a row had NaN or inf .* The last batch is in") as error:
-        runs.train("learner.max_bad_steps=1", "algorithm.advantage=group_mean", "checkpoint.every=1")
+    with pytest.raises(
+        TooManySkippedUpdatesError, match=r"2 updates in a row had NaN or inf .* The last batch is in"
+    ) as error:
+        runs.train("learner.max_skipped_updates=1", "algorithm.advantage=group_mean", "checkpoint.every=1")
     run = runs.newest()
-    assert [row["learner/bad_steps"] for row in rows(run)] == [1]
+    assert [row["learner/skipped_updates"] for row in rows(run)] == [1]
     assert "update 1 had NaN or inf" in caplog.text
     [batch] = list(run.glob("bad_batch*.pt"))
     assert str(batch) in str(error.value)
-    assert all(atom.completions for atom in torch.load(batch, weights_only=False))
+    assert all(sequence_group.completions for sequence_group in torch.load(batch, weights_only=False))
 
 
 def test_empty_completions_train_and_are_counted(runs: Runs) -> None:
@@ -113,8 +115,8 @@ def test_a_context_that_the_model_does_not_have_is_an_error_before_the_start(run
 
 def test_an_engine_with_other_weights_ends_the_run(runs: Runs) -> None:
     """bfloat16 against float32 differs by more than this limit."""
-    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, rollout.gap_limit is 1e-06"):
-        runs.train("rollout.dtype=bfloat16", "rollout.gap_limit=1e-6")
+    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, rollout.max_logprob_gap is 1e-06"):
+        runs.train("rollout.dtype=bfloat16", "rollout.max_logprob_gap=1e-6")
 
 
 def test_a_replay_of_nothing_is_an_error_before_the_start(runs: Runs, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 import torch
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.models.checkpoint.assemble_vlm import assemble
 from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.models.vit import ViTConfig
@@ -92,7 +92,7 @@ def test_captions_are_learnt(tiny_model: Path, runs: Runs, tmp_path: Path) -> No
     folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
     task = {"name": "shapes", "ask": "colour", "size": 16, "template": "{question}="}
     runs.values["objective"] = {"name": "next_token"}
-    runs.values["data"] = {"dataset": {"name": "sft", "task": task}, "eval_samples": 16}
+    runs.values["data"] = {"dataset": {"name": "sft", "task": task}, "eval_size": 16}
     runs.values["batch"] |= {"sequences_per_step": 16, "tokens_per_sequence": 256, "tokens_per_microbatch": 2048}
     runs.values["optimizer"] = {"lr": 3e-3}
     run = runs.train(f"model.path={folder}", "steps=30", "eval.every=30", "eval.at_start=true")
@@ -101,19 +101,19 @@ def test_captions_are_learnt(tiny_model: Path, runs: Runs, tmp_path: Path) -> No
     assert losses[-1] < 0.75 * blind < 0.05 * losses[0]
 
 
-def mixed(seed: int, groups: int) -> list[list[Atom]]:
+def mixed(seed: int, groups: int) -> list[list[SequenceGroup]]:
     """Minibatches of 1, of 2 and of `groups` groups; every other one, the first to begin with, has an image."""
     pixels = torch.Generator().manual_seed(seed)
 
-    def seen(atom: Atom, number: int) -> Atom:
-        text = [min(token, TINY.image_token_id - 1) for token in atom.prompt]
+    def seen(sequence_group: SequenceGroup, number: int) -> SequenceGroup:
+        text = [min(token, TINY.image_token_id - 1) for token in sequence_group.prompt]
         if number % 2:
-            return replace(atom, prompt=text)
+            return replace(sequence_group, prompt=text)
         mark = [TINY.image_token_id] * TINY.image_format.tokens
-        return replace(atom, prompt=mark + text, images=torch.randn(1, 3, 16, 16, generator=pixels))
+        return replace(sequence_group, prompt=mark + text, images=torch.randn(1, 3, 16, 16, generator=pixels))
 
     drawn = [minibatches(seed, count=1, groups=count)[0] for count in (1, 2, groups)]
-    return [[seen(atom, i) for i, atom in enumerate(atoms)] for atoms in drawn]
+    return [[seen(sequence_group, i) for i, sequence_group in enumerate(sequence_groups)] for sequence_groups in drawn]
 
 
 def test_processes_with_and_without_images_are_one(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from tests.trainer.conftest import REWARDS, Command, Runs, assert_equal_runs, rows, saved
 from trainer.run.checkpoint import CheckpointError
 from trainer.run.folder import RunFolder, RunFolderError
-from trainer.session import Session
+from trainer.session import TrainingRun
 
-HARD = ("batch.updates_per_step=2", "batch.passes_per_step=2", "algorithm.beta=0.1")
+HARD = ("batch.minibatches_per_step=2", "batch.epochs_per_step=2", "algorithm.beta=0.1")
 """Several updates on the same completions, and a frozen reference: the initial model, also after a resume."""
 
 
@@ -25,7 +25,7 @@ def supervised(runs: Runs) -> Runs:
         words = generator.choices(["sun", "moon", "river", "stone", "bird", "tree"], k=100)
         (runs.folder / f"page-{i}.txt").write_text(" ".join(words))
     runs.values["objective"] = {"name": "next_token"}
-    runs.values["data"] = {"dataset": {"name": "text", "path": f"{runs.folder}/page-*.txt"}, "eval_samples": 4}
+    runs.values["data"] = {"dataset": {"name": "text", "path": f"{runs.folder}/page-*.txt"}, "eval_size": 4}
     runs.values["batch"] |= {"sequences_per_step": 8, "tokens_per_sequence": 64}
     return runs
 
@@ -41,11 +41,11 @@ def resumed_at_every_step(runs: Runs, interrupt_at: Callable[[int], None], *over
     return folder
 
 
-@pytest.mark.parametrize("reference_every", ["null", "2"])
+@pytest.mark.parametrize("ref_sync_interval", ["null", "2"])
 def test_rollouts_resumed_at_every_step_change_nothing(
-    reference_every: str, runs: Runs, interrupt_at: Callable[[int], None]
+    ref_sync_interval: str, runs: Runs, interrupt_at: Callable[[int], None]
 ) -> None:
-    options = (*HARD, f"algorithm.reference_every={reference_every}", "checkpoint.every=0")
+    options = (*HARD, f"algorithm.ref_sync_interval={ref_sync_interval}", "checkpoint.every=0")
     expected = runs.train(*options)
     stopped = resumed_at_every_step(runs, interrupt_at, *options)
     assert_equal_runs(stopped, expected, 3)
@@ -55,7 +55,7 @@ def test_rollouts_resumed_at_every_step_change_nothing(
 
 def test_a_data_set_resumed_at_every_step_changes_nothing(runs: Runs, interrupt_at: Callable[[int], None]) -> None:
     supervised(runs)
-    options = ("batch.updates_per_step=2", "model.init=random", "checkpoint.every=0", "eval.at_start=true")
+    options = ("batch.minibatches_per_step=2", "model.init=random", "checkpoint.every=0", "eval.at_start=true")
     expected = runs.train(*options)
     assert_equal_runs(resumed_at_every_step(runs, interrupt_at, *options), expected, 3)
     assert rows(expected)[-1]["eval/loss"] < rows(expected)[0]["eval/loss"]
@@ -119,10 +119,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = runs.train()
-    save, kept = Session._save, []
+    save, kept = TrainingRun._save, []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_full_disk(self: Session, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    def save_on_a_full_disk(self: TrainingRun, step: int, metrics: dict[str, float]) -> dict[str, float]:
         if step != 2:
             return save(self, step, metrics)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -132,7 +132,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             kept.extend(path.name for path in self.folder.checkpoints.iterdir())
 
-    monkeypatch.setattr(Session, "_save", save_on_a_full_disk)
+    monkeypatch.setattr(TrainingRun, "_save", save_on_a_full_disk)
     run = runs.train()
     assert kept == ["step-000001"]
     assert "the disk is full: the checkpoint of step 2 does not fit" in caplog.text

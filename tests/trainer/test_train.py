@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.checkpoint.load_save import load_model
 from tests.trainer.conftest import Runs, rows, saved
 from trainer import inference
@@ -41,9 +41,9 @@ def test_the_saved_configuration_is_enough_to_run_again(runs: Runs) -> None:
 
 
 def test_replayed_rollouts_give_the_same_weights_without_an_engine(runs: Runs) -> None:
-    run = runs.train("rollout.save=true", "batch.passes_per_step=2")
+    run = runs.train("rollout.save=true", "batch.epochs_per_step=2")
     assert replay_steps(run / "rollouts") == [1, 2, 3]
-    replayed = runs.train("batch.passes_per_step=2", "name=replayed", replay=run / "rollouts")
+    replayed = runs.train("batch.epochs_per_step=2", "name=replayed", replay=run / "rollouts")
     assert saved(replayed, 3) == saved(run, 3)
     assert [row["reward/mean"] for row in rows(replayed)] == [row["reward/mean"] for row in rows(run)]
     with pytest.raises(ValueError, match="no rollouts of step 4, and the run has 5 steps"):
@@ -58,7 +58,7 @@ def test_the_trained_model_leaves_the_run_and_is_sampled_from(runs: Runs, tmp_pa
     tokens = AutoTokenizer.from_pretrained(out)("What is 12 + 7?")["input_ids"]
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
-        batch = collate([Atom([tokens[0]], [tokens[1:]], {})])
+        batch = collate([SequenceGroup([tokens[0]], [tokens[1:]], {})])
         ours = load_model(out, torch.float32)(batch).logprobs
     expected = theirs[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

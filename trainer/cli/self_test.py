@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.algorithms.sequence_groups import make_atoms
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.objectives import policy
-from llmquest_rl.types import Completion, Group, Request, Sample, Sampling, Score
+from llmquest_rl.types import Completion, Group, Problem, Request, Sampling, Score
 from rewards.config import GraderConfig, RewardConfig
 from rewards.grader import Grader
 from rewards.types import GradeItem
@@ -48,8 +48,8 @@ def generate_and_learn(folder: Path) -> str:
     learner = Learner(setup)
     try:
         engine.load_weights(learner.weights(), 1)
-        atoms, _ = make_atoms([_graded(engine)], algorithm, SAMPLING.max_tokens)
-        metrics = learner.update(([objective.weigh(atoms)], 1))
+        sequence_groups, _ = make_sequence_groups([_graded(engine)], algorithm, SAMPLING.max_tokens)
+        metrics = learner.update(([objective.assign_token_weights(sequence_groups)], 1))
         engine.load_weights(learner.weights(), 2)
     finally:
         learner.close()
@@ -69,7 +69,7 @@ def write_tiny_model(folder: Path) -> None:
 def _graded(engine: RolloutEngine) -> Group:
     """One prompt's completions, with a made-up reward that differs between them: how many even tokens there are."""
     completions = engine.generate([Request(PROMPT, SAMPLES, seed=0)], SAMPLING)[0]
-    return Group(Sample("self-test", "", PROMPT, None), completions, [Score(_share_of_even(c)) for c in completions])
+    return Group(Problem("self-test", "", PROMPT, None), completions, [Score(_share_of_even(c)) for c in completions])
 
 
 def _share_of_even(completion: Completion) -> float:

@@ -20,8 +20,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError  # noqa:
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
-from trainer.cluster.ray_group import Host, RayHandle  # noqa: E402
-from trainer.cluster.worker_group import Cluster, ClusterError, Handle, Need  # noqa: E402
+from trainer.cluster.ray_group import Host, RayWorkerGroup  # noqa: E402
+from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, WorkerGroup  # noqa: E402
 from trainer.config.schema import ClusterConfig  # noqa: E402
 
 PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
@@ -31,7 +31,7 @@ PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
 class RayCluster(Cluster):
     """A Ray cluster of our own on this machine, or the one that `RAY_ADDRESS` names."""
 
-    def __init__(self, config: ClusterConfig, needs: list[Need], log_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> None:
         self.log_dir = log_dir.resolve()
         self.needs = {need.name: need for need in needs}
         self.start_timeout_s = config.start_timeout_s
@@ -48,8 +48,8 @@ class RayCluster(Cluster):
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
-        in_step: bool = False,
-    ) -> Handle:
+        collective: bool = False,
+    ) -> WorkerGroup:
         need = self.needs[name]
         names = list(self.needs)
         first = sum(self.needs[other].count for other in names[: names.index(name)])
@@ -61,15 +61,15 @@ class RayCluster(Cluster):
             return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{member}.log"))
 
         def build(actor: ActorHandle, member: int) -> Any:
-            if in_step and not meeting:
-                meeting.update(self._meeting_point(actor, f"{name}-{member}"))
+            if collective and not meeting:
+                meeting.update(self._rendezvous(actor, f"{name}-{member}"))
             return actor.build.remote(cls, kwargs(member) | meeting)
 
-        return RayHandle(name, need.count, start, build, max_restarts, self.log_dir)
+        return RayWorkerGroup(name, need.count, start, build, max_restarts, self.log_dir)
 
-    def _meeting_point(self, actor: ActorHandle, name: str) -> dict[str, Any]:
+    def _rendezvous(self, actor: ActorHandle, name: str) -> dict[str, Any]:
         try:
-            return dict(ray.get(actor.meeting_point.remote(), timeout=self.start_timeout_s))
+            return dict(ray.get(actor.rendezvous.remote(), timeout=self.start_timeout_s))
         except (RayActorError, GetTimeoutError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ClusterError(f"{name} did not start ({reason}); its log: {self.log_dir / name}.log.") from error
@@ -80,7 +80,7 @@ class RayCluster(Cluster):
         remove_placement_group(self.group)
         ray.shutdown()
 
-    def _connect(self, needs: list[Need]) -> None:
+    def _connect(self, needs: list[ResourceRequest]) -> None:
         # Tensors travel through the object store without a copy; driver and actors must agree on it.
         env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         env |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
@@ -104,7 +104,7 @@ class RayCluster(Cluster):
                 "for a token, as where ~/.ray/auth_token exists, set RAY_AUTH_MODE=token and copy that file here."
             ) from error
 
-    def _place(self, needs: list[Need], timeout_s: float) -> PlacementGroup:
+    def _place(self, needs: list[ResourceRequest], timeout_s: float) -> PlacementGroup:
         have = ray.cluster_resources()
         for resource, total in (
             ("CPU", sum(need.count * need.cpus for need in needs)),

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from trainer.cluster.worker_group import ClusterError, Handle, free_port
+from trainer.cluster.worker_group import ClusterError, WorkerGroup, free_port
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Host:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
         self.member: Any = None
 
-    def meeting_point(self) -> dict[str, Any]:
+    def rendezvous(self) -> dict[str, Any]:
         """Where the members of a group that works in step can meet: this process's node and a free port of it."""
         address = ray.util.get_node_ip_address()
         return {"master_address": address, "master_port": free_port(address)}
@@ -68,7 +68,7 @@ class Host:
             self.member.close()
 
 
-class RayHandle(Handle):
+class RayWorkerGroup(WorkerGroup):
     """Members are Ray actors inside a placement group."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """Where members run: in this process, or as Ray actors.
 
 Rollout workers, graders and learners are plain classes. `cluster.spawn` makes a group of one class and returns a
-`Handle`, which alone knows whether a member is an object next door or an actor on another node
+`WorkerGroup`, which alone knows whether a member is an object next door or an actor on another node
 (`trainer/cluster/ray_cluster.py`).
 """
 
@@ -37,7 +37,7 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-class Handle(ABC):
+class WorkerGroup(ABC):
     """A group of identical members, numbered from 0."""
 
     def __init__(self, name: str, size: int) -> None:
@@ -72,7 +72,7 @@ class Handle(ABC):
         """Close every member and end its process."""
 
 
-class InlineHandle(Handle):
+class InlineWorkerGroup(WorkerGroup):
     """Members are objects in this process: for a debugger, a notebook or a test. Time limits do not apply."""
 
     def __init__(self, name: str, members: list[Any]) -> None:
@@ -100,7 +100,7 @@ class InlineHandle(Handle):
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceRequest:
     """One group that the cluster must hold."""
 
     name: str
@@ -119,13 +119,13 @@ class Cluster(ABC):
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
-        in_step: bool = False,
-    ) -> Handle:
+        collective: bool = False,
+    ) -> WorkerGroup:
         """Build the members of the group `name`, member i from `cls(**kwargs(i))`. Returns before they are ready.
 
         Args:
             max_restarts: how many deaths in the group are made good before one ends the run.
-            in_step: members join a process group: each is also given `master_address` and `master_port`.
+            collective: members join a process group: each is also given `master_address` and `master_port`.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Cluster(ABC):
 class InlineCluster(Cluster):
     """Everything in this process."""
 
-    def __init__(self, config: ClusterConfig, needs: list[Need], log_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> None:
         self.counts = {need.name: need.count for need in needs}
 
     def spawn(
@@ -145,9 +145,9 @@ class InlineCluster(Cluster):
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
-        in_step: bool = False,
-    ) -> Handle:
-        return InlineHandle(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
+        collective: bool = False,
+    ) -> WorkerGroup:
+        return InlineWorkerGroup(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
 
     def close(self) -> None:
         """Nothing was started."""
@@ -156,7 +156,7 @@ class InlineCluster(Cluster):
 CLUSTERS = {"inline": "trainer.cluster.worker_group:InlineCluster", "ray": "trainer.cluster.ray_cluster:RayCluster"}
 
 
-def open_cluster(config: ClusterConfig, needs: list[Need], log_dir: Path) -> Cluster:
+def open_cluster(config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> Cluster:
     """The cluster that `config.kind` names, large enough for `needs`. Ray is imported only where it is used.
 
     Raises:

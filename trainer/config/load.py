@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainer.config.renamed_keys import RENAMED
 from trainer.config.rules import broken_rules
 from trainer.config.schema import Config
 from trainer.config.sections import Component, options_class, section_class
@@ -63,6 +64,8 @@ def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
     place = f"{tree.origin(path)}: {'.'.join(map(str, path))}"
     found = describe_value(error["input"])
     if error["type"] == "extra_forbidden":
+        if new := RENAMED.get(".".join(map(str, path))):
+            return f"{place}: this key is now called {new}"
         return f"{place}: unknown key{neighbours(str(path[-1]), _known_keys(path[:-1], tree))}"
     if error["type"] == "missing":
         return f"{place}: must be given"

@@ -32,17 +32,17 @@ def from_rollouts(config: Config) -> bool:
 
 def optimizer_updates(config: Config) -> int:
     """In the whole run."""
-    return config.steps * updates_per_step(config)
+    return config.steps * minibatches_per_step(config)
 
 
-def updates_per_step(config: Config) -> int:
+def minibatches_per_step(config: Config) -> int:
     """Optimizer updates that a step's data serves."""
-    return config.batch.updates_per_step * config.batch.passes_per_step
+    return config.batch.minibatches_per_step * config.batch.epochs_per_step
 
 
 def _computes_old_logprobs(config: Config) -> bool:
     """And with them records which experts a mixture chose."""
-    return "old_logprobs" in _objective(config).streams(updates_per_step(config))
+    return "old_logprobs" in _objective(config).computed_logprobs(minibatches_per_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -60,7 +60,7 @@ def _items_per_step(config: Config) -> int:
 def _longest_item(config: Config) -> int:
     if from_rollouts(config):
         return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-    return config.batch.tokens_per_sequence * (2 if _objective(config).compares else 1)
+    return config.batch.tokens_per_sequence * (2 if _objective(config).needs_whole_group else 1)
 
 
 RULES = [
@@ -76,7 +76,7 @@ RULES = [
     ),
     Rule(
         "rewards",
-        lambda c: not from_rollouts(c) or len(c.judge_names) > 0,
+        lambda c: not from_rollouts(c) or len(c.reward_names) > 0,
         "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`, or one "
         "of `reward_models`",
     ),
@@ -87,7 +87,7 @@ RULES = [
     ),
     Rule(
         "reward_models",
-        lambda c: len(set(c.judge_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
+        lambda c: len(set(c.reward_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
         "a reward model has the name of another, or of a reward: each is logged by its name, so give it another one",
     ),
     Rule(
@@ -125,15 +125,15 @@ RULES = [
         "set algorithm.advantage: group_mean",
     ),
     Rule(
-        "algorithm.entropy_share",
-        lambda c: not from_rollouts(c) or c.algorithm.entropy_share == 1 or not c.algorithm.mixes_tokens,
+        "algorithm.top_entropy_fraction",
+        lambda c: not from_rollouts(c) or c.algorithm.top_entropy_fraction == 1 or not c.algorithm.mixes_tokens,
         "here the loss of a token has the gradients of all tokens of its completion, so leaving out its loss would "
         "leave its gradient in: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
         "geometric_clip",
     ),
     Rule(
-        "algorithm.mismatch",
-        lambda c: not from_rollouts(c) or c.algorithm.mismatch != "token_mask" or not c.algorithm.mixes_tokens,
+        "algorithm.is_correction",
+        lambda c: not from_rollouts(c) or c.algorithm.is_correction != "token_mask" or not c.algorithm.mixes_tokens,
         "here the loss of a token has the gradients of all tokens of its completion, so masking it would leave its "
         "gradient in: take sequence_mask, geometric_mask or reject, or ratio: sequence_token",
     ),
@@ -155,9 +155,9 @@ RULES = [
     ),
     Rule(
         "algorithm.surrogate",
-        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or updates_per_step(c) == 1,
-        "log_prob has no importance ratio, so a step's data serves one update: set batch.updates_per_step and "
-        "batch.passes_per_step to 1, or take clip or clipped_weight",
+        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or minibatches_per_step(c) == 1,
+        "log_prob has no importance ratio, so a step's data serves one update: set batch.minibatches_per_step and "
+        "batch.epochs_per_step to 1, or take clip or clipped_weight",
     ),
     Rule(
         "algorithm.old_policy",
@@ -178,15 +178,15 @@ RULES = [
         "kl_unbiased: true or kl_in: reward",
     ),
     Rule(
-        "algorithm.reference_every",
-        lambda c: not from_rollouts(c) or c.algorithm.reference_every is None or c.algorithm.beta > 0,
+        "algorithm.ref_sync_interval",
+        lambda c: not from_rollouts(c) or c.algorithm.ref_sync_interval is None or c.algorithm.beta > 0,
         "without a KL no reference model is held: set algorithm.beta above 0",
     ),
     Rule(
         "algorithm.routing_replay",
         lambda c: not from_rollouts(c) or not c.algorithm.routing_replay or _computes_old_logprobs(c),
         "there is nothing to replay: experts are recorded with the learner's old log-probs, which it computes where a "
-        "step has several updates (batch.updates_per_step or passes_per_step above 1), with old_policy: learner",
+        "step has several updates (batch.minibatches_per_step or epochs_per_step above 1), with old_policy: learner",
     ),
     Rule(
         "algorithm.kl_unbiased",
@@ -200,8 +200,8 @@ RULES = [
         "kl_unbiased: false",
     ),
     Rule(
-        "batch.updates_per_step",
-        lambda c: _items_per_step(c) % c.batch.updates_per_step == 0,
+        "batch.minibatches_per_step",
+        lambda c: _items_per_step(c) % c.batch.minibatches_per_step == 0,
         "it must divide prompts_per_step (RL) or sequences_per_step (supervised), so that minibatches are equal",
     ),
     Rule(
@@ -218,7 +218,7 @@ RULES = [
     Rule(
         "optimizer.warmup_steps",
         lambda c: c.optimizer.warmup_steps < optimizer_updates(c) or c.optimizer.warmup_steps == 0,
-        "the warm-up must end before the run does: fewer than steps x updates_per_step x passes_per_step",
+        "the warm-up must end before the run does: fewer than steps x minibatches_per_step x epochs_per_step",
     ),
     Rule(
         "learner.offload",
@@ -237,12 +237,12 @@ RULES = [
     ),
     Rule(
         "eval.every",
-        lambda c: c.eval.every == 0 or c.data.eval_samples > 0,
-        "there is nothing to evaluate on: set data.eval_samples above 0, or eval.every to 0",
+        lambda c: c.eval.every == 0 or c.data.eval_size > 0,
+        "there is nothing to evaluate on: set data.eval_size above 0, or eval.every to 0",
     ),
     Rule(
         "eval.reward",
-        lambda c: c.eval.reward is None or c.eval.reward in c.judge_names,
+        lambda c: c.eval.reward is None or c.eval.reward in c.reward_names,
         "no reward has this name; it must be one of `rewards` or `reward_models`, or null for the first",
     ),
     Rule(

@@ -62,7 +62,7 @@ class DataConfig(Options):
     """What happens to a longer prompt: dropped and counted, or the run stops."""
     malformed_rows: Literal["drop", "error"] = "error"
     """What happens to a row that cannot be read: dropped and counted, or the run stops. Its line is always named."""
-    eval_samples: NonNegativeInt = 64
+    eval_size: NonNegativeInt = 64
     """Held-out samples (prompts or sequences), disjoint from training, drawn with the seed."""
 
 
@@ -76,7 +76,7 @@ class BatchConfig(Options):
     oversampling: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.5
     """RL with `algorithm.dynamic_sampling`: prompts that a round asks, as a multiple of the groups still missing. Above
     1 there are fewer rounds; usable groups beyond the step's number serve the next one if it has the same weights
-    (`rollout.push_every`), else they are dropped."""
+    (`rollout.weight_sync_interval`), else they are dropped."""
     max_rounds: PositiveInt = 10
     """RL with `algorithm.dynamic_sampling`: rounds in a step before it makes do with the usable groups that it has,
     with a warning. If it has none, the run stops and shows the rewards and some completions."""
@@ -84,20 +84,20 @@ class BatchConfig(Options):
     """Supervised: packed sequences, or pairs of replies, in each step, over all learners."""
     tokens_per_sequence: PositiveInt = 512
     """Supervised: longest sequence in tokens; documents are cut and packed to it."""
-    updates_per_step: PositiveInt = 1
+    minibatches_per_step: PositiveInt = 1
     """Minibatches, hence optimizer updates, that a step's data is split into."""
-    passes_per_step: PositiveInt = 1
+    epochs_per_step: PositiveInt = 1
     """Times that a step's data is gone through (mu, the inner updates of GRPO)."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens of one forward and backward pass of a learner; a larger group is cut into its completions, each with
     its prompt. A memory knob only: results do not depend on it, but for losses that the model itself adds (`aux/...`),
     which are means over each pass."""
-    uniform_rewards: Literal["skip", "take"] = "skip"
+    zero_advantage_groups: Literal["skip", "take"] = "skip"
     """Groups with equal rewards have no advantages. `skip` leaves them out of the forward and backward passes (the
     gradient is the same; metrics of `policy/` then describe the other groups), and a step of such groups alone makes no
     update. With a KL term or an entropy bonus, which they have all the same, they are computed. `take` computes all of
     them."""
-    max_uniform_steps: PositiveInt = 5
+    max_zero_advantage_steps: PositiveInt = 5
     """Such steps in a row before a warning with sample completions."""
 
     def prompts_to_ask(self, missing: int) -> int:
@@ -119,13 +119,13 @@ class RolloutConfig(Options):
     timeout_s: PositiveFloat = 600.0
     """Longest wait for one step's completions, with dynamic sampling for one round's, in seconds; the message names the
     worker that did not answer."""
-    gap_limit: PositiveFloat | None = 0.5
+    max_logprob_gap: PositiveFloat | None = 0.5
     """Largest mean absolute difference between the engine's and the learner's log-probs (nats per token) before the run
     stops: beyond it the two do not have the same weights. null = never stop."""
-    push_every: PositiveInt = 1
-    """Steps after which the learners' weights are pushed to the workers. Above 1 the steps between sample from stale
-    weights, as asynchronous training does, which `gap_limit` sees too; `algorithm.old_policy: engine` takes ratios to
-    what sampled. A resumed run begins with fresh weights."""
+    weight_sync_interval: PositiveInt = 1
+    """Steps between two syncs of the learners' weights to the workers. Above 1 the steps in between sample from stale
+    weights, as asynchronous training does, and `max_logprob_gap` sees that too; `algorithm.old_policy: engine` takes
+    ratios to the policy that sampled. A resumed run begins with fresh weights."""
     sleep: bool = False
     """Free the engine's memory while the learners work: for workers and learners that share a GPU."""
     save: bool = False
@@ -166,7 +166,7 @@ class LearnerConfig(Options):
     """What lives in host memory instead of GPU memory; `parameters` includes the optimizer."""
     timeout_s: PositiveFloat = 1800.0
     """Longest wait for one update and for a collective between learners, in seconds."""
-    max_bad_steps: NonNegativeInt = 3
+    max_skipped_updates: NonNegativeInt = 3
     """Updates with NaN or inf in loss or gradients that are skipped and counted before the run stops and saves the
     batch."""
 
@@ -247,14 +247,14 @@ class ClusterConfig(Options):
     """GPUs given to each rollout worker; a fraction shares one."""
     gpus_per_learner: NonNegativeFloat = 0.0
     """GPUs given to each learner process; a fraction shares one with a rollout worker."""
-    gpus_per_scorer: NonNegativeFloat = 0.0
+    gpus_per_reward_model: NonNegativeFloat = 0.0
     """GPUs given to each process of a reward model; a fraction shares one with a rollout worker."""
     cpus_per_rollout_worker: PositiveFloat | None = None
     """CPU cores of each rollout worker; null = one is reserved, and all of the machine's are used, shared out equally:
     sampling and learning take turns."""
     cpus_per_learner: PositiveFloat | None = None
     """CPU cores of each learner process; null as above."""
-    cpus_per_scorer: PositiveFloat | None = None
+    cpus_per_reward_model: PositiveFloat | None = None
     """CPU cores of each process of a reward model; null as above."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for placement and for actors to start, in seconds."""
@@ -294,14 +294,14 @@ class Config(Options):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
-    def judge_names(self) -> list[str]:
+    def reward_names(self) -> list[str]:
         """Of rewards and reward models."""
         return [reward.name for reward in self.rewards] + [model.name for model in self.reward_models]
 
     @property
     def correct_if(self) -> tuple[str, float]:
         """The reward that decides what counts as correct in an evaluation, and its smallest value that does."""
-        return self.eval.reward or self.judge_names[0], self.eval.threshold
+        return self.eval.reward or self.reward_names[0], self.eval.threshold
 
     @property
     def eval_sampling(self) -> Sampling:

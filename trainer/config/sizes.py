@@ -2,19 +2,19 @@
 
 from rich.table import Table
 
-from trainer.config.rules import from_rollouts, optimizer_updates, updates_per_step
+from trainer.config.rules import from_rollouts, minibatches_per_step, optimizer_updates
 from trainer.config.schema import Config
 
 
 def sizes(config: Config) -> list[tuple[str, str, str]]:
     """(what, how many, from what) of every number that follows from the configured sizes."""
     batch, learners = config.batch, config.learner.processes
-    updates = updates_per_step(config)
+    updates = minibatches_per_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
     cluster, scorers = config.cluster, sum(model.workers for model in config.reward_models)
-    sampling_gpus = config.rollout.workers * cluster.gpus_per_rollout_worker + scorers * cluster.gpus_per_scorer
+    sampling_gpus = config.rollout.workers * cluster.gpus_per_rollout_worker + scorers * cluster.gpus_per_reward_model
     total_gpus = learners * cluster.gpus_per_learner + sampling_gpus * from_rollouts(config)
-    update = f"{batch.updates_per_step} minibatch(es) x {batch.passes_per_step} pass(es)"
+    update = f"{batch.minibatches_per_step} minibatch(es) x {batch.epochs_per_step} pass(es)"
     return [
         *rows,
         ("optimizer updates per step", f"{updates:,}", update),
@@ -30,7 +30,7 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     prompts, samples = batch.prompts_per_step, batch.samples_per_prompt
     completions = prompts * samples
     computed = prompts * config.data.max_prompt_tokens + completions * longest
-    groups = prompts // batch.updates_per_step
+    groups = prompts // batch.minibatches_per_step
     grading = graders.workers * graders.processes if config.rewards else 0
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
@@ -65,10 +65,10 @@ def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:
     batch = config.batch
     tokens = batch.sequences_per_step * batch.tokens_per_sequence
     shape = f"{batch.sequences_per_step} sequences x {batch.tokens_per_sequence} tokens"
-    per_update = batch.sequences_per_step // batch.updates_per_step
+    per_update = batch.sequences_per_step // batch.minibatches_per_step
     return [
         ("tokens per step", f"<= {tokens:,}", shape),
-        ("sequences per update", f"{per_update:,}", f"{batch.updates_per_step} updates share a step's sequences"),
+        ("sequences per update", f"{per_update:,}", f"{batch.minibatches_per_step} updates share a step's sequences"),
         ("tokens in the run", f"<= {tokens * config.steps:,}", f"{config.steps:,} steps"),
     ]
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
 from llmquest_rl.types import Group
-from trainer.cluster.worker_group import Handle
+from trainer.cluster.worker_group import WorkerGroup
 
 MODEL = "model"
 """The folder of the Hub's layout inside a checkpoint."""
@@ -17,19 +17,19 @@ MODEL = "model"
 class StepBatch:
     """What one step trains on."""
 
-    minibatches: list[list[Atom]]
-    """Atoms for each optimizer update, with token weights that make each update's loss a mean. May be empty."""
+    minibatches: list[list[SequenceGroup]]
+    """Sequence groups of each optimizer update; their token weights make the update's loss a mean. May be empty."""
     passes: int = 1
     """Times that the minibatches are gone through."""
     metrics: dict[str, float] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
-    """For RL, what the atoms were made from: shown and saved, not trained on."""
+    """For RL, what the sequence groups were made from: shown and saved, not trained on."""
 
 
 class LearnerGroup:
     """Learners that hold one model together; every call goes to all of them, since they work in step."""
 
-    def __init__(self, handle: Handle, timeout_s: float, start_timeout_s: float) -> None:
+    def __init__(self, handle: WorkerGroup, timeout_s: float, start_timeout_s: float) -> None:
         self.handle = handle
         self.timeout_s = timeout_s
         self.start_timeout_s = start_timeout_s
@@ -45,9 +45,9 @@ class LearnerGroup:
         metrics: dict[str, float] = self.handle.each("update", updates, timeout_s=self.timeout_s)[0]
         return batch.metrics | metrics
 
-    def evaluate(self, atoms: list[Atom]) -> dict[str, float]:
-        """The objective's metrics on held-out atoms, without a gradient."""
-        shares = self._split([atoms])
+    def evaluate(self, sequence_groups: list[SequenceGroup]) -> dict[str, float]:
+        """The objective's metrics on held-out sequence groups, without a gradient."""
+        shares = self._split([sequence_groups])
         metrics: dict[str, float] = self.handle.each("evaluate", [s[0] for s in shares], timeout_s=self.timeout_s)[0]
         return metrics
 
@@ -71,7 +71,7 @@ class LearnerGroup:
     def close(self) -> None:
         self.handle.close()
 
-    def _split(self, minibatches: list[list[Atom]]) -> list[list[list[Atom]]]:
-        """[learners][minibatches][atoms]"""
+    def _split(self, minibatches: list[list[SequenceGroup]]) -> list[list[list[SequenceGroup]]]:
+        """[learners][minibatches][sequence groups]"""
         by_minibatch = [split_ranks(minibatch, self.handle.size) for minibatch in minibatches]
         return [[ranks[rank] for ranks in by_minibatch] for rank in range(self.handle.size)]

@@ -24,21 +24,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.layers.moe.routing_replay import replaying
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.models.base import CausalLM, Scorer, image_format
-from llmquest_rl.models.checkpoint.load_classifier import load_scorer, new_scorer
+from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
+from llmquest_rl.models.checkpoint.load_classifier import load_classifier, new_classifier
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
-from rollout.weights import Published, publish
+from rollout.weights import WeightSnapshot, publish
 from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
 from trainer.learner.process_group import join_group, over_processes, zero_config
 from trainer.learner.reference import load_reference, renew, save_reference
 from trainer.learner.setup import LearnerSetup
-from trainer.learner.state import BadSteps, load_rng, peak_memory_gb, save_rng, seed_everything
+from trainer.learner.state import SkippedUpdates, load_rng, peak_memory_gb, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Learner:
         self.device = torch.device(setup.device)
         self.dtype = getattr(torch, setup.dtype)
         self.steps = self.updates = 0
-        self.bad_steps = BadSteps(setup.learner.max_bad_steps)
+        self.skipped_updates = SkippedUpdates(setup.learner.max_skipped_updates)
         self._set_threads()
         os.environ.setdefault("DS_ACCELERATOR", setup.device)
         self._owns_group = join_group(
@@ -79,11 +79,11 @@ class Learner:
             groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
         )
         self.engine = self._prepare(model)
-        self.model: CausalLM | Scorer = self.engine.module
+        self.model: CausalLM | ClassifierModel = self.engine.module
 
     # --- training ---
 
-    def update(self, work: tuple[Sequence[Sequence[Atom]], int]) -> dict[str, float]:
+    def update(self, work: tuple[Sequence[Sequence[SequenceGroup]], int]) -> dict[str, float]:
         """Run one optimizer update for each minibatch, in each pass.
 
         Args:
@@ -93,21 +93,22 @@ class Learner:
             Metrics over all processes, the same on each.
 
         Raises:
-            BadStepsError: more than `max_bad_steps` updates in a row were skipped; the message names the saved batch.
+            TooManySkippedUpdatesError: more than `max_skipped_updates` updates in a row were skipped; the message names
+                the saved batch.
         """
         minibatches, passes = work
         self._set_threads()
         self.model.train()
         started = time.perf_counter()
         plan = self._plan(minibatches)
-        plan = self._with_streams(plan, self.setup.objective.streams(len(minibatches) * passes))
+        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(len(minibatches) * passes))
         prepared = time.perf_counter()
         metrics = Metrics()
         for _ in range(passes):
-            for microbatches, atoms in zip(plan, minibatches, strict=True):
-                self._update_once(microbatches, atoms, metrics)
+            for microbatches, sequence_groups in zip(plan, minibatches, strict=True):
+                self._update_once(microbatches, sequence_groups, metrics)
         self.steps += 1
-        every = self.setup.objective.reference_every
+        every = self.setup.objective.ref_sync_interval
         if self.reference is not None and every is not None and self.steps % every == 0:
             renew(self.reference, self._gathered())
         metrics.max("time/learner_prepare_s", prepared - started)
@@ -116,11 +117,13 @@ class Learner:
         metrics.max("learner/microbatches", passes * sum(map(len, plan)))
         metrics.max("learner/lr", self.adamw.param_groups[0]["lr"])
         metrics.max("learner/updates", self.updates)
-        metrics.max("learner/bad_steps", self.bad_steps.total)
+        metrics.max("learner/skipped_updates", self.skipped_updates.total)
         metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
         return over_processes(metrics).to_floats()
 
-    def _update_once(self, microbatches: list[TokenBatch], atoms: Sequence[Atom], metrics: Metrics) -> None:
+    def _update_once(
+        self, microbatches: list[TokenBatch], sequence_groups: Sequence[SequenceGroup], metrics: Metrics
+    ) -> None:
         options = self.setup.optimizer
         lr = options.lr * lr_factor(
             options.schedule, self.updates, self.setup.total_updates, options.warmup_steps, options.min_lr_ratio
@@ -141,11 +144,11 @@ class Learner:
         routing = self.model.after_update(norm is not None, dist.all_reduce)
         self.updates += 1
         if norm is None:
-            self.bad_steps.bad(
-                self.updates, atoms, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
+            self.skipped_updates.bad(
+                self.updates, sequence_groups, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
             )
             return
-        self.bad_steps.good()
+        self.skipped_updates.good()
         metrics.merge(parts)
         metrics.mean("learner/grad_norm", norm)
         for name, value in routing.items():
@@ -167,15 +170,18 @@ class Learner:
         self.engine.step()
         return float(norm)
 
-    def _plan(self, minibatches: Sequence[Sequence[Atom]]) -> Plan:
-        budget, compares = self.setup.tokens_per_microbatch, self.setup.objective.compares
-        fitted = [fitting(atoms, budget, self.model.shares_prompts, compares) for atoms in minibatches]
+    def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]]) -> Plan:
+        budget, needs_whole_group = self.setup.tokens_per_microbatch, self.setup.objective.needs_whole_group
+        fitted = [
+            fitting(sequence_groups, budget, self.model.shares_prompts, needs_whole_group)
+            for sequence_groups in minibatches
+        ]
         return plan_microbatches(fitted, budget, image_format(self.model.config))
 
-    def _with_streams(self, plan: Plan, streams: Sequence[str]) -> Plan:
+    def _with_computed_logprobs(self, plan: Plan, token_fields: Sequence[str]) -> Plan:
         """The plan with the log-probs that need no gradient: old policy, frozen reference."""
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
-        for name in streams:
+        for name in token_fields:
             model = models[name]
             assert model is not None, f"the objective asks for {name} but not for a reference model"
             is_policy = model is self.engine
@@ -183,12 +189,12 @@ class Learner:
         return plan
 
     @torch.no_grad()
-    def evaluate(self, atoms: Sequence[Atom]) -> dict[str, float]:
-        """The objective's metrics on this process's share of weighed held-out atoms, named `eval/...`; no gradient."""
+    def evaluate(self, sequence_groups: Sequence[SequenceGroup]) -> dict[str, float]:
+        """The objective's metrics, named `eval/...`, on this process's share of the held-out data; no gradient."""
         self._set_threads()
         self.model.eval()
-        plan = self._plan([atoms])
-        plan = self._with_streams(plan, self.setup.objective.streams(1))
+        plan = self._plan([sequence_groups])
+        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(1))
         metrics = Metrics()
         for batch in plan[0]:
             metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
@@ -213,7 +219,7 @@ class Learner:
             with GatheredParameters([weight]) if cut_up and isinstance(weight, nn.Parameter) else nullcontext():
                 yield name, weight.detach().clone() if cut_up else weight.detach()
 
-    def published(self) -> Published:
+    def published(self) -> WeightSnapshot:
         """The weights in host memory with their checksums, on the first process; nothing on the others."""
         if self.rank == 0:
             return publish((name, tensor.cpu()) for name, tensor in self.weights())
@@ -222,10 +228,10 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write everything that an exact resume needs into an existing folder."""
-        state = {"steps": self.steps, "updates": self.updates, **self.bad_steps.state_dict()}
+        state = {"steps": self.steps, "updates": self.updates, **self.skipped_updates.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
-        if self.rank == 0 and self.reference is not None and self.setup.objective.reference_every is not None:
+        if self.rank == 0 and self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             save_reference(self.reference, folder / TAG)
         dist.barrier()
 
@@ -245,9 +251,9 @@ class Learner:
         if path is None:
             raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
         self.steps, self.updates = state["steps"], state["updates"]
-        if self.reference is not None and self.setup.objective.reference_every is not None:
+        if self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             load_reference(self.reference, folder / TAG)
-        self.bad_steps.load_state_dict(state)
+        self.skipped_updates.load_state_dict(state)
         load_rng(folder / TAG / f"rng_{self.rank}.pt")
 
     def export(self, folder: Path) -> None:
@@ -275,15 +281,15 @@ class Learner:
         if self.setup.threads:
             torch.set_num_threads(self.setup.threads)
 
-    def _build_model(self) -> CausalLM | Scorer:
+    def _build_model(self) -> CausalLM | ClassifierModel:
         path, labels, seed = self.setup.model_path, self.setup.objective.labels, self.setup.seed
         is_new = self.setup.init == "random"
         if labels:
-            build = new_scorer if is_new else load_scorer
+            build = new_classifier if is_new else load_classifier
             return build(path, labels, self.dtype, self.device, seed)
         return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)
 
-    def _prepare(self, model: CausalLM | Scorer) -> Any:
+    def _prepare(self, model: CausalLM | ClassifierModel) -> Any:
         """The model and its optimizer inside a DeepSpeed engine."""
         import deepspeed.ops
         from accelerate import Accelerator

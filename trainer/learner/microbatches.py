@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.layers.moe.routing_replay import noted_choices, num_changed, routers
 from llmquest_rl.objectives import Loss, Objective
 from llmquest_rl.packing import pack
@@ -23,48 +23,50 @@ class _Local:
 
     counts: list[int]
     """Microbatches in each minibatch."""
-    streams: list[str]
+    token_fields: list[str]
     has_images: bool
 
 
-def fitting(atoms: Sequence[Atom], tokens_per_microbatch: int, shares_prompts: bool, compares: bool) -> list[Atom]:
-    """Atoms as a model can compute them: a group beyond the budget is cut into its completions, each with its prompt.
+def fitting(
+    groups: Sequence[SequenceGroup], tokens_per_microbatch: int, shares_prompts: bool, needs_whole_group: bool
+) -> list[SequenceGroup]:
+    """Groups as a model can compute them: a group beyond the budget is cut into its completions, each with its prompt.
 
     Args:
-        atoms: any.
+        groups: any.
         tokens_per_microbatch: the budget.
         shares_prompts: as the model says; without it every completion gets its own copy of the prompt.
         compares: as the objective says; completions then stay together, for which a rule of the configuration makes
             room.
     """
-    if compares:
-        return [atom if shares_prompts else atom.unshared() for atom in atoms]
+    if needs_whole_group:
+        return [group if shares_prompts else group.unshared() for group in groups]
     limit = tokens_per_microbatch if shares_prompts else 0
-    return [part for atom in atoms for part in ([atom] if atom.num_tokens <= limit else atom.expanded())]
+    return [part for group in groups for part in ([group] if group.num_tokens <= limit else group.expanded())]
 
 
 def plan_microbatches(
-    minibatches: Sequence[Sequence[Atom]], tokens_per_microbatch: int, images: ImageFormat | None
+    minibatches: Sequence[Sequence[SequenceGroup]], tokens_per_microbatch: int, images: ImageFormat | None
 ) -> Plan:
     """Pack this process's share of every minibatch into microbatches within the token budget.
 
     With ZeRO-2 and 3 every microbatch holds collectives, so all processes must compute as many, with the same modules.
-    Where this one has fewer microbatches it gets others that hold an idle atom alone; where any process has images, a
-    microbatch without one gets an idle atom with a blank image, beyond its budget. A collective call.
+    Where this one has fewer microbatches it gets others that hold an idle group alone; where any process has images, a
+    microbatch without one gets an idle group with a blank image, beyond its budget. A collective call.
 
     Args:
         minibatches: this process's share of each.
         tokens_per_microbatch: the budget.
         images: how the model wants them; None = it reads text only.
     """
-    packed = [pack(atoms, tokens_per_microbatch) for atoms in minibatches]
-    streams = sorted({name for atoms in minibatches for atom in atoms for name in atom.streams})
-    has_images = any(atom.images is not None for atoms in minibatches for atom in atoms)
+    packed = [pack(groups, tokens_per_microbatch) for groups in minibatches]
+    token_fields = sorted({name for groups in minibatches for group in groups for name in group.token_fields})
+    has_images = any(group.images is not None for groups in minibatches for group in groups)
     everyone: list[_Local] = [_Local([], [], False) for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, _Local([len(parts) for parts in packed], streams, has_images))
-    names = sorted({name for local in everyone for name in local.streams})
+    dist.all_gather_object(everyone, _Local([len(parts) for parts in packed], token_fields, has_images))
+    names = sorted({name for local in everyone for name in local.token_fields})
     assert all(len(local.counts) == len(packed) for local in everyone), "every learner gets a share of each minibatch"
-    idle = idle_atom(names, images, any(local.has_images for local in everyone))
+    idle = idle_group(names, images, any(local.has_images for local in everyone))
     plan = []
     for i, parts in enumerate(packed):
         missing = max(1, *(local.counts[i] for local in everyone)) - len(parts)
@@ -72,51 +74,55 @@ def plan_microbatches(
     return plan
 
 
-def _in_step(atoms: list[Atom], idle: Atom) -> list[Atom]:
-    """The atoms of a microbatch, with the idle one where the others' microbatches compute what these do not."""
-    is_complete = bool(atoms) and (idle.images is None or any(atom.images is not None for atom in atoms))
-    return atoms if is_complete else [*atoms, idle]
+def _in_step(groups: list[SequenceGroup], idle: SequenceGroup) -> list[SequenceGroup]:
+    """The groups of a microbatch, with the idle one where the others' microbatches compute what these do not."""
+    is_complete = bool(groups) and (idle.images is None or any(group.images is not None for group in groups))
+    return groups if is_complete else [*groups, idle]
 
 
-def idle_atom(streams: Sequence[str], images: ImageFormat | None = None, with_image: bool = False) -> Atom:
+def idle_group(
+    token_fields: Sequence[str], images: ImageFormat | None = None, with_image: bool = False
+) -> SequenceGroup:
     """One target whose weight is 0: it goes through every layer and changes nothing.
 
     Args:
-        streams: of the other atoms.
+        token_fields: names of the fields of the other groups.
         images: how the model wants them, if it reads any.
         with_image: whether it goes through the vision tower, too.
     """
-    zeros = {name: [[0.0]] for name in streams}
+    zeros = {name: [[0.0]] for name in token_fields}
     if images is None or not with_image:
         text = 0 if images is None or images.token_id != 0 else 1
-        return Atom([text], [[0]], zeros)
+        return SequenceGroup([text], [[0]], zeros)
     blank = torch.zeros(1, images.channels, images.height, images.width)
-    return Atom([images.token_id] * images.tokens, [[0]], zeros, images=blank)
+    return SequenceGroup([images.token_id] * images.tokens, [[0]], zeros, images=blank)
 
 
 def num_tokens(plan: Plan) -> int:
     """Tokens in a plan, empty microbatches left out."""
     batches = (batch for microbatches in plan for batch in microbatches)
-    return sum(len(batch.tokens) for batch in batches if bool(torch.any(batch.streams["weights"] != 0)))
+    return sum(len(batch.tokens) for batch in batches if bool(torch.any(batch.token_fields["weights"] != 0)))
 
 
 @torch.no_grad()
 def add_logprobs(
     plan: Plan, name: str, model: nn.Module, temperature: float, device: torch.device, record_experts: bool
 ) -> Plan:
-    """The plan with stream `name`: the model's log-probs of the targets.
+    """The plan with the token field `name`: the model's log-probs of the targets.
 
     With `record_experts` also with the experts that computed them, where the model has any. They wait in host memory.
     """
     watched = routers(model) if record_experts else []
 
-    def with_stream(batch: TokenBatch) -> TokenBatch:
+    def with_token_field(batch: TokenBatch) -> TokenBatch:
         with noted_choices(watched) as choices:
             logprobs: Tensor = model(batch.to(device), temperature=temperature).logprobs
-        streams = {**batch.streams, name: logprobs.to("cpu", torch.float32)}
-        return replace(batch, streams=streams, experts=torch.stack(choices).cpu() if choices else batch.experts)
+        token_fields = {**batch.token_fields, name: logprobs.to("cpu", torch.float32)}
+        return replace(
+            batch, token_fields=token_fields, experts=torch.stack(choices).cpu() if choices else batch.experts
+        )
 
-    return [[with_stream(batch) for batch in microbatches] for microbatches in plan]
+    return [[with_token_field(batch) for batch in microbatches] for microbatches in plan]
 
 
 def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) -> Loss:
@@ -131,7 +137,7 @@ def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) 
         return objective.loss(model, batch)
     with noted_choices(routers(model)) as choices:
         loss = objective.loss(model, batch)
-    is_counted = (batch.streams["weights"] != 0).any()
+    is_counted = (batch.token_fields["weights"] != 0).any()
     changed = num_changed(batch.experts, choices)
     loss.metrics.mean("moe/changed_share", changed * is_counted, batch.experts.numel() * is_counted)
     return loss

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 
 log = logging.getLogger(__name__)
 
 
-class BadStepsError(RuntimeError):
+class TooManySkippedUpdatesError(RuntimeError):
     """Too many updates in a row had NaN or inf in loss or gradients."""
 
 
-class BadSteps:
+class SkippedUpdates:
     """Counts updates that were skipped, and stops the run after too many in a row."""
 
     def __init__(self, limit: int) -> None:
@@ -31,31 +31,31 @@ class BadSteps:
         """An update was applied."""
         self.in_a_row = 0
 
-    def bad(self, update: int, atoms: Sequence[Atom], save_to: Path) -> None:
+    def bad(self, update: int, groups: Sequence[SequenceGroup], save_to: Path) -> None:
         """Update number `update` was skipped.
 
         Raises:
-            BadStepsError: it is more than `limit` in a row; this process's share of the batch is saved first.
+            TooManySkippedUpdatesError: more than `limit` in a row; this process's share of the batch is saved first.
         """
         self.total += 1
         self.in_a_row += 1
         log.warning("update %d had NaN or inf in loss or gradients and was skipped", update)
         if self.in_a_row > self.limit:
             save_to.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(list(atoms), save_to)
-            raise BadStepsError(
-                f"{self.in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_bad_steps is "
+            torch.save(list(groups), save_to)
+            raise TooManySkippedUpdatesError(
+                f"{self.in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_skipped_updates is "
                 f"{self.limit}); the weights are those before. The last batch is in {save_to}: torch.load(path, "
-                "weights_only=False) gives its atoms. Lower optimizer.lr or optimizer.max_grad_norm."
+                "weights_only=False) gives its groups. Lower optimizer.lr or optimizer.max_grad_norm."
             )
 
     def state_dict(self) -> dict[str, int]:
         """What an exact resume needs."""
-        return {"bad_steps": self.total, "bad_in_a_row": self.in_a_row}
+        return {"skipped_updates": self.total, "skipped_in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take up what `state_dict` returned."""
-        self.total, self.in_a_row = state["bad_steps"], state["bad_in_a_row"]
+        self.total, self.in_a_row = state["skipped_updates"], state["skipped_in_a_row"]
 
 
 def seed_everything(seed: int, rank: int) -> None:

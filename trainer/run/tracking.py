@@ -115,10 +115,10 @@ class _Row:
     def record(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
-            "sample": self.group.sample.id,
-            "prompt": self.group.sample.prompt,
+            "sample": self.group.problem.id,
+            "prompt": self.group.problem.prompt,
             "completion": self.completion.text,
-            "answer": self.group.sample.answer,
+            "answer": self.group.problem.answer,
             "reward": self.score.value,
             "rewards": self.score.parts,
             "failure": self.score.failure,

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from llmquest_rl.algorithms.sequence_groups import make_atoms
-from llmquest_rl.batch import Atom
-from llmquest_rl.data.stream import AtomStream, PromptStream
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
+from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.objectives import Objective
 from llmquest_rl.packing import minibatches
 from llmquest_rl.types import Group
@@ -45,24 +45,29 @@ class BatchSource(Protocol):
         ...
 
 
-def updates(atoms: Sequence[Atom], objective: Objective, batch: BatchConfig) -> list[list[Atom]]:
+def updates(
+    sequence_groups: Sequence[SequenceGroup], objective: Objective, batch: BatchConfig
+) -> list[list[SequenceGroup]]:
     """The minibatches of a step, each with weights of its own: the mean of an update is over its minibatch."""
-    return [objective.weigh(minibatch) for minibatch in minibatches(atoms, batch.updates_per_step)]
+    return [
+        objective.assign_token_weights(minibatch)
+        for minibatch in minibatches(sequence_groups, batch.minibatches_per_step)
+    ]
 
 
 class DatasetSource:
     """Sequences of a data set."""
 
-    def __init__(self, stream: AtomStream, objective: Objective, config: Config) -> None:
+    def __init__(self, stream: SequenceGroupStream, objective: Objective, config: Config) -> None:
         self.stream = stream
         self.objective = objective
         self.batch = config.batch
-        self.validation = objective.weigh(stream.validation(config.data.eval_samples))
+        self.validation = objective.assign_token_weights(stream.validation(config.data.eval_size))
 
     def next(self, step: int) -> StepBatch:
-        atoms = self.stream.take(self.batch.sequences_per_step)
+        sequence_groups = self.stream.take(self.batch.sequences_per_step)
         metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
-        return StepBatch(updates(atoms, self.objective, self.batch), self.batch.passes_per_step, metrics)
+        return StepBatch(updates(sequence_groups, self.objective, self.batch), self.batch.epochs_per_step, metrics)
 
     def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}
@@ -90,25 +95,25 @@ class RolloutSource:
         self.eval = config.eval
         self.eval_sampling = config.eval_sampling
         self.correct = config.correct_if
-        self.push_every = config.rollout.push_every
+        self.weight_sync_interval = config.rollout.weight_sync_interval
         self.resumed = False
-        self.held_out = stream.held_out(config.data.eval_samples)
-        self.uniform_steps = 0
+        self.held_out = stream.held_out(config.data.eval_size)
+        self.zero_advantage_steps = 0
 
     def next(self, step: int) -> StepBatch:
         groups, metrics = self.sampler.groups(step, self.stream.take, self.batch, self.sampling)
-        atoms, group_metrics = make_atoms(groups, self.algorithm, self.sampling.max_tokens)
+        sequence_groups, group_metrics = make_sequence_groups(groups, self.algorithm, self.sampling.max_tokens)
         metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
         metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
-        self._watch_uniform(atoms, groups)
-        metrics["reward/uniform_steps"] = float(self.uniform_steps)
-        minibatches = updates(atoms, self.objective, self.batch)
-        if self.batch.uniform_rewards == "skip":
+        self._watch_zero_advantage(sequence_groups, groups)
+        metrics["reward/zero_advantage_steps"] = float(self.zero_advantage_steps)
+        minibatches = updates(sequence_groups, self.objective, self.batch)
+        if self.batch.zero_advantage_groups == "skip":
             minibatches = self._with_signal(minibatches)
-        return StepBatch(minibatches, self.batch.passes_per_step, metrics, groups)
+        return StepBatch(minibatches, self.batch.epochs_per_step, metrics, groups)
 
     def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        due = version % self.push_every == 0 or self.resumed
+        due = version % self.weight_sync_interval == 0 or self.resumed
         self.resumed = False
         return self.sampler.push(learners, version) if due else {}
 
@@ -117,37 +122,39 @@ class RolloutSource:
         return metrics | accuracy_metrics(groups, *self.correct) if groups else metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict(), "uniform_steps": self.uniform_steps}
+        return {"stream": self.stream.state_dict(), "zero_advantage_steps": self.zero_advantage_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
-        self.uniform_steps = state["uniform_steps"]
+        self.zero_advantage_steps = state["zero_advantage_steps"]
         self.resumed = True  # the workers have the weights that the run began with
 
-    def _with_signal(self, minibatches: list[list[Atom]]) -> list[list[Atom]]:
+    def _with_signal(self, minibatches: list[list[SequenceGroup]]) -> list[list[SequenceGroup]]:
         """Without groups whose advantages are all 0: they count in the mean and give the policy loss no gradient."""
         if not self.algorithm.needs_advantage:
             return minibatches
-        kept = [[atom for atom in minibatch if _has_signal(atom)] for minibatch in minibatches]
+        kept = [
+            [sequence_group for sequence_group in minibatch if _has_signal(sequence_group)] for minibatch in minibatches
+        ]
         return [minibatch for minibatch in kept if minibatch]
 
-    def _watch_uniform(self, atoms: Sequence[Atom], groups: Sequence[Group]) -> None:
+    def _watch_zero_advantage(self, sequence_groups: Sequence[SequenceGroup], groups: Sequence[Group]) -> None:
         """Count steps in a row in which no group has anything to learn from; a run of them is shown to the user."""
-        if any(map(_has_signal, atoms)):
-            self.uniform_steps = 0
+        if any(map(_has_signal, sequence_groups)):
+            self.zero_advantage_steps = 0
             return
-        self.uniform_steps += 1
+        self.zero_advantage_steps += 1
         log.warning("all rewards are equal within every group of this step: there is nothing to learn from")
-        if self.uniform_steps % self.batch.max_uniform_steps == 0:
+        if self.zero_advantage_steps % self.batch.max_zero_advantage_steps == 0:
             title = (
-                f"{self.uniform_steps} steps in a row without any difference in reward: the task is too hard or too "
-                "easy, or the reward does not see what the model writes"
+                f"{self.zero_advantage_steps} steps in a row without any difference in reward: the task is too "
+                "hard or too easy, or the reward does not see what the model writes"
             )
             Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
 
 
-def _has_signal(atom: Atom) -> bool:
-    return any(value for values in atom.streams["advantages"] for value in values)
+def _has_signal(sequence_group: SequenceGroup) -> bool:
+    return any(value for values in sequence_group.token_fields["advantages"] for value in values)
 
 
 def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:

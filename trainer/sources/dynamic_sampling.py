@@ -2,7 +2,8 @@
 
 DAPO, arXiv 2503.14476, section 3.2, equation 11. A round waits for all that it asked, and the usable groups are taken
 in the order of their prompts, so that short completions are not preferred. Usable groups beyond the step's number are
-counted, and kept for the next step as long as the engine's weights are the same (`rollout.push_every` above 1).
+counted, and kept for the next step as long as the engine's weights are the same (`rollout.weight_sync_interval` above
+1).
 """
 
 import logging
@@ -34,7 +35,7 @@ class NothingUsableError(RuntimeError):
     """All rounds of a step brought no group with anything to learn from."""
 
 
-class UntilFull:
+class DynamicSampling:
     """Asks round by round until a step has its groups, or `batch.max_rounds` is reached."""
 
     def __init__(self, algorithm: Algorithm) -> None:

@@ -7,10 +7,10 @@ from hashlib import blake2b
 from itertools import islice
 from typing import TypeVar
 
-from llmquest_rl.types import Completion, Group, Request, Sample, Sampling, Score
+from llmquest_rl.types import Completion, Group, Problem, Request, Sampling, Score
 from rewards.combine import combined
 from rewards.grader import GradeItem
-from trainer.cluster.worker_group import Handle
+from trainer.cluster.worker_group import WorkerGroup
 
 T = TypeVar("T")
 
@@ -28,10 +28,10 @@ def shares(items: Sequence[T], count: int) -> list[list[T]]:
 
 
 @dataclass(frozen=True)
-class Judge:
+class RewardWorkers:
     """Members that score completions: graders, or the processes of one reward model."""
 
-    members: Handle
+    members: WorkerGroup
     timeout_s: float
     """Longest wait for the scores of one call, beside what each item may take."""
     item_timeout_s: float = 0.0
@@ -50,8 +50,8 @@ class Judge:
 class Rollouts:
     """The sampling half of the system behind one call."""
 
-    workers: Handle
-    judges: list[Judge]
+    workers: WorkerGroup
+    judges: list[RewardWorkers]
     """Every completion is scored by each of them; the values add up."""
     seed: int
     timeout_s: float
@@ -64,7 +64,7 @@ class Rollouts:
             judge.members.wait_ready(timeout_s)
 
     def run(
-        self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int = 0
+        self, problems: list[Problem], n: int, sampling: Sampling, key: str, first: int = 0
     ) -> tuple[list[Group], dict[str, float]]:
         """Complete each sample `n` times and grade the completions.
 
@@ -76,11 +76,11 @@ class Rollouts:
             Groups in the order of the samples, and metrics of time and throughput.
         """
         started = time.perf_counter()
-        completions = self._generate(samples, n, sampling, key, first)
+        completions = self._generate(problems, n, sampling, key, first)
         generated = time.perf_counter()
-        scores = self._grade(samples, completions)
+        scores = self._grade(problems, completions)
         graded = time.perf_counter()
-        groups = [Group(*parts) for parts in zip(samples, completions, scores, strict=True)]
+        groups = [Group(*parts) for parts in zip(problems, completions, scores, strict=True)]
         tokens = sum(len(completion.token_ids) for group in completions for completion in group)
         metrics = {
             "time/generate_s": generated - started,
@@ -99,28 +99,28 @@ class Rollouts:
             judge.members.close()
 
     def _generate(
-        self, samples: list[Sample], n: int, sampling: Sampling, key: str, first: int
+        self, problems: list[Problem], n: int, sampling: Sampling, key: str, first: int
     ) -> list[list[Completion]]:
         requests = [
-            Request(sample.prompt_ids, n, seed_for(self.seed, key, i, sample.id), sample.images)
-            for i, sample in enumerate(samples, start=first)
+            Request(problem.prompt_ids, n, seed_for(self.seed, key, i, problem.id), problem.images)
+            for i, problem in enumerate(problems, start=first)
         ]
         work = [(share, sampling) for share in shares(requests, self.workers.size)]
         answers = self.workers.map("generate", work, timeout_s=self.timeout_s)
         return [group for answer in answers for group in answer]
 
-    def _grade(self, samples: list[Sample], completions: list[list[Completion]]) -> list[list[Score]]:
+    def _grade(self, problems: list[Problem], completions: list[list[Completion]]) -> list[list[Score]]:
         items = [
-            grade_item(sample, completion)
-            for sample, group in zip(samples, completions, strict=True)
+            grade_item(problem, completion)
+            for problem, group in zip(problems, completions, strict=True)
             for completion in group
         ]
-        by_judge = [judge.grade(items) for judge in self.judges]
-        scores = map(combined, zip(*by_judge, strict=True))
+        by_reward = [judge.grade(items) for judge in self.judges]
+        scores = map(combined, zip(*by_reward, strict=True))
         return [[next(scores) for _ in group] for group in completions]
 
 
-def grade_item(sample: Sample, completion: Completion) -> GradeItem:
+def grade_item(problem: Problem, completion: Completion) -> GradeItem:
     """What a reward gets to see: the row as the data set has it, the completion's text, and how long it was."""
     seen = {"completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
-    return GradeItem(sample.prompt, completion.text, sample.answer, sample.columns | seen)
+    return GradeItem(problem.prompt, completion.text, problem.answer, problem.columns | seen)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 
 FORMAT = 1
 _FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
@@ -80,7 +80,7 @@ def save_rollouts(folder: Path, step: int, groups: Sequence[Group]) -> Path:
         try:
             lines.append(json.dumps(_row(group)))
         except TypeError as error:
-            raise TypeError(f"sample {group.sample.id} cannot be saved for replay: {error}") from None
+            raise TypeError(f"sample {group.problem.id} cannot be saved for replay: {error}") from None
     # Level 1 and no time stamp: rollouts are mostly digits, and equal rollouts make equal files.
     data = gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=1, mtime=0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -131,19 +131,19 @@ def _path(folder: Path, step: int) -> Path:
 
 def _row(group: Group) -> dict[str, Any]:
     return {
-        "sample": _fields(group.sample),
+        "sample": _fields(group.problem),
         "completions": [_fields(completion) for completion in group.completions],
         "scores": [_fields(score) for score in group.scores],
     }
 
 
-def _fields(item: Sample | Completion | Score) -> dict[str, Any]:
+def _fields(item: Problem | Completion | Score) -> dict[str, Any]:
     return {field.name: _encode(getattr(item, field.name)) for field in fields(item)}
 
 
 def _group(row: dict[str, Any]) -> Group:
     return Group(
-        sample=Sample(**row["sample"]),
+        problem=Problem(**row["sample"]),
         completions=[Completion(**completion) for completion in row["completions"]],
         scores=[Score(**score) for score in row["scores"]],
     )

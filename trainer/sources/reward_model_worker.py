@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.data.pairs import judged_ids, judged_together
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
@@ -25,7 +25,7 @@ from trainer.learner.microbatches import fitting
 
 
 @dataclass(frozen=True, slots=True)
-class ScorerSetup:
+class RewardModelSetup:
     """What every process of one reward model is told."""
 
     config: RewardModelConfig
@@ -35,7 +35,7 @@ class ScorerSetup:
     threads: int = 1
 
 
-def check_reward_model(setup: ScorerSetup) -> PromptRenderer:
+def check_reward_model(setup: RewardModelSetup) -> PromptRenderer:
     """Check that a reward model can judge, without reading a weight; returns what renders its prompts.
 
     Raises:
@@ -58,10 +58,10 @@ def check_reward_model(setup: ScorerSetup) -> PromptRenderer:
         raise ValueError(f"the reward model `{config.name}`: {error}") from error
 
 
-class ScoreWorker:
+class RewardModelWorker:
     """Judges completions. A plain class: the cluster makes it an actor, a test uses it as it is."""
 
-    def __init__(self, setup: ScorerSetup) -> None:
+    def __init__(self, setup: RewardModelSetup) -> None:
         """Load the model.
 
         Raises:
@@ -119,17 +119,19 @@ class ScoreWorker:
         found: dict[int, float] = {}
         budget = self.setup.config.tokens_per_batch
         with cpu_threads(self.setup.threads):
-            groups = list(self._atoms(items, sequences))
-            for atoms in pack(fitting(groups, budget, self.model.shares_prompts, compares=False), budget):
-                batch = collate(atoms)
+            groups = list(self._sequence_groups(items, sequences))
+            for sequence_groups in pack(
+                fitting(groups, budget, self.model.shares_prompts, needs_whole_group=False), budget
+            ):
+                batch = collate(sequence_groups)
                 values = self.model(batch.to(self.device)).values[:, 0].tolist()
-                found |= zip(batch.streams["items"].long().tolist(), values, strict=True)
+                found |= zip(batch.token_fields["items"].long().tolist(), values, strict=True)
         return found
 
-    def _atoms(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> Iterator[Atom]:
-        """Neighbours with the same prompt together; stream `items` has their numbers."""
+    def _sequence_groups(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> Iterator[SequenceGroup]:
+        """Neighbours with the same prompt together; the token field `items` has their numbers."""
         for _, numbers in groupby(sequences, key=lambda number: items[number].prompt):
             group = list(numbers)
-            atom = judged_together([sequences[number] for number in group])
-            places = [[float(n)] * len(ids) for n, ids in zip(group, atom.completions, strict=True)]
-            yield atom.with_stream("items", places)
+            sequence_group = judged_together([sequences[number] for number in group])
+            places = [[float(n)] * len(ids) for n, ids in zip(group, sequence_group.completions, strict=True)]
+            yield sequence_group.with_token_field("items", places)

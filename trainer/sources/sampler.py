@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmquest_rl.types import Group, Sample, Sampling
+from llmquest_rl.types import Group, Problem, Sampling
 from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
 from trainer.config.schema import BatchConfig
 from trainer.learner.group import LearnerGroup
@@ -14,11 +14,11 @@ from trainer.sources.dynamic_sampling import Ask, NothingUsableError, Sampled
 from trainer.sources.generate_and_grade import Rollouts, grade_item
 from trainer.sources.replay import load_rollouts, save_rollouts
 
-Draw = Callable[[int], list[Sample]]
+Draw = Callable[[int], list[Problem]]
 """Takes so many samples off the stream of prompts."""
 
 
-class Gather(Protocol):
+class GroupCollector(Protocol):
     """Makes a step's groups with a function that asks prompts."""
 
     def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled: ...
@@ -28,7 +28,7 @@ class Gather(Protocol):
         ...
 
 
-class OneRound:
+class SingleRound:
     """Every prompt gives a group, whatever its rewards."""
 
     def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
@@ -45,7 +45,7 @@ class Sampler(Protocol):
         """Groups for training, and metrics."""
         ...
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
+    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
         """Groups for evaluation; none where nothing can be sampled."""
         ...
 
@@ -61,7 +61,7 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
         TooManyUnscoredError: their share is above the limit.
     """
     scores = [score for group in groups for score in group.scores]
-    items = [grade_item(group.sample, completion) for group in groups for completion in group.completions]
+    items = [grade_item(group.problem, completion) for group in groups for completion in group.completions]
     check_unscored(scores, items, limit)
     return {f"reward/failed_{kind}": float(count) for kind, count in failure_counts(scores).items()}
 
@@ -70,7 +70,7 @@ class LiveSampler:
     """Rollout workers and graders."""
 
     def __init__(
-        self, rollouts: Rollouts, gather: Gather, max_unscored_share: float, sleeps: bool, save_to: Path | None
+        self, rollouts: Rollouts, gather: GroupCollector, max_unscored_share: float, sleeps: bool, save_to: Path | None
     ) -> None:
         self.rollouts = rollouts
         self.gather = gather
@@ -99,9 +99,9 @@ class LiveSampler:
         self._save(step, groups)
         return groups, metrics
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
+    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
         # The key does not hold the step: evaluations differ by the weights alone.
-        groups, metrics = self.rollouts.run(samples, n, sampling, "eval")
+        groups, metrics = self.rollouts.run(problems, n, sampling, "eval")
         check_groups(groups, self.max_unscored_share)
         return groups, {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
 
@@ -119,7 +119,7 @@ class LiveSampler:
         return {
             "time/sync_s": time.perf_counter() - started,
             "rollout/weight_version": float(version),
-            "rollout/pushed_mb": sum(report.num_bytes for report in reports) / 1e6,
+            "rollout/synced_mb": sum(report.num_bytes for report in reports) / 1e6,
         }
 
     def _all(self, method: str, *args: Any) -> list[Any]:
@@ -146,7 +146,7 @@ class ReplayedSampler:
         draw(len(groups))  # the epoch moves on; prompts whose groups were not saved are not known here
         return groups, {}
 
-    def held_out(self, step: int, samples: list[Sample], n: int, sampling: Sampling) -> Sampled:
+    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
         return [], {}
 
     def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import DatasetContext, Fields, RowKind, SupervisedData
 from llmquest_rl.data.row_source import RowSource, read_source
 from llmquest_rl.data.rows import DataError, Row, check_prompt
@@ -78,11 +78,11 @@ def _text_kind(numbers: Mapping[str, int], renderer: PromptRenderer) -> RowKind:
     def check(row: Fields) -> str | None:
         return _check_text(row) or _check_label(row, numbers)
 
-    def atom(row: Fields) -> Atom:
+    def group(row: Fields) -> SequenceGroup:
         ids = _ids(row, renderer)
-        return Atom([], [[*ids, _number(row, numbers)]], mask=[[*[False] * len(ids), True]])
+        return SequenceGroup([], [[*ids, _number(row, numbers)]], mask=[[*[False] * len(ids), True]])
 
-    return RowKind(check, atom, _question)
+    return RowKind(check, group, _question)
 
 
 def _image_kind(numbers: Mapping[str, int], shape: ImageFormat) -> RowKind:
@@ -91,10 +91,10 @@ def _image_kind(numbers: Mapping[str, int], shape: ImageFormat) -> RowKind:
         problem = None if found == 1 else f"the model reads one image (columns.images), but the row has {found}"
         return problem or _check_label(row, numbers)
 
-    def atom(row: Fields) -> Atom:
-        return Atom([shape.token_id] * shape.tokens, [[_number(row, numbers)]])
+    def group(row: Fields) -> SequenceGroup:
+        return SequenceGroup([shape.token_id] * shape.tokens, [[_number(row, numbers)]])
 
-    return RowKind(check, atom, lambda row: "")  # the image alone says which rows are the same
+    return RowKind(check, group, lambda row: "")  # the image alone says which rows are the same
 
 
 def _number(row: Fields, numbers: Mapping[str, int]) -> int:

@@ -53,7 +53,7 @@ class Config(Location):
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set: atoms of two completions, the chosen one first, and a stream `margins` where rows have one.
+    """The data set: groups of two completions, the chosen one first, and a token field `margins` where rows have one.
 
     Raises:
         DataError: no such file or column, or a malformed row where those are errors.
@@ -65,13 +65,13 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
 def pairs(renderer: PromptRenderer) -> RowKind:
     """Rows of two replies."""
 
-    def atom(row: Fields) -> Any:
+    def group(row: Fields) -> Any:
         made = judged_together([judged_ids(conversation(row, reply), renderer) for reply in REPLIES])
         if "margin" not in row:
             return made
-        return made.with_stream("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
+        return made.with_token_field("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
 
-    return RowKind(_problem, atom, _question)
+    return RowKind(_problem, group, _question)
 
 
 def conversation(row: Fields, reply: str) -> Fields:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.files import READERS, find_files, is_local, read_files, read_hub
 from llmquest_rl.data.rows import DataError, held_out_keys
@@ -45,7 +45,7 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks(Sequence[Atom]):
+class Blocks(Sequence[SequenceGroup]):
     """Consecutive blocks of one long row of tokens; the last may be shorter."""
 
     tokens: NDArray[np.int32]
@@ -56,14 +56,14 @@ class Blocks(Sequence[Atom]):
         return full + (rest >= 2)  # a single token predicts nothing
 
     @overload
-    def __getitem__(self, index: int) -> Atom: ...
+    def __getitem__(self, index: int) -> SequenceGroup: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Atom]: ...
-    def __getitem__(self, index: int | slice) -> Atom | list[Atom]:
+    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
+    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         start = range(len(self))[index] * self.length
-        return Atom([], [self.tokens[start : start + self.length].tolist()])
+        return SequenceGroup([], [self.tokens[start : start + self.length].tolist()])
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquest_rl.models.base import Scorer
+from llmquest_rl.models.base import ClassifierModel
 from llmquest_rl.models.checkpoint.load_save import allocate, load_any_model, read_shape
 from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.models.weight_map import HFMap, hf_map, named_weights
 
 
-def load_scorer(
+def load_classifier(
     path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> Scorer:
+) -> ClassifierModel:
     """A model that scores `labels`, from a checkpoint folder.
 
     A classifier with that many labels is read as it is. With another number, and from a decoder, everything but the
@@ -38,12 +38,12 @@ def load_scorer(
     """
     source = load_any_model(path, dtype, device)
     kind, shape = _scorer_shape(hf_map(source), source.config, tuple(labels), path)
-    if isinstance(source, Scorer) and len(source.config.labels) == len(labels):
+    if isinstance(source, ClassifierModel) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
     with torch.device("meta"):
         model = kind(shape)
-    place = "" if isinstance(source, Scorer) else "decoder."
+    place = "" if isinstance(source, ClassifierModel) else "decoder."
     _take_over(model, {place + name: weight for name, weight in named_weights(source)})
     head = model.get_submodule(model.new_head)
     head.to(dtype).to_empty(device=device)
@@ -51,10 +51,10 @@ def load_scorer(
     return model
 
 
-def new_scorer(
+def new_classifier(
     path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> Scorer:
-    """As `load_scorer`, of the shape in `path`/config.json with random weights: the same for a seed on every device.
+) -> ClassifierModel:
+    """As `load_classifier`, with random weights of the shape in `path`/config.json; they depend on the seed alone.
 
     Raises:
         ValueError: config.json is missing or damaged, or nothing that scores is made of its architecture.
@@ -67,8 +67,8 @@ def new_scorer(
     return model
 
 
-def check_scorer(path: Path | str, labels: Sequence[str]) -> None:
-    """Check that `load_scorer` and `new_scorer` can make something of a folder's config.json. No weight is read.
+def check_classifier(path: Path | str, labels: Sequence[str]) -> None:
+    """Check that a folder's config.json can be turned into a classifier. No weight is read.
 
     Raises:
         ValueError: as they.
@@ -76,9 +76,11 @@ def check_scorer(path: Path | str, labels: Sequence[str]) -> None:
     _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
 
 
-def _scorer_shape(hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str) -> tuple[type[Scorer], Any]:
+def _scorer_shape(
+    hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str
+) -> tuple[type[ClassifierModel], Any]:
     """The class and config of what scores `labels` and is made of a model with map `hf` and config `shape`."""
-    if issubclass(hf.model, Scorer):
+    if issubclass(hf.model, ClassifierModel):
         own = shape.labels
         if own != labels and sorted(own) == sorted(labels):
             raise ValueError(f"{path} has the labels {', '.join(own)} in this order: name them in the same")
@@ -91,7 +93,7 @@ def _scorer_shape(hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | s
     return SequenceClassifier, SequenceClassifierConfig.of_decoder(hf, shape, labels)
 
 
-def _take_over(model: Scorer, weights: Mapping[str, Tensor]) -> None:
+def _take_over(model: ClassifierModel, weights: Mapping[str, Tensor]) -> None:
     """Give a skeleton these weights, without a copy; what it does not have is dropped, its head stays without."""
     is_head = f"{model.new_head}."
     wanted = {name for name, _ in named_weights(model) if not name.startswith(is_head)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import Atom, Layout, collate
+from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.load_save import load_any_model
@@ -90,16 +90,16 @@ def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
     prompt, *continuations = _random_tokens(model, seed)
     theirs.config.pad_token_id = None  # a last token that happens to be it would be passed over
     expected = [theirs(torch.cat((prompt, tail))[None], use_cache=False).logits for tail in continuations]
-    separate = [Atom([], [[*prompt.tolist(), *tail.tolist(), 0]]) for tail in continuations]
-    shared = Atom(prompt.tolist(), [[*tail.tolist(), 0] for tail in continuations])
+    separate = [SequenceGroup([], [[*prompt.tolist(), *tail.tolist(), 0]]) for tail in continuations]
+    shared = SequenceGroup(prompt.tolist(), [[*tail.tolist(), 0] for tail in continuations])
     packed = _scores(model, separate)
     difference = _largest_difference(_scores(model, [shared]), expected) if model.shares_prompts else 0.0
     return _report(theirs, expected, packed, difference)
 
 
-def _scores(model: Any, atoms: list[Atom]) -> list[Tensor]:
+def _scores(model: Any, groups: list[SequenceGroup]) -> list[Tensor]:
     """Of the last token but the placeholder, [1, labels] for each completion."""
-    last = [replace(atom, mask=[[*[False] * (len(c) - 1), True] for c in atom.completions]) for atom in atoms]
+    last = [replace(group, mask=[[*[False] * (len(c) - 1), True] for c in group.completions]) for group in groups]
     return list(model(collate(last)).values.split(1))
 
 

@@ -49,7 +49,7 @@ def recipe(tmp_path: Path) -> Path:
     values = {
         "name": "tiny",
         "steps": 2,
-        "data": {"task": {"name": "arithmetic"}, "eval_samples": 8},
+        "data": {"task": {"name": "arithmetic"}, "eval_size": 8},
         "rollout": {"engine": {"name": "native"}, "dtype": "float32"},
         "model": {"dtype": "float32"},
         "rewards": [{"name": "exact_number"}],

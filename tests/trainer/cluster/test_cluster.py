@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.cluster.members import Member
-from trainer.cluster.worker_group import Cluster, ClusterError, Need, free_port, open_cluster
+from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port, open_cluster
 from trainer.config.schema import ClusterConfig
 
-NEEDS = [Need("workers", 2, cpus=1, gpus=0), Need("frail", 2, cpus=1, gpus=0)]
+NEEDS = [ResourceRequest("workers", 2, cpus=1, gpus=0), ResourceRequest("frail", 2, cpus=1, gpus=0)]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
 
     small = object.__new__(RayCluster)
     with pytest.raises(ClusterError, match=r"has 0 GPUs, but this run asks for 4 .*2 learners x 2"):
-        small._place([Need("learners", 2, cpus=1, gpus=2)], 5)
+        small._place([ResourceRequest("learners", 2, cpus=1, gpus=2)], 5)
     with pytest.raises(ClusterError, match="did not place"):
-        small._place([Need("workers", 4, cpus=1, gpus=0)], 1)
+        small._place([ResourceRequest("workers", 4, cpus=1, gpus=0)], 1)
 
 
 def test_inline_members_are_objects_next_door() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llmquest_rl.types import Group
 from tests.trainer.conftest import Runs, rows
-from trainer.cluster.ray_group import RayHandle
+from trainer.cluster.ray_group import RayWorkerGroup
 from trainer.cluster.worker_group import ClusterError
 from trainer.inference import trained_model
 from trainer.sources.replay import load_rollouts
@@ -80,7 +80,9 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int, Fault], 
 
     def set_up(group: str, method: str, call: int, fault: Fault) -> None:
         for name in ("map", "each"):
-            monkeypatch.setattr(RayHandle, name, _with_fault(getattr(RayHandle, name), group, method, call, fault))
+            monkeypatch.setattr(
+                RayWorkerGroup, name, _with_fault(getattr(RayWorkerGroup, name), group, method, call, fault)
+            )
 
     return set_up
 
@@ -88,7 +90,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int, Fault], 
 def _with_fault(original: Any, group: str, method: str, call: int, fault: Fault) -> Any:
     calls = 0
 
-    def wrapped(self: RayHandle, name: str, *arguments: Any, **options: Any) -> Any:
+    def wrapped(self: RayWorkerGroup, name: str, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         if (self.name, name) == (group, method):
             calls += 1

@@ -8,7 +8,10 @@ import yaml
 from rich.console import Console
 
 from trainer.config.load import ConfigError, dump, load_config, parse_config
+from trainer.config.renamed_keys import RENAMED
 from trainer.config.rules import RULES, from_rollouts
+from trainer.config.schema import Config
+from trainer.config.sections import section_class
 from trainer.config.sizes import sizes, sizes_table
 
 RL: dict[str, Any] = {
@@ -195,10 +198,10 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 
 ONE_SAMPLE = {"prompts_per_step": 1, "samples_per_prompt": 1}
 WHITENED: dict[str, Any] = {**RL, "algorithm": {"name": "reinforce_pp"}}
-REPLAYED = changed(changed(RL, "batch.passes_per_step", 2), "algorithm.routing_replay", True)
+REPLAYED = changed(changed(RL, "batch.epochs_per_step", 2), "algorithm.routing_replay", True)
 REINFORCE = changed(RL, "algorithm.name", "reinforce")
 UNBIASED = ("algorithm.kl_unbiased", True, "algorithm.kl_unbiased")
-MASKED = ("algorithm.entropy_share", 0.2, "algorithm.entropy_share")
+MASKED = ("algorithm.top_entropy_fraction", 0.2, "algorithm.top_entropy_fraction")
 BROKEN = [
     (RL, "data.task", None, "data.task"),
     (SUPERVISED, "data.dataset", None, "data.dataset"),
@@ -217,8 +220,8 @@ BROKEN = [
     (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
     (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
-    (changed(RL, "algorithm.name", "rloo"), "batch.updates_per_step", 2, "algorithm.surrogate"),
-    (changed(RL, "algorithm.name", "opo"), "batch.passes_per_step", 2, "algorithm.surrogate"),
+    (changed(RL, "algorithm.name", "rloo"), "batch.minibatches_per_step", 2, "algorithm.surrogate"),
+    (changed(RL, "algorithm.name", "opo"), "batch.epochs_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
     (changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k1", "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
@@ -226,19 +229,19 @@ BROKEN = [
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "abs"), *UNBIASED),
     (RL, "algorithm.normalization", "batch_std", "algorithm.normalization"),
     *((changed(RL, "algorithm.name", name), *MASKED) for name in ("gspo", "luspo", "gmpo")),
-    (changed(RL, "algorithm.name", "gspo"), "algorithm.mismatch", "token_mask", "algorithm.mismatch"),
-    (RL, "algorithm.reference_every", 4, "algorithm.reference_every"),
+    (changed(RL, "algorithm.name", "gspo"), "algorithm.is_correction", "token_mask", "algorithm.is_correction"),
+    (RL, "algorithm.ref_sync_interval", 4, "algorithm.ref_sync_interval"),
     (RL, "algorithm.routing_replay", True, "algorithm.routing_replay"),
     (REPLAYED, "algorithm.old_policy", "engine", "algorithm.routing_replay"),
-    (RL, "batch.updates_per_step", 3, "batch.updates_per_step"),
-    (SUPERVISED, "batch.updates_per_step", 5, "batch.updates_per_step"),
+    (RL, "batch.minibatches_per_step", 3, "batch.minibatches_per_step"),
+    (SUPERVISED, "batch.minibatches_per_step", 5, "batch.minibatches_per_step"),
     (RL, "batch.tokens_per_microbatch", 700, "batch.tokens_per_microbatch"),
     (RL, "rollout.sampling.temperature", 0, "rollout.sampling.temperature"),
     (RL, "optimizer.warmup_steps", 4, "optimizer.warmup_steps"),
     (RL, "learner.offload", "optimizer", "learner.offload"),
     (RL, "learner", {"offload": "parameters", "zero_stage": 2}, "learner.offload"),
     (RL, "learner", {"processes": 2}, "cluster.kind"),
-    (RL, "data.eval_samples", 0, "eval.every"),
+    (RL, "data.eval_size", 0, "eval.every"),
     (RL, "eval.reward", "format", "eval.reward"),
     (RL, "eval.every", 0, "checkpoint.best_metric"),
 ]
@@ -282,7 +285,7 @@ def test_what_turns_a_correction_off_is_no_such_number() -> None:
     for row in ("dppo", "grpo"):
         parse_config(changed(changed(RL, "algorithm.name", row), "algorithm.tis_cap", None))
     without = changed(RL, "algorithm.tis_cap", None)
-    assert "mismatch is read with" in problems_of(changed(without, "algorithm.mismatch", "reject"))[0]
+    assert "is_correction is read with" in problems_of(changed(without, "algorithm.is_correction", "reject"))[0]
 
 
 @pytest.mark.parametrize("key", ["beta", "positive_weight", "entropy_bonus", "length_weight"])
@@ -327,7 +330,7 @@ def test_a_users_function_is_a_task_and_its_parameters_are_its_options(tmp_path:
 
 
 def test_sizes_follow_from_the_configuration() -> None:
-    batch = {"prompts_per_step": 6, "samples_per_prompt": 4, "updates_per_step": 3, "passes_per_step": 2}
+    batch = {"prompts_per_step": 6, "samples_per_prompt": 4, "minibatches_per_step": 3, "epochs_per_step": 2}
     config = parse_config(
         {
             **RL,
@@ -375,3 +378,14 @@ def test_the_table_of_sizes_is_printed_whole() -> None:
 def test_the_objective_says_where_batches_come_from() -> None:
     assert from_rollouts(parse_config(RL))
     assert not from_rollouts(parse_config(SUPERVISED))
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_told_its_new_name(old: str, new: str) -> None:
+    assert problems_of(changed(RL, old, 1)) == [f"file.yaml: {old}: this key is now called {new}"]
+
+
+@pytest.mark.parametrize("new", RENAMED.values())
+def test_a_new_key_exists(new: str) -> None:
+    section, _, key = new.partition(".")
+    assert key in section_class(Config.model_fields[section]).model_fields  # type: ignore[union-attr]

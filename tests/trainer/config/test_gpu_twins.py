@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from llmquest_rl.models.checkpoint.count import count_parameters
-from llmquest_rl.models.checkpoint.load_classifier import check_scorer
+from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
 from trainer.assemble import needs
-from trainer.components import Parts
+from trainer.components import RunComponents
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.config.sizes import sizes
@@ -137,7 +137,7 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
 def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folders: dict[str, Path]) -> None:
     for label, arguments in variants(path).items():
         folder = folders[load_config(path, arguments).model.path]
-        parts = Parts(load_config(path, [*arguments, f"model.path={folder}"]))
+        parts = RunComponents(load_config(path, [*arguments, f"model.path={folder}"]))
         assert parts.objective.source == "rollout", label
         parts.check_experts()
         setup = parts.learner_setup(folder)
@@ -157,11 +157,11 @@ def test_the_stages_before_fit_their_gpus_and_assemble(path: Path, folders: dict
     assert config.learner.processes * config.cluster.gpus_per_learner == gpus
     folder = folders[config.model.path]
     assert learner_gb(config, num_parameters(folder)) < 0.75 * gigabytes
-    parts = Parts(load_config(path, [f"model.path={folder}"]))
+    parts = RunComponents(load_config(path, [f"model.path={folder}"]))
     assert parts.objective.source == "dataset"
     assert parts.learner_setup(folder).dtype == "bfloat16"
     if parts.objective.labels:
-        check_scorer(folder, parts.objective.labels)
+        check_classifier(folder, parts.objective.labels)
 
 
 RLHF = PAPERS / "gpu" / "rloo_vs_grpo.yaml"
@@ -187,8 +187,8 @@ def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({**row, "response": row["chosen"]}) + "\n" for row in rows))
 
-    def parts(path: Path, option: str) -> Parts:
-        return Parts(load_config(path, ["model.path=smollm2-135m-instruct", f"data.{option}.path={file}"]))
+    def parts(path: Path, option: str) -> RunComponents:
+        return RunComponents(load_config(path, ["model.path=smollm2-135m-instruct", f"data.{option}.path={file}"]))
 
     rlhf = parts(RLHF, "task")
     prompts = {tuple(sample.prompt_ids): sample.prompt for sample in rlhf.prompts.take(7)}
@@ -196,10 +196,10 @@ def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:
     assert {rlhf.renderer.decode(ids) for ids in prompts} == set(prompts.values()), "texts as they are"
     eos = rlhf.renderer.tokenizer.eos_token
     replies = {row["prompt"]: (f"{row['chosen']}{eos}", f"{row['rejected']}{eos}") for row in rows}
-    for atom in parts(FINE_TUNING, "dataset").sequences.take(7):
-        prompt = rlhf.renderer.decode(atom.prompt)
-        assert [rlhf.renderer.decode(ids) for ids in atom.completions] == [replies[prompt][0]]
-        assert prompts.get(tuple(atom.prompt), prompt) == prompt
+    for group in parts(FINE_TUNING, "dataset").sequences.take(7):
+        prompt = rlhf.renderer.decode(group.prompt)
+        assert [rlhf.renderer.decode(ids) for ids in group.completions] == [replies[prompt][0]]
+        assert prompts.get(tuple(group.prompt), prompt) == prompt
     for pair in parts(JUDGE, "dataset").sequences.take(7):
         chosen, rejected = (rlhf.renderer.decode([*pair.prompt, *ids[:-1]]) for ids in pair.completions)
         prompt = next(prompt for prompt in replies if chosen.startswith(prompt))

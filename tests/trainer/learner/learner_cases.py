@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.packing import split_ranks
@@ -52,20 +52,20 @@ def make_setup(folder: Path, **changes: Any) -> LearnerSetup:
     return replace(setup, **changes)
 
 
-def minibatches(seed: int, count: int = 2, groups: int = 5) -> list[list[Atom]]:
+def minibatches(seed: int, count: int = 2, groups: int = 5) -> list[list[SequenceGroup]]:
     """Weighed minibatches of groups with random tokens, advantages, and log-probs that an engine might have given."""
     generator = torch.Generator().manual_seed(seed)
 
     def ints(high: int, size: int) -> list[int]:
         return torch.randint(0, high, (size,), generator=generator).tolist()
 
-    def group() -> Atom:
+    def group() -> SequenceGroup:
         completions = [ints(256, 1 + ints(11, 1)[0]) for _ in range(3)]
         advantages = [[float(torch.randn((), generator=generator))] * len(c) for c in completions]
         rollout = [(-5.5 + 0.3 * torch.randn(len(c), generator=generator)).tolist() for c in completions]
-        return Atom(ints(256, 4), completions, {"advantages": advantages, "rollout_logprobs": rollout})
+        return SequenceGroup(ints(256, 4), completions, {"advantages": advantages, "rollout_logprobs": rollout})
 
-    return [POLICY.weigh([group() for _ in range(groups)]) for _ in range(count)]
+    return [POLICY.assign_token_weights([group() for _ in range(groups)]) for _ in range(count)]
 
 
 def whole_weights(learner: Learner) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class Case:
     passes: int = 2
     groups: int = 5
     save_to: Path | None = None
-    draw: Callable[..., list[list[Atom]]] = minibatches
+    draw: Callable[..., list[list[SequenceGroup]]] = minibatches
     """As `minibatches`: a function of a module, which each process imports."""
 
 
@@ -92,7 +92,10 @@ def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[s
     """Train on the same data whatever the number of processes."""
     metrics: dict[str, float] = {}
     for step in range(first, case.steps):
-        shares = [split_ranks(atoms, case.world_size)[rank] for atoms in case.draw(step, groups=case.groups)]
+        shares = [
+            split_ranks(sequence_groups, case.world_size)[rank]
+            for sequence_groups in case.draw(step, groups=case.groups)
+        ]
         metrics = learner.update((shares, case.passes))
     return metrics
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import DERIVED, DESCRIPTIONS
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model
 from llmquest_rl.models.weight_map import disk_tensors
@@ -24,7 +24,7 @@ from rollout.weights import verify
 from tests.trainer.learner.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
-from trainer.learner.state import BadStepsError
+from trainer.learner.state import TooManySkippedUpdatesError
 
 OpenLearner = Callable[..., Learner]
 ALL_STAGES = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
@@ -40,9 +40,14 @@ def open_learner(folder: Path) -> Iterator[OpenLearner]:
     """Opens learners one after the other (there is one group in a process) and closes the last."""
     with ExitStack() as stack:
 
-        def open_(stage: int = 0, offload: str = "none", max_bad_steps: int = 1, **changes: Any) -> Learner:
+        def open_(stage: int = 0, offload: str = "none", max_skipped_updates: int = 1, **changes: Any) -> Learner:
             stack.close()
-            options = {"zero_stage": stage, "offload": offload, "max_bad_steps": max_bad_steps, "timeout_s": 60}
+            options = {
+                "zero_stage": stage,
+                "offload": offload,
+                "max_skipped_updates": max_skipped_updates,
+                "timeout_s": 60,
+            }
             config = LearnerConfig.model_validate(options)
             learner = Learner(make_setup(folder, learner=config, **changes))
             stack.callback(learner.close)
@@ -60,12 +65,12 @@ def plain_training(folder: Path, objective: Policy, steps: int, passes: int) -> 
     optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     update = 0
     for step in range(steps):
-        batches = [collate(atoms) for atoms in minibatches(step)]
+        batches = [collate(sequence_groups) for sequence_groups in minibatches(step)]
 
         def with_logprobs(batch: TokenBatch) -> TokenBatch:
             with torch.no_grad():
                 old, ref = (m(batch, temperature=objective.temperature).logprobs for m in (model, reference))
-            return replace(batch, streams={**batch.streams, "old_logprobs": old, "ref_logprobs": ref})
+            return replace(batch, token_fields={**batch.token_fields, "old_logprobs": old, "ref_logprobs": ref})
 
         batches = [with_logprobs(batch) for batch in batches]
         for _ in range(passes):
@@ -119,13 +124,13 @@ def test_update_with_nan_is_skipped(open_learner: OpenLearner, dtype: str, stage
     good, bad = minibatches(0, count=1), minibatches(1, count=1)
     learner.update((good, 1))
     before = whole_weights(learner)
-    bad[0][0].streams["advantages"][0][0] = float("nan")
+    bad[0][0].token_fields["advantages"][0][0] = float("nan")
     metrics = learner.update((bad, 1))
-    assert metrics["learner/bad_steps"] == 1
+    assert metrics["learner/skipped_updates"] == 1
     assert "policy/loss" not in metrics
     assert_unchanged(learner, before)
     metrics = learner.update((good, 1))
-    assert (metrics["learner/bad_steps"], metrics["learner/updates"]) == (1, 3)
+    assert (metrics["learner/skipped_updates"], metrics["learner/updates"]) == (1, 3)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.weights())
     assert all(bool(tensor.isfinite().all()) for _, tensor in learner.weights())
 
@@ -140,22 +145,22 @@ def test_infinite_loss_with_finite_gradient_is_skipped(open_learner: OpenLearner
 
     learner = open_learner(0, objective=Shifted())
     before = whole_weights(learner)
-    metrics = learner.update(([NextToken().weigh([Atom([], [[1, 2, 3]])])], 1))
-    assert metrics["learner/bad_steps"] == 1
+    metrics = learner.update(([NextToken().assign_token_weights([SequenceGroup([], [[1, 2, 3]])])], 1))
+    assert metrics["learner/skipped_updates"] == 1
     assert_unchanged(learner, before)
 
 
 def test_too_many_bad_updates_stop_and_save_the_batch(open_learner: OpenLearner, folder: Path) -> None:
-    learner = open_learner(max_bad_steps=1)
+    learner = open_learner(max_skipped_updates=1)
     before = whole_weights(learner)
     bad = minibatches(1, count=2)
-    for atoms in bad:
-        atoms[0].streams["advantages"][0][0] = float("inf")
-    with pytest.raises(BadStepsError, match=r"bad_batch_update2_rank0\.pt") as error:
+    for sequence_groups in bad:
+        sequence_groups[0].token_fields["advantages"][0][0] = float("inf")
+    with pytest.raises(TooManySkippedUpdatesError, match=r"bad_batch_update2_rank0\.pt") as error:
         learner.update((bad, 1))
     saved = torch.load(folder / "run" / "bad_batch_update2_rank0.pt", weights_only=False)
     assert saved == bad[1]
-    assert "max_bad_steps is 1" in str(error.value)
+    assert "max_skipped_updates is 1" in str(error.value)
     assert_unchanged(learner, before)
 
 
@@ -170,7 +175,9 @@ def test_bfloat16_keeps_float32_master_weights(open_learner: OpenLearner, stage:
     parameter = dict(learner.model.named_parameters())[name]
     start = safe_get_full_fp32_param(parameter).clone()
     for _ in range(40):
-        learner.update(([NextToken().weigh([Atom([], [list(range(i, 250, 7))]) for i in range(4)])], 1))
+        learner.update(
+            ([NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])], 1)
+        )
     master = safe_get_full_fp32_param(parameter)
     moved = (master - start).abs()
     assert master.dtype == torch.float32
@@ -185,7 +192,7 @@ def test_bfloat16_trains_like_float32(open_learner: OpenLearner) -> None:
     losses = []
     for dtype in ("float32", "bfloat16"):
         learner = open_learner(dtype=dtype, objective=NextToken())
-        batch = ([NextToken().weigh([Atom([], [list(range(i, 250, 7))]) for i in range(4)])], 1)
+        batch = ([NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])], 1)
         losses.append([learner.update(batch)["train/loss"] for _ in range(10)])
     assert losses[0][-1] < losses[0][0] - 0.5
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
@@ -247,12 +254,14 @@ def test_no_reference_model_without_kl(open_learner: OpenLearner) -> None:
 def test_evaluation_is_the_loss_and_changes_nothing(open_learner: OpenLearner) -> None:
     learner = open_learner(objective=NextToken(), tokens_per_microbatch=12)
     before = whole_weights(learner)
-    atoms = NextToken().weigh([Atom([], [[i, i + 1, i + 2, i + 3]]) for i in range(9)])
-    metrics = learner.evaluate(atoms)
+    sequence_groups = NextToken().assign_token_weights(
+        [SequenceGroup([], [[i, i + 1, i + 2, i + 3]]) for i in range(9)]
+    )
+    metrics = learner.evaluate(sequence_groups)
     assert_unchanged(learner, before)
     assert metrics["eval/tokens"] == 27
-    assert learner.update(([atoms], 1))["train/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
-    assert learner.evaluate(atoms)["eval/loss"] < metrics["eval/loss"]
+    assert learner.update(([sequence_groups], 1))["train/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
+    assert learner.evaluate(sequence_groups)["eval/loss"] < metrics["eval/loss"]
 
 
 def test_gradient_checkpointing_changes_nothing(open_learner: OpenLearner) -> None:

@@ -66,7 +66,7 @@ def test_two_processes_are_one_in_every_zero_stage(tmp_path: Path) -> None:
         assert_same(result, expected, tolerance=0.05)
 
 
-def test_a_process_without_atoms_keeps_step(tmp_path: Path) -> None:
+def test_a_process_without_groups_keeps_step(tmp_path: Path) -> None:
     """One group, two processes: the second computes empty microbatches and changes nothing."""
     folder = make_folder(tmp_path / "model", tied=True)
     setups = [make_setup(folder, learner=two(stage)) for stage in (2, 3)]

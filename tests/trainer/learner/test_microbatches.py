@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.batch import Atom, TokenBatch
+from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
 from tests.trainer.learner.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
@@ -57,7 +57,12 @@ def test_a_group_beyond_the_budget_is_cut_and_nothing_else_changes(tmp_path: Pat
     """The smaller budget does not hold every completion: one that is too long is computed alone."""
     folder = make_folder(tmp_path / "model")
     expected, whole = trained(folder, 10_000, stage)
-    groups = [atom.num_tokens for step in range(2) for atoms in minibatches(step) for atom in atoms]
+    groups = [
+        sequence_group.num_tokens
+        for step in range(2)
+        for sequence_groups in minibatches(step)
+        for sequence_group in sequence_groups
+    ]
     assert max(len(batch.tokens) for batch in BATCHES) > max(groups) > PROMPT + LONGEST, "groups were computed whole"
 
     BATCHES.clear()
@@ -74,12 +79,14 @@ def test_a_group_beyond_the_budget_is_cut_and_nothing_else_changes(tmp_path: Pat
 
 def test_a_group_within_the_budget_stays_whole(tmp_path: Path) -> None:
     """Its prompt is computed once: three completions of one prompt fit where three prompts would not."""
-    group = Atom([7, 8, 9, 10], [[1, 2], [3, 4], [5, 6]])
-    streams = {"advantages": [[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]], "rollout_logprobs": [[-5.0, -5.0]] * 3}
-    [atom] = POLICY.weigh([Atom(group.prompt, group.completions, streams)])
+    group = SequenceGroup([7, 8, 9, 10], [[1, 2], [3, 4], [5, 6]])
+    token_fields = {"advantages": [[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]], "rollout_logprobs": [[-5.0, -5.0]] * 3}
+    [sequence_group] = POLICY.assign_token_weights([SequenceGroup(group.prompt, group.completions, token_fields)])
     objective = Watched(POLICY.algorithm, POLICY.temperature, POLICY.max_tokens)
-    setup = make_setup(make_folder(tmp_path / "model"), objective=objective, tokens_per_microbatch=atom.num_tokens)
+    setup = make_setup(
+        make_folder(tmp_path / "model"), objective=objective, tokens_per_microbatch=sequence_group.num_tokens
+    )
     with closing(Learner(setup)) as learner:
-        learner.update(([[atom]], 1))
+        learner.update(([[sequence_group]], 1))
     assert [num_completions(batch) for batch in BATCHES] == [3]
-    assert len(BATCHES[0].tokens) <= atom.num_tokens < 3 * len(group.prompt)
+    assert len(BATCHES[0].tokens) <= sequence_group.num_tokens < 3 * len(group.prompt)

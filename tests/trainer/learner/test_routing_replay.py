@@ -97,7 +97,7 @@ def test_a_batch_without_weight_does_not_count(open_learner: OpenLearner) -> Non
     """Such batches only keep processes in step."""
     learner = open_learner(objective=policy(Watched, False), optimizer=FAST)
     work = minibatches(0, count=1)
-    silent = [[atom.with_stream("weights", [[0.0] * len(c) for c in atom.completions]) for atom in work[0]]]
+    silent = [[group.with_token_field("weights", [[0.0] * len(c) for c in group.completions]) for group in work[0]]]
     metrics = learner.update((work + silent, 1))
     assert [SHARE in seen.to_floats() for seen in SEEN] == [True, False]
     assert metrics[SHARE] == 0.0
@@ -111,7 +111,7 @@ def test_shared_out_cut_up_and_computed_twice_it_is_the_same(open_learner: OpenL
         learner = open_learner(objective=policy(Policy, True), **changes)
         for step in range(2):
             metrics = learner.update((minibatches(step), 2))
-        assert metrics["learner/bad_steps"] == 0
+        assert metrics["learner/skipped_updates"] == 0
         weights.append(whole_weights(learner))
         shares.append(metrics[SHARE])
     assert shares[0] > 0
@@ -120,7 +120,7 @@ def test_shared_out_cut_up_and_computed_twice_it_is_the_same(open_learner: OpenL
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
-SEVERAL = ("batch.passes_per_step=2", "algorithm.routing_replay=true")
+SEVERAL = ("batch.epochs_per_step=2", "algorithm.routing_replay=true")
 
 
 def test_a_run_replays(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:

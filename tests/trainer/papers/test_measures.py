@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmquest_rl.algorithms.presets import resolve
-from llmquest_rl.batch import Atom, collate
+from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.checkpoint.load_save import new_model
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.papers.measures.gradient_noise import gradient_noise
 from trainer.papers.measures.kl_estimators import ESTIMATORS, compare, next_token_logprobs
 
@@ -58,7 +58,7 @@ def test_deviations_are_those_of_samples(distributions: tuple[torch.Tensor, torc
 
 def test_the_whole_distribution_is_that_of_the_targets(tiny_model: Path) -> None:
     model = new_model(tiny_model, torch.float32, seed=1)
-    batch = collate([Atom([3, 4], [[5, 6, 1], [7]]), Atom([9], [[2, 3]])])
+    batch = collate([SequenceGroup([3, 4], [[5, 6, 1], [7]]), SequenceGroup([9], [[2, 3]])])
     logprobs = next_token_logprobs(model, batch)
     expected = model(batch).logprobs.double()
     torch.testing.assert_close(logprobs.gather(1, batch.targets[:, None])[:, 0], expected, atol=1e-5, rtol=0)
@@ -72,7 +72,7 @@ def _batches(count: int) -> list[list[Group]]:
         ids = torch.randint(2, 50, (4, 5), generator=generator).tolist()
         values = torch.randint(0, 2, (4,), generator=generator).tolist()
         completions = [Completion(tokens, [-1.0] * 5, "", "stop", 0) for tokens in ids]
-        return Group(Sample(f"s{i}", "", [3, 4], ""), completions, [Score(float(value)) for value in values])
+        return Group(Problem(f"s{i}", "", [3, 4], ""), completions, [Score(float(value)) for value in values])
 
     return [[group(i) for i in range(3)] for _ in range(count)]
 

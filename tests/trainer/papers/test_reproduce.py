@@ -33,10 +33,10 @@ def values() -> dict[str, Any]:
     base = yaml.safe_load((ROOT / "configs" / "papers" / "parts" / "sums.yaml").read_text())
     start, run = base["start"], base["run"]
     start["run"] |= {"steps": 1, "batch": {"sequences_per_step": 4, "tokens_per_sequence": 96}}
-    start["run"]["data"]["eval_samples"] = 4
+    start["run"]["data"]["eval_size"] = 4
     start["run"]["optimizer"] = {"lr": 1.0e-3}
     run |= {"steps": 2, "batch": {"prompts_per_step": 2, "samples_per_prompt": 4}}
-    run["data"]["eval_samples"] = 4
+    run["data"]["eval_size"] = 4
     run["rewards"] = [{"name": "length", "max": 8, "cache": 8}]  # an untrained model gets some of it
     run["rollout"] = {"dtype": "float32", "sampling": {"max_tokens": 8}}
     return {

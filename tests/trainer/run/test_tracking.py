@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.run.folder import RunFolder
 from trainer.run.tracking import JsonLines, Tracker, check_trackers, completions_table, sample_rows, system_metrics
 
@@ -40,7 +40,7 @@ def group(index: int, failures: tuple[int, ...] = (), answer: Any = 7) -> Group:
     scores = [
         Score(None, {}, "timeout", "5 s") if i in failures else Score(0.5, {"exact": 1.0, "x": None}) for i in (0, 1)
     ]
-    return Group(Sample(f"t/{index}", f"prompt {index}", [1], answer), completions, scores)
+    return Group(Problem(f"t/{index}", f"prompt {index}", [1], answer), completions, scores)
 
 
 def test_a_row_is_one_object_a_step_with_exact_numbers(folder: RunFolder) -> None:

@@ -45,7 +45,7 @@ def test_every_step_is_full_of_groups_that_differ(pairs: Runs) -> None:
         groups = load_rollouts(run / "rollouts", row["step"])
         assert [values(group) for group in groups] == [{0.0, 1.0}] * 4
         assert {completion.weight_version for group in groups for completion in group.completions} == {row["step"] - 1}
-        assert row["reward/uniform_group_share"] == row["rollout/missing_groups"] == 0
+        assert row["reward/zero_std_group_share"] == row["rollout/missing_groups"] == 0
         assert row["reward/scored_samples"] == 8 and row["reward/mean"] == 0.5
         usable = row["rollout/sampled_groups"] * row["rollout/usable_group_share"]
         assert usable == pytest.approx(4 + row["rollout/surplus_groups"])
@@ -70,7 +70,7 @@ def test_where_every_group_is_usable_it_changes_nothing(runs: Runs) -> None:
 
 
 def test_resumed_at_every_step_it_changes_nothing(pairs: Runs, interrupt_at: Callable[[int], None]) -> None:
-    options = (*ON, "batch.updates_per_step=2", "batch.max_rounds=50", "checkpoint.every=0", "eval.every=3")
+    options = (*ON, "batch.minibatches_per_step=2", "batch.max_rounds=50", "checkpoint.every=0", "eval.every=3")
     expected = pairs.train(*options)
     assert max(row["rollout/rounds"] for row in rows(expected)) > 1
     assert_equal_runs(resumed_at_every_step(pairs, interrupt_at, *options), expected, 3)
@@ -99,7 +99,7 @@ def test_a_prompt_that_comes_again_in_a_later_round_is_answered_anew(pairs: Runs
 
 def test_at_the_cap_a_step_makes_do_with_what_it_has(pairs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "trainer"):
-        run = pairs.train(*ON, "batch.oversampling=1", "batch.max_rounds=1", "batch.updates_per_step=2")
+        run = pairs.train(*ON, "batch.oversampling=1", "batch.max_rounds=1", "batch.minibatches_per_step=2")
     logged = rows(run)
     missing = [int(row["rollout/missing_groups"]) for row in logged]
     assert max(missing) > 0

@@ -1,6 +1,6 @@
 """What graded groups say about right and wrong completions."""
 
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.sources.eval_metrics import lengths_by_outcome
 
 
@@ -10,7 +10,7 @@ def graded(*pairs: tuple[int, float | None]) -> Group:
     scores = [
         Score(None, failure="timeout") if value is None else Score(value, {"number": value}) for _, value in pairs
     ]
-    return Group(Sample("s", "", [1], "7"), completions, scores)
+    return Group(Problem("s", "", [1], "7"), completions, scores)
 
 
 def test_lengths_of_right_and_wrong_completions() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.sources.replay import load_rollouts, replay_steps, save_rollouts
 
 SCALARS = (
@@ -43,7 +43,7 @@ VALUES = st.recursive(
 
 def group(answer: Any = "4", columns: dict[str, Any] | None = None, text: str = "4") -> Group:
     return Group(
-        Sample("t/1", [{"role": "user", "content": "2+2"}], [1, 2, 3], answer, columns or {}),
+        Problem("t/1", [{"role": "user", "content": "2+2"}], [1, 2, 3], answer, columns or {}),
         [Completion([4, 5], [-0.1, -1 / 3], text, "stop", 7), Completion([], [], "", "length", 7)],
         [Score(1.0, {"exact": 1.0, "format": None}, seconds=0.25), Score(None, {}, "timeout", "took 5 s", 5.0)],
     )
@@ -62,9 +62,9 @@ def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, answer: A
 
 def test_floats_are_exact_to_the_bit(tmp_path: Path) -> None:
     values = [-0.0, 5e-324, -1 / 3, math.pi, 1.7976931348623157e308, -math.inf, math.nan]
-    sample = Sample("t/1", "p", [1], None)
+    problem = Problem("t/1", "p", [1], None)
     completion = Completion(list(range(len(values))), values, "", "stop", 0)
-    save_rollouts(tmp_path, 0, [Group(sample, [completion], [Score(0.1 + 0.2)])])
+    save_rollouts(tmp_path, 0, [Group(problem, [completion], [Score(0.1 + 0.2)])])
     (loaded,) = load_rollouts(tmp_path, 0)
     assert [value.hex() for value in loaded.completions[0].logprobs] == [value.hex() for value in values]
     assert loaded.scores[0].value == 0.1 + 0.2
@@ -78,7 +78,7 @@ def test_typed_columns_keep_their_types(tmp_path: Path) -> None:
         "line ends": "a\u2028b\x85c\r\nd\ud800",
     }
     save_rollouts(tmp_path, 1, [group(columns=columns)])
-    assert load_rollouts(tmp_path, 1)[0].sample.columns == columns
+    assert load_rollouts(tmp_path, 1)[0].problem.columns == columns
 
 
 def test_equal_rollouts_make_equal_files(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_arrays_come_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).integers(0, 60_000, 12).astype(np.uint32)
     array = numbers.view(np.float32) if dtype == "float32" else numbers.astype(dtype)
     images = np.full((1, 3, 2, 2), -0.0, np.float32)
-    sample = replace(group().sample, columns={"array": array.reshape(3, 4).T}, images=images)
-    save_rollouts(tmp_path, 1, [replace(group(), sample=sample)])
-    loaded = load_rollouts(tmp_path, 1)[0].sample
+    problem = replace(group().problem, columns={"array": array.reshape(3, 4).T}, images=images)
+    save_rollouts(tmp_path, 1, [replace(group(), problem=problem)])
+    loaded = load_rollouts(tmp_path, 1)[0].problem
     assert loaded.images is not None and loaded.images.flags.writeable
     for ours, theirs in ((loaded.images, images), (loaded.columns["array"], array.reshape(3, 4).T)):
         assert (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())

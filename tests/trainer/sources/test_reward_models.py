@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from llmquest_rl.batch import Atom
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import preferences
 from llmquest_rl.data.rows import MalformedRows
-from llmquest_rl.data.stream import AtomStream
-from llmquest_rl.models.checkpoint.load_classifier import load_scorer
+from llmquest_rl.data.stream import SequenceGroupStream
+from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Score
@@ -30,7 +30,7 @@ from trainer.cli.dry_run import dry_run
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.tree import ConfigError
 from trainer.learner.microbatches import fitting
-from trainer.sources.reward_model_worker import ScorerSetup, ScoreWorker
+from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker
 
 JUDGE = {"name": "judge", "system_prompt": "Add.", "dtype": "float32"}
 ITEMS = [
@@ -48,9 +48,9 @@ def model(judge: Path) -> Path:
     return inference.trained_model(str(judge))
 
 
-def worker(path: Path, **changes: Any) -> ScoreWorker:
+def worker(path: Path, **changes: Any) -> RewardModelWorker:
     config = RewardModelConfig.model_validate(JUDGE | {"path": str(path)} | changes)
-    return ScoreWorker(ScorerSetup(config, path))
+    return RewardModelWorker(RewardModelSetup(config, path))
 
 
 def judged_by(runs: Runs, path: Path, **changes: Any) -> None:
@@ -82,16 +82,23 @@ def test_the_worker_gives_the_scores_that_the_learner_gave(judge: Path, model: P
     pairs = [json.loads(line) for line in (judge.parents[2] / "pairs.jsonl").read_text().splitlines()]
     context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"))
     data = preferences.load(preferences.Config(path=str(judge.parents[2] / "pairs.jsonl")), context)
-    held_out = {tuple(atom.prompt + ids[:-1]) for atom in data.validation for ids in atom.completions}
+    held_out = {
+        tuple(sequence_group.prompt + ids[:-1])
+        for sequence_group in data.validation
+        for ids in sequence_group.completions
+    }
     items = [GradeItem(pair["prompt"], pair[reply], None) for pair in pairs for reply in ("chosen", "rejected")]
     read = [tuple(judging.token_ids(item)) for item in items]
     assert held_out <= set(read), "a rollout is judged by the tokens of a training pair"
 
     last = rows(judge)[-1]
     scored = dict(zip(read, [score.value for score in judging.grade(items)], strict=True))
-    validated = AtomStream(data, 0).validation(100)
+    validated = SequenceGroupStream(data, 0).validation(100)
     chosen, rejected = (
-        torch.tensor([scored[tuple(atom.prompt + atom.completions[i][:-1])] for atom in validated]) for i in (0, 1)
+        torch.tensor(
+            [scored[tuple(sequence_group.prompt + sequence_group.completions[i][:-1])] for sequence_group in validated]
+        )
+        for i in (0, 1)
     )
     assert float((chosen - rejected).mean()) == pytest.approx(last["eval/margin"], abs=1e-5)
     assert float((chosen > rejected).float().mean()) == pytest.approx(last["eval/accuracy"])
@@ -181,10 +188,10 @@ def test_resumed_at_every_step_nothing_changes(
         runs.values["data"] = {
             "dataset": {"name": "preferences", "path": str(pairs)},
             "system_prompt": "Add.",
-            "eval_samples": 4,
+            "eval_size": 4,
         }
         runs.values["batch"] |= {"sequences_per_step": 8, "tokens_per_sequence": 100}
-    options = (f"objective.name={objective}", "batch.updates_per_step=2", "checkpoint.every=0")
+    options = (f"objective.name={objective}", "batch.minibatches_per_step=2", "checkpoint.every=0")
     expected = runs.train(*options, "algorithm.surrogate=clip")
     stopped = resumed_at_every_step(runs, interrupt_at, *options, "algorithm.surrogate=clip")
     assert_equal_runs(stopped, expected, 3)
@@ -201,7 +208,7 @@ def test_a_folder_that_cannot_judge_is_refused_before_the_start(
             start()
     assert not (runs.folder / "runs").exists()
 
-    two = load_scorer(model, ("good", "bad"), torch.float32)
+    two = load_classifier(model, ("good", "bad"), torch.float32)
     save_model(model, disk_tensors(two), tmp_path / "two", config_fields=two.config_fields)
     judged_by(runs, tmp_path / "two")
     with pytest.raises(ValueError, match="the reward model `judge`: .* scores 2 labels, good, bad: it must have one"):
@@ -252,8 +259,10 @@ def test_pairs_need_a_data_set_of_pairs(runs: Runs) -> None:
 
 
 def test_pairs_stay_whole_whatever_the_model_can_share() -> None:
-    pair = Atom([1, 2], [[3, 0], [4, 5, 0]], mask=[[False, True], [False, False, True]])
-    assert fitting([pair], 3, shares_prompts=True, compares=True) == [pair]
-    [unshared] = fitting([pair], 100, shares_prompts=False, compares=True)
-    assert unshared == Atom([], [[1, 2, 3, 0], [1, 2, 4, 5, 0]], {}, [[False] * 3 + [True], [False] * 4 + [True]])
-    assert len(fitting([pair], 3, shares_prompts=True, compares=False)) == 2
+    pair = SequenceGroup([1, 2], [[3, 0], [4, 5, 0]], mask=[[False, True], [False, False, True]])
+    assert fitting([pair], 3, shares_prompts=True, needs_whole_group=True) == [pair]
+    [unshared] = fitting([pair], 100, shares_prompts=False, needs_whole_group=True)
+    assert unshared == SequenceGroup(
+        [], [[1, 2, 3, 0], [1, 2, 4, 5, 0]], {}, [[False] * 3 + [True], [False] * 4 + [True]]
+    )
+    assert len(fitting([pair], 3, shares_prompts=True, needs_whole_group=False)) == 2

@@ -10,7 +10,7 @@ from trainer.sources.replay import load_rollouts
 
 
 def test_weights_are_pushed_every_few_steps_and_staleness_says_so(runs: Runs) -> None:
-    run = runs.train("rollout.push_every=2", "steps=5", "eval.every=0", "rollout.gap_limit=null")
+    run = runs.train("rollout.weight_sync_interval=2", "steps=5", "eval.every=0", "rollout.max_logprob_gap=null")
     found = rows(run)
     assert [row["rollout/staleness"] for row in found] == [0, 1, 0, 1, 0]
     assert [row.get("rollout/weight_version") for row in found] == [None, 2, None, 4, None]
@@ -18,7 +18,12 @@ def test_weights_are_pushed_every_few_steps_and_staleness_says_so(runs: Runs) ->
 
 def test_ratios_to_the_engine_see_stale_weights(runs: Runs) -> None:
     """The first update of a step: ratio 1 against the learner's old policy, and away from 1 against stale weights."""
-    options = ("rollout.push_every=3", "eval.every=0", "rollout.gap_limit=null", "algorithm.tis_cap=null")
+    options = (
+        "rollout.weight_sync_interval=3",
+        "eval.every=0",
+        "rollout.max_logprob_gap=null",
+        "algorithm.tis_cap=null",
+    )
     learner, engine = (
         rows(runs.train(f"name={name}", f"algorithm.old_policy={name}", *options)) for name in ("learner", "engine")
     )
@@ -29,7 +34,7 @@ def test_ratios_to_the_engine_see_stale_weights(runs: Runs) -> None:
 
 
 def test_a_resumed_run_starts_with_fresh_weights(runs: Runs) -> None:
-    options = ("rollout.push_every=4", "eval.every=0", "rollout.gap_limit=null")
+    options = ("rollout.weight_sync_interval=4", "eval.every=0", "rollout.max_logprob_gap=null")
     run = runs.train("steps=2", *options)
     resumed: Path = runs.train("steps=4", *options, resume=run)
     assert [row["rollout/staleness"] for row in JsonLines(resumed / "metrics.jsonl").read()] == [0, 1, 0, 1]
@@ -39,7 +44,9 @@ def test_groups_left_over_serve_the_next_step_while_the_weights_are_the_same(run
     runs.values["rewards"] = [{"function": f"{REWARDS}:low_first"}]
     runs.values["batch"]["samples_per_prompt"] = 2
     options = ("algorithm.dynamic_sampling=true", "batch.oversampling=3", "batch.max_rounds=50", "eval.every=0")
-    run = runs.train(*options, "rollout.push_every=2", "steps=6", "rollout.gap_limit=null", "rollout.save=true")
+    run = runs.train(
+        *options, "rollout.weight_sync_interval=2", "steps=6", "rollout.max_logprob_gap=null", "rollout.save=true"
+    )
     found = rows(run)
     surplus, reused = ([row[f"rollout/{name}_groups"] for row in found] for name in ("surplus", "reused"))
     assert sum(surplus[::2]) > 0, "the first step of each pair left something over"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.algorithms.presets import Algorithm, resolve
-from llmquest_rl.algorithms.sequence_groups import make_atoms
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.batch import collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model
@@ -52,8 +52,8 @@ def measure(trained: Trained) -> dict[str, Rows]:
         for step, size in enumerate(SIZES):
             groups = []
             for number in range(BATCHES):
-                samples = sampling.parts.prompts.take(COMPLETIONS // size)
-                groups.append(sampling.rollouts.run(samples, size, config.rollout.sampling, f"{size}/{number}")[0])
+                problems = sampling.parts.prompts.take(COMPLETIONS // size)
+                groups.append(sampling.rollouts.run(problems, size, config.rollout.sampling, f"{size}/{number}")[0])
             for name, (algorithm, added) in ALGORITHMS.items():
                 shifted = [[_shifted(group, added) for group in batch] for batch in groups]
                 noise = gradient_noise(model, shifted, algorithm, config.rollout.sampling.max_tokens)
@@ -83,7 +83,7 @@ def gradient_noise(model: CausalLM, batches: Sequence[Sequence[Group]], algorith
 def _gradient(model: CausalLM, groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Tensor:
     """Of one batch, flat float64."""
     objective = Policy(algorithm, 1.0, max_tokens, entropy=False)
-    atoms = objective.weigh(make_atoms(groups, algorithm, max_tokens)[0])
+    sequence_groups = objective.assign_token_weights(make_sequence_groups(groups, algorithm, max_tokens)[0])
     model.zero_grad()
-    objective.loss(model, collate(atoms)).value.backward()
+    objective.loss(model, collate(sequence_groups)).value.backward()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp
-from llmquest_rl.batch import Atom, TokenBatch, collate
+from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model
 from trainer.inference import running, trained_model
@@ -54,10 +54,10 @@ def measure(trained: Trained) -> dict[str, Rows]:
     arm, run = next(iter(trained.runs.items()))
     config = trained.configs[arm]
     with running(config) as sampling:
-        prompts = sampling.parts.prompts.held_out(config.data.eval_samples)
+        prompts = sampling.parts.prompts.held_out(config.data.eval_size)
         groups, _ = sampling.rollouts.run(prompts, 1, config.rollout.sampling, "measure")
-    atoms = [Atom(g.sample.prompt_ids, [c.token_ids for c in g.completions]) for g in groups]
-    batch = collate(atoms)
+    sequence_groups = [SequenceGroup(g.problem.prompt_ids, [c.token_ids for c in g.completions]) for g in groups]
+    batch = collate(sequence_groups)
     start = load_model(trained.start, torch.float32)
     end = load_model(trained_model(str(run)), torch.float32)
     reference = next_token_logprobs(start, batch)

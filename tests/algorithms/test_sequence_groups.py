@@ -1,4 +1,4 @@
-"""Graded groups to atoms: who counts, and with which weight."""
+"""Graded groups to sequence groups: who counts, and with which weight."""
 
 import math
 from dataclasses import replace
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import PRESETS, resolve
-from llmquest_rl.algorithms.sequence_groups import is_usable, make_atoms, token_weights
-from llmquest_rl.batch import Atom
+from llmquest_rl.algorithms.sequence_groups import is_usable, make_sequence_groups, token_weights
+from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.metrics import DESCRIPTIONS
-from llmquest_rl.types import Completion, Group, Sample, Score
+from llmquest_rl.types import Completion, Group, Problem, Score
 
 GRPO = resolve("grpo")
 MAX_TOKENS = 8
@@ -22,31 +22,33 @@ MAX_TOKENS = 8
 
 def group(rewards: list[float | None], lengths: list[int], prompt: int = 7) -> Group:
     return Group(
-        Sample("s", "prompt", [prompt, prompt], None),
+        Problem("s", "prompt", [prompt, prompt], None),
         [Completion([i + 1] * n, [-0.5] * n, "text", "length" if n > 3 else "stop", 0) for i, n in enumerate(lengths)],
         [Score(reward, {"exact": reward}, None if reward is not None else "timeout") for reward in rewards],
     )
 
 
 def test_one_group_by_hand() -> None:
-    atoms, metrics = make_atoms([group([1.0, 0.0, 0.0, 1.0], [1, 2, 4, 1])], GRPO, MAX_TOKENS)
-    assert [a[0] for a in atoms[0].streams["advantages"]] == pytest.approx([0.866, -0.866, -0.866, 0.866], abs=1e-3)
-    (weighed,) = token_weights(atoms, GRPO, MAX_TOKENS)
-    assert [w[0] for w in weighed.streams["weights"]] == [1 / 4, 1 / 8, 1 / 16, 1 / 4]
-    assert atoms[0].streams["rollout_logprobs"][2] == [-0.5] * 4
+    sequence_groups, metrics = make_sequence_groups([group([1.0, 0.0, 0.0, 1.0], [1, 2, 4, 1])], GRPO, MAX_TOKENS)
+    assert [a[0] for a in sequence_groups[0].token_fields["advantages"]] == pytest.approx(
+        [0.866, -0.866, -0.866, 0.866], abs=1e-3
+    )
+    (weighed,) = token_weights(sequence_groups, GRPO, MAX_TOKENS)
+    assert [w[0] for w in weighed.token_fields["weights"]] == [1 / 4, 1 / 8, 1 / 16, 1 / 4]
+    assert sequence_groups[0].token_fields["rollout_logprobs"][2] == [-0.5] * 4
     floats = metrics.to_floats()
     assert floats["reward/mean"] == 0.5
     assert floats["rollout/completion_tokens"] == 2.0
     assert floats["rollout/completion_tokens_max"] == 4.0
     assert floats["rollout/truncated_share"] == 0.25
-    assert floats["reward/uniform_group_share"] == 0.0
+    assert floats["reward/zero_std_group_share"] == 0.0
 
 
 def test_unscored_and_empty_samples_are_in_neither_baseline_nor_loss() -> None:
-    with_them, metrics = make_atoms([group([1.0, None, 0.0, 0.5], [1, 2, 3, 0])], GRPO, MAX_TOKENS)
-    without, _ = make_atoms([group([1.0, 0.0], [1, 3])], GRPO, MAX_TOKENS)
+    with_them, metrics = make_sequence_groups([group([1.0, None, 0.0, 0.5], [1, 2, 3, 0])], GRPO, MAX_TOKENS)
+    without, _ = make_sequence_groups([group([1.0, 0.0], [1, 3])], GRPO, MAX_TOKENS)
     assert [len(completion) for completion in with_them[0].completions] == [1, 3]
-    assert with_them[0].streams == without[0].streams
+    assert with_them[0].token_fields == without[0].token_fields
     floats = metrics.to_floats()
     assert (floats["reward/unscored_share"], floats["rollout/empty_samples"]) == (0.25, 1.0)
     assert floats["reward/exact"] == 0.5
@@ -54,9 +56,9 @@ def test_unscored_and_empty_samples_are_in_neither_baseline_nor_loss() -> None:
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.3, 0.3], [1.0, None, None], [0.1, 0.1, None]])
 def test_nothing_to_compare_with_gives_zero_advantages(rewards: list[float | None]) -> None:
-    atoms, metrics = make_atoms([group(rewards, [2, 2, 2])], GRPO, MAX_TOKENS)
-    assert all(value == 0.0 for values in atoms[0].streams["advantages"] for value in values)
-    assert metrics.to_floats()["reward/uniform_group_share"] == 1.0
+    sequence_groups, metrics = make_sequence_groups([group(rewards, [2, 2, 2])], GRPO, MAX_TOKENS)
+    assert all(value == 0.0 for values in sequence_groups[0].token_fields["advantages"] for value in values)
+    assert metrics.to_floats()["reward/zero_std_group_share"] == 1.0
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,7 +72,7 @@ def test_a_phantom_reward_joins_the_groups_mean_and_deviation(
 ) -> None:
     """As one more sample of the group that is not trained on."""
     row = resolve("grpo", {"advantage": advantage, "phantom_reward": phantom})
-    atoms, _ = make_atoms([group(list(rewards), [2] * len(rewards))], row, MAX_TOKENS)
+    sequence_groups, _ = make_sequence_groups([group(list(rewards), [2] * len(rewards))], row, MAX_TOKENS)
     joined = np.array([*rewards, phantom])
     centred = joined - joined.mean()
     expected = {
@@ -80,7 +82,7 @@ def test_a_phantom_reward_joins_the_groups_mean_and_deviation(
     }[advantage][:-1]
     if (joined == joined[0]).all():
         expected = np.zeros(len(rewards))
-    ours = [values[0] for values in atoms[0].streams["advantages"]]
+    ours = [values[0] for values in sequence_groups[0].token_fields["advantages"]]
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -88,16 +90,16 @@ def test_with_a_phantom_reward_a_group_of_wrong_answers_teaches() -> None:
     wrong, right = group([0.0, 0.0, 0.0], [2, 2, 2]), group([1.0, 1.0, 1.0], [2, 2, 2])
     row = resolve("grpo", {"phantom_reward": 1.0})
     assert (is_usable(wrong, GRPO), is_usable(wrong, row), is_usable(right, row)) == (False, True, False)
-    atoms, _ = make_atoms([wrong, right], row, MAX_TOKENS)
-    assert all(value < 0 for values in atoms[0].streams["advantages"] for value in values)
-    assert not any(value for values in atoms[1].streams["advantages"] for value in values)
+    sequence_groups, _ = make_sequence_groups([wrong, right], row, MAX_TOKENS)
+    assert all(value < 0 for values in sequence_groups[0].token_fields["advantages"] for value in values)
+    assert not any(value for values in sequence_groups[1].token_fields["advantages"] for value in values)
     with pytest.raises(ValueError, match="phantom_reward.*pass_at_k.*group_mean"):
         resolve("pass_at_k", {"phantom_reward": 1.0})
 
 
-def test_a_group_without_any_token_gives_no_atom() -> None:
-    atoms, metrics = make_atoms([group([None, None], [2, 2]), group([1.0], [0])], GRPO, MAX_TOKENS)
-    assert atoms == []
+def test_a_group_without_any_token_gives_no_groups() -> None:
+    sequence_groups, metrics = make_sequence_groups([group([None, None], [2, 2]), group([1.0], [0])], GRPO, MAX_TOKENS)
+    assert sequence_groups == []
     assert all(math.isfinite(value) for value in metrics.to_floats().values())
 
 
@@ -106,27 +108,29 @@ def test_a_group_without_any_token_gives_no_atom() -> None:
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=6),
     st.sampled_from(["sequence_mean", "token_mean", "prompt_mean"]),
 )
-def test_weights_of_any_set_of_atoms_sum_to_one(lengths: list[list[int]], aggregation: str) -> None:
+def test_weights_of_any_set_of_groups_sum_to_one(lengths: list[list[int]], aggregation: str) -> None:
     algorithm = resolve("grpo", {"aggregation": aggregation})
-    atoms, _ = make_atoms(
+    sequence_groups, _ = make_sequence_groups(
         [group([float(i) for i in range(len(part))], part) for part in lengths], algorithm, MAX_TOKENS
     )
-    for chosen in (atoms, atoms[: len(atoms) // 2 + 1]):
+    for chosen in (sequence_groups, sequence_groups[: len(sequence_groups) // 2 + 1]):
         weighed = token_weights(chosen, algorithm, MAX_TOKENS)
-        assert sum(w for atom in weighed for row in atom.streams["weights"] for w in row) == pytest.approx(1.0)
+        assert sum(
+            w for sequence_group in weighed for row in sequence_group.token_fields["weights"] for w in row
+        ) == pytest.approx(1.0)
 
 
-def advantages(atoms: list[Atom]) -> list[list[float]]:
+def advantages(sequence_groups: list[SequenceGroup]) -> list[list[float]]:
     """The first token's advantage of each completion of each group."""
-    return [[values[0] for values in atom.streams["advantages"]] for atom in atoms]
+    return [[values[0] for values in sequence_group.token_fields["advantages"]] for sequence_group in sequence_groups]
 
 
 def test_soft_overlong_punishment_counts_before_the_comparison() -> None:
     cells = {"advantage": "group_mean", "overlong_filter": False, "overlong_buffer": 0.5, "length_weight": 0.5}
     algorithm = resolve("dapo", cells)
-    atoms, metrics = make_atoms([group([1.0, 1.0, 1.0, 0.0], [4, 6, 8, 2])], algorithm, MAX_TOKENS)
+    sequence_groups, metrics = make_sequence_groups([group([1.0, 1.0, 1.0, 0.0], [4, 6, 8, 2])], algorithm, MAX_TOKENS)
     rewards = np.array([1.0, 1.0 - 0.5 * 2 / 4, 1.0 - 0.5 * 1.0, 0.0])
-    assert advantages(atoms)[0] == pytest.approx(rewards - rewards.mean())
+    assert advantages(sequence_groups)[0] == pytest.approx(rewards - rewards.mean())
     floats = metrics.to_floats()
     assert floats["reward/length_penalty"] == pytest.approx(-0.75 / 4)
     assert floats["reward/mean"] == 0.75
@@ -135,11 +139,11 @@ def test_soft_overlong_punishment_counts_before_the_comparison() -> None:
 def test_overlong_completions_are_in_the_baseline_and_not_in_the_loss() -> None:
     algorithm = resolve("dapo", {"advantage": "group_mean", "length_penalty": "none"})
     groups = [group([1.0, 0.0, 0.0], [2, 8, 3]), group([1.0, 0.0], [5, 6])]
-    atoms, _ = make_atoms(groups, algorithm, MAX_TOKENS)
-    assert advantages(atoms) == [pytest.approx([2 / 3, -1 / 3])]
-    assert [len(completion) for completion in atoms[0].completions] == [2, 3]
-    (weighed,) = token_weights(atoms, algorithm, MAX_TOKENS)
-    assert weighed.streams["weights"] == [[1 / 5] * 2, [1 / 5] * 3]
+    sequence_groups, _ = make_sequence_groups(groups, algorithm, MAX_TOKENS)
+    assert advantages(sequence_groups) == [pytest.approx([2 / 3, -1 / 3])]
+    assert [len(completion) for completion in sequence_groups[0].completions] == [2, 3]
+    (weighed,) = token_weights(sequence_groups, algorithm, MAX_TOKENS)
+    assert weighed.token_fields["weights"] == [[1 / 5] * 2, [1 / 5] * 3]
 
 
 def test_the_parts_of_an_advantage_follow_each_other() -> None:
@@ -147,19 +151,21 @@ def test_the_parts_of_an_advantage_follow_each_other() -> None:
     cells = {"normalization": "whiten", "positive_weight": 0.5, "negative_weight": 2.0, "advantage_limit": 1.5}
     algorithm = resolve("rloo", cells)
     groups = [group([1.0, 0.0, 0.0], [1, 2, 3]), group([4.0, 0.0], [3, 1])]
-    atoms, _ = make_atoms(groups, algorithm, MAX_TOKENS)
+    sequence_groups, _ = make_sequence_groups(groups, algorithm, MAX_TOKENS)
     left_out = np.array([1.0, -0.5, -0.5, 4.0, -4.0])
     tokens = np.repeat(left_out, [1, 2, 3, 3, 1])
     white = (left_out - tokens.mean()) / tokens.std()
     expected = np.clip(np.where(white > 0, 0.5 * white, 2.0 * white), -1.5, 1.5)
-    assert sum(advantages(atoms), []) == pytest.approx(expected, rel=1e-5)
+    assert sum(advantages(sequence_groups), []) == pytest.approx(expected, rel=1e-5)
     assert min(expected) == -1.5
 
 
 def test_without_a_baseline_a_group_of_equal_rewards_teaches() -> None:
     for rewards in ([1.0], [1.0, 1.0]):
-        atoms, _ = make_atoms([group(rewards, [2] * len(rewards))], resolve("reinforce"), MAX_TOKENS)
-        assert advantages(atoms) == [[1.0] * len(rewards)]
+        sequence_groups, _ = make_sequence_groups(
+            [group(rewards, [2] * len(rewards))], resolve("reinforce"), MAX_TOKENS
+        )
+        assert advantages(sequence_groups) == [[1.0] * len(rewards)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -180,10 +186,18 @@ def test_whatever_comes_back_advantages_and_weights_are_finite(
     """All-equal rewards, groups of one, failures, empty completions."""
     algorithm = resolve(preset, {"normalization": normalization, "length_penalty": penalty})
     groups = [group([reward for reward, _ in part], [length for _, length in part]) for part in parts]
-    atoms, metrics = make_atoms(groups, algorithm, MAX_TOKENS)
-    values = [value for atom in atoms for row in atom.streams["advantages"] for value in row]
+    sequence_groups, metrics = make_sequence_groups(groups, algorithm, MAX_TOKENS)
+    values = [
+        value
+        for sequence_group in sequence_groups
+        for row in sequence_group.token_fields["advantages"]
+        for value in row
+    ]
     weights = [
-        w for atom in token_weights(atoms, algorithm, MAX_TOKENS) for row in atom.streams["weights"] for w in row
+        w
+        for sequence_group in token_weights(sequence_groups, algorithm, MAX_TOKENS)
+        for row in sequence_group.token_fields["weights"]
+        for w in row
     ]
     assert all(math.isfinite(value) for value in values)
     assert all(math.isfinite(weight) and weight > 0 for weight in weights)
@@ -192,7 +206,7 @@ def test_whatever_comes_back_advantages_and_weights_are_finite(
 
 
 def test_every_metric_is_documented() -> None:
-    _, metrics = make_atoms([group([1.0, 0.0], [1, 2])], resolve("dapo"), MAX_TOKENS)
+    _, metrics = make_sequence_groups([group([1.0, 0.0], [1, 2])], resolve("dapo"), MAX_TOKENS)
     named = set(metrics.to_floats()) - {"reward/exact"}
     assert named <= set(DESCRIPTIONS)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
-from llmquest_rl.algorithms.mismatch import MISMATCHES
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.surrogates import SURROGATES, Bounds, Tokens
@@ -162,24 +162,24 @@ def test_mismatch_corrections(lengths: list[int], seed: int, low: float, high: f
         "reject": inside,
     }
     raw = {"token_truncate": token, "sequence_truncate": whole, "token_mask": token, "sequence_mask": whole}
-    assert set(expected) == set(MISMATCHES)
+    assert set(expected) == set(CORRECTIONS)
     for name, values in expected.items():
-        weights, cut = MISMATCHES[name](packed, ids_of(lengths), low, high)
+        weights, cut = CORRECTIONS[name](packed, ids_of(lengths), low, high)
         np.testing.assert_allclose(weights, values, rtol=1e-9, err_msg=name)
         np.testing.assert_array_equal(cut, ~np.isclose(values, raw.get(name, 1.0), rtol=1e-12))
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
+@pytest.mark.parametrize("name", CORRECTIONS)
 def test_an_engine_that_agrees_needs_no_correction(name: str) -> None:
-    weights, cut = MISMATCHES[name](torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), 0.5, 2.0)
+    weights, cut = CORRECTIONS[name](torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), 0.5, 2.0)
     assert weights.tolist() == [1.0] * 5
     assert not cut.any()
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (0.5, 1.0)])
-@pytest.mark.parametrize("name", MISMATCHES)
+@pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_ratio_that_equals_a_bound_is_kept(name: str, low: float, high: float) -> None:
-    weights, cut = MISMATCHES[name](torch.zeros(3), torch.tensor([0, 0, 1]), low, high)
+    weights, cut = CORRECTIONS[name](torch.zeros(3), torch.tensor([0, 0, 1]), low, high)
     assert weights.tolist() == [1.0] * 3 and not cut.any()
 
 
@@ -265,7 +265,7 @@ def test_ratios_beyond_all_bounds_stay_finite(gap: float) -> None:
         value = (RATIOS["token"](new, old, ids) * estimator(new, old)).sum()
         assert value.isfinite()
         assert torch.autograd.grad(value, new)[0].isfinite().all()
-    for correct in MISMATCHES.values():
+    for correct in CORRECTIONS.values():
         assert correct(new.detach() - old, ids, 0.0, 2.0).weights.isfinite().all()
     assert float(RATIOS["token"](new.detach(), old, ids).max()) <= np.exp(LOG_LIMIT) * (1 + 1e-6)
 
@@ -304,7 +304,7 @@ def test_cells_are_overridable() -> None:
         ("grpo", {"tis_floor": 2.0}, "tis_floor is 2, but must be below"),
         ("grpo", {"dual_clip": 1.1}, "dual_clip is 1.1, but must be above"),
         ("grpo", {"positive_weight": 0, "negative_weight": 0}, "nothing is left to learn from"),
-        ("grpo", {"entropy_share": 0}, "entropy_share"),
+        ("grpo", {"top_entropy_fraction": 0}, "top_entropy_fraction"),
         ("gspo", {"ratio": "seqence"}, "sequence, sequence_token"),
     ],
 )

@@ -75,7 +75,7 @@ def _keep(kept: Tensor) -> Correction:
     return Correction(kept.float(), ~kept)
 
 
-MISMATCHES: dict[str, Callable[[Tensor, Tensor, float, float], Correction]] = {
+CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Correction]] = {
     "token_truncate": token_truncate,
     "sequence_truncate": sequence_truncate,
     "token_mask": token_mask,

@@ -1,0 +1,18 @@
+"""Keys that had another name in an earlier version: a configuration that uses one is told the new name."""
+
+RENAMED: dict[str, str] = {
+    "algorithm.entropy_share": "algorithm.top_entropy_fraction",
+    "algorithm.mismatch": "algorithm.is_correction",
+    "algorithm.reference_every": "algorithm.ref_sync_interval",
+    "batch.max_uniform_steps": "batch.max_zero_advantage_steps",
+    "batch.passes_per_step": "batch.epochs_per_step",
+    "batch.uniform_rewards": "batch.zero_advantage_groups",
+    "batch.updates_per_step": "batch.minibatches_per_step",
+    "cluster.cpus_per_scorer": "cluster.cpus_per_reward_model",
+    "cluster.gpus_per_scorer": "cluster.gpus_per_reward_model",
+    "data.eval_samples": "data.eval_size",
+    "learner.max_bad_steps": "learner.max_skipped_updates",
+    "rollout.gap_limit": "rollout.max_logprob_gap",
+    "rollout.push_every": "rollout.weight_sync_interval",
+}
+"""Old key to new key."""
