@@ -51,7 +51,7 @@ def make_sequence_groups(
     if not compared:
         return [], metrics
     sequence_groups = (
-        _atom(part, advantages.tolist(), algorithm)
+        _sequence_group(part, advantages.tolist(), algorithm)
         for part, advantages in zip(compared, _advantages(compared, algorithm), strict=True)
     )
     return [sequence_group for sequence_group in sequence_groups if sequence_group.completions], metrics
@@ -132,7 +132,7 @@ def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) ->
     return ADVANTAGES[algorithm.advantage](compared, lengths, algorithm.pass_k)[: len(rewards)]
 
 
-def _atom(part: _Compared, advantages: list[float], algorithm: Algorithm) -> SequenceGroup:
+def _sequence_group(part: _Compared, advantages: list[float], algorithm: Algorithm) -> SequenceGroup:
     kept = [
         (completion, advantage)
         for completion, advantage in zip(part.completions, advantages, strict=True)

@@ -39,7 +39,7 @@ def _check_completion(completion: object) -> str | None:
     return problem or (None if completion[-1]["role"] == "assistant" else "the completion's last message is a prompt")
 
 
-def row_atom(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
+def row_to_group(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
     """The training sequence of a row that `check_row` found usable.
 
     The loss falls on the assistant's tokens, each turn's end-of-sequence token included, and, with `mask_prompt` false,

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.data.conversation import check_row, row_atom
+from llmquest_rl.data.conversation import check_row, row_to_group
 from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
@@ -106,7 +106,7 @@ def replies(renderer: PromptRenderer, mask_prompt: bool) -> RowKind:
     """Rows of prompt and completion, or of messages, whose replies are learnt."""
 
     def group(row: Fields) -> SequenceGroup:
-        return row_atom(row, renderer, mask_prompt)
+        return row_to_group(row, renderer, mask_prompt)
 
     return RowKind(check_row, group, _question)
 
@@ -118,7 +118,7 @@ def _question(row: Fields) -> str:
 
 
 @dataclass(slots=True)
-class RowsToAtoms:
+class RowsToGroups:
     """Turns placed rows into sequences; counts what is left out."""
 
     context: DatasetContext
@@ -171,7 +171,7 @@ def rows_data(
     Raises:
         DataError: nothing is left on one of the sides, or a malformed row where those are errors.
     """
-    convert = RowsToAtoms(context, kind)
+    convert = RowsToGroups(context, kind)
     sequences = convert(rows)
     if isinstance(validation, float):
         keys = held_out_keys(sequences, validation, context.seed) if sequences else ()

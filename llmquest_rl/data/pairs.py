@@ -6,7 +6,7 @@ Training pairs and rollouts that are judged are made into tokens here and nowher
 from collections.abc import Sequence
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.data.conversation import row_atom
+from llmquest_rl.data.conversation import row_to_group
 from llmquest_rl.data.dataset import Fields
 from llmquest_rl.data.tokenizer import PromptRenderer
 
@@ -20,7 +20,7 @@ def judged_ids(row: Fields, renderer: PromptRenderer) -> list[int]:
     Raises:
         DataError: the chat template cannot render it turn by turn.
     """
-    group = row_atom(row, renderer, mask_prompt=True)
+    group = row_to_group(row, renderer, mask_prompt=True)
     return group.prompt + group.completions[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.data.conversation import row_atom
+from llmquest_rl.data.conversation import row_to_group
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.datasets import compared_sums, preferences
 from llmquest_rl.data.pairs import judged_ids, judged_together
@@ -45,7 +45,7 @@ def load(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> L
     return loaded
 
 
-def every_atom(data: SupervisedData) -> list[SequenceGroup]:
+def every_group(data: SupervisedData) -> list[SequenceGroup]:
     return [*data.train, *data.validation]
 
 
@@ -60,7 +60,7 @@ def judged(group: SequenceGroup, renderer: PromptRenderer) -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, form: str) -> None:
-    [group] = [group for group in every_atom(load([FORMS[form], OTHER])) if "2 + 2" in judged(group, renderer)[0]]
+    [group] = [group for group in every_group(load([FORMS[form], OTHER])) if "2 + 2" in judged(group, renderer)[0]]
     asked = renderer.chat_text(renderer.with_system([ASKED]), add_generation_prompt=True)
     assert judged(group, renderer) == [f"{asked}4{EOS}", f"{asked}5, I think{EOS}"]
     assert renderer.decode(group.prompt) == asked, "and is stored once"
@@ -68,7 +68,7 @@ def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, fo
 
 def test_what_is_judged_are_the_tokens_that_a_model_is_trained_to_write(renderer: PromptRenderer) -> None:
     row = {"prompt": "2 + 2?", "completion": "4"}
-    group = row_atom(row, renderer, mask_prompt=True)
+    group = row_to_group(row, renderer, mask_prompt=True)
     assert judged_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *group.completions[0]]
 
 
@@ -82,7 +82,7 @@ def test_conversations_part_where_they_first_differ(load: Load, renderer: Prompt
         },
         FORMS["texts"],
     ]
-    [group] = [group for group in every_atom(load(rows)) if "Hello" in judged(group, renderer)[0]]
+    [group] = [group for group in every_group(load(rows)) if "Hello" in judged(group, renderer)[0]]
     better, worse = judged(group, renderer)
     assert better.endswith(f"user\nBye{EOS}\n<|im_start|>assistant\nBye!{EOS}") and worse.endswith(f"No{EOS}")
     assert renderer.decode(group.prompt).endswith("assistant\nHi")
@@ -91,17 +91,17 @@ def test_conversations_part_where_they_first_differ(load: Load, renderer: Prompt
 def test_base_models_are_given_texts_as_they_are(load: Load, tokenizer: Tokenizer) -> None:
     plain = prompt_renderer(tokenizer, chat_template="none")
     rows = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "many"} for n in range(2)]
-    groups = every_atom(load(rows, {"texts": plain}))
+    groups = every_group(load(rows, {"texts": plain}))
     assert sorted(judged(group, plain)[0] for group in groups) == [f"0+0=0{EOS}", f"1+1=2{EOS}"]
     with pytest.raises(DataError, match="need a chat template"):
         load([FORMS["whole conversations"], OTHER], {"texts": plain})
 
 
 def test_margins_travel_with_their_pair(load: Load) -> None:
-    groups = every_atom(load([FORMS["strings"] | {"margin": 0.5}, OTHER | {"margin": 2}]))
+    groups = every_group(load([FORMS["strings"] | {"margin": 0.5}, OTHER | {"margin": 2}]))
     margins = [collate([group]).token_fields["margins"].tolist() for group in groups]
     assert sorted(margins) == [[0.5, 0.5], [2.0, 2.0]]
-    assert not every_atom(load([FORMS["strings"], OTHER]))[0].token_fields
+    assert not every_group(load([FORMS["strings"], OTHER]))[0].token_fields
     renamed = load([FORMS["strings"] | {"gap": 1}, OTHER | {"gap": 1}], columns={"margin": "gap"})
     assert "margins" in renamed.train[0].token_fields
 
@@ -116,7 +116,7 @@ def test_a_table_of_instructions(jsonl: Callable[..., str], context: Callable[..
     path.write_text(json.dumps(rows))
     config = preferences.Config(path=str(path), columns={"prompt": "instruction"}, template="{prompt}\n{input}")  # type: ignore[arg-type]
     made = context(tokens_per_sequence=64)
-    texts = [judged(group, made.renderer) for group in every_atom(preferences.load(config, made))]
+    texts = [judged(group, made.renderer) for group in every_group(preferences.load(config, made))]
     assert any("user\nSpell 1.\nin words<" in better and better.endswith(f"1-words{EOS}") for better, _ in texts)
 
 
@@ -131,7 +131,7 @@ def test_the_longer_reply_decides_whether_a_pair_fits(load: Load) -> None:
     rows = [FORMS["strings"], OTHER, {"prompt": "Go", "chosen": "a", "rejected": "long " * 200}]
     data = load(rows, {"tokens_per_sequence": 50})
     assert data.counters["dropped_long_rows"] == 1
-    assert all(group.num_tokens < 100 for group in every_atom(data))
+    assert all(group.num_tokens < 100 for group in every_group(data))
     with pytest.raises(DataError, match=r"rows.jsonl:3: the row has \d+ tokens, more than batch.tokens_per_sequence"):
         load(rows, {"tokens_per_sequence": 50, "long_rows": "error"})
 
@@ -165,7 +165,7 @@ def test_malformed_rows_are_named_or_counted(load: Load, case: str) -> None:
     with pytest.raises(DataError, match=f"rows.jsonl:3: .*{problem}"):
         load(rows)
     dropped = load(rows, {"malformed": MalformedRows("drop")})
-    assert dropped.counters["dropped_malformed_rows"] == 1 and len(every_atom(dropped)) == 2
+    assert dropped.counters["dropped_malformed_rows"] == 1 and len(every_group(dropped)) == 2
 
 
 def test_a_mapping_that_fits_no_row_is_the_users_mistake(load: Load) -> None:
@@ -198,7 +198,7 @@ def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetCon
     data = compared_sums.load(compared_sums.Config.model_validate(options), made)
     assert len(data.train) == 300 and len(data.validation) == 20
     problems = []
-    for group in every_atom(data):
+    for group in every_group(data):
         right, wrong = (text.removesuffix(EOS) for text in judged(group, plain))
         question = right.partition("=")[0]
         assert wrong.startswith(f"{question}=")

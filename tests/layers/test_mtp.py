@@ -6,7 +6,7 @@ import torch
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.mtp import depths
 
-ATOMS = [
+GROUPS = [
     SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
     SequenceGroup([11], [[7, 12, 13]]),
     SequenceGroup([], [[4, 8, 15, 16, 23, 42], [17]]),
@@ -19,7 +19,7 @@ ATOMS = [
 def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[int, int]]]]:
     """For each completion with a target: (position, its token, the token `depth` ahead), and (position, target)."""
     found = []
-    for group in ATOMS:
+    for group in GROUPS:
         for i, completion in enumerate(group.completions):
             mask = group.mask[i] if group.mask else [True] * len(completion)
             whole = group.prompt + completion
@@ -33,7 +33,7 @@ def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[in
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_inputs_and_targets(shared: bool) -> None:
-    batch = collate(ATOMS if shared else [part for group in ATOMS for part in group.expanded()])
+    batch = collate(GROUPS if shared else [part for group in GROUPS for part in group.expanded()])
     trail = torch.arange(len(batch.tokens))  # of each position, the packed row that it comes from
     for number, depth in enumerate(depths(batch, 3), start=1):
         trail = trail[depth.rows]

@@ -30,7 +30,7 @@ TINY = replace(
     num_mtp_layers=2,
 )
 
-ATOMS = [
+GROUPS = [
     SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
     SequenceGroup([], [[4, 8, 15, 16, 23, 42]]),
     SequenceGroup([6, 14], [[], [2, 3, 4, 5, 18]], mask=[[], [True, False, True, True, False]]),
@@ -76,7 +76,7 @@ def reference_losses(folder: Path) -> tuple[torch.nn.Module, list[Tensor]]:
     theirs, mtp = theirs.double(), MtpModel.from_pretrained(theirs).double()
     sums = [torch.zeros((), dtype=torch.float64) for _ in mtp.layers]
     num_targets = 0
-    for group in ATOMS:
+    for group in GROUPS:
         for i, completion in enumerate(group.completions):
             mask = [False] * len(group.prompt) + (group.mask[i] if group.mask else [True] * len(completion))
             mask[:1] = [False]
@@ -107,7 +107,7 @@ def test_mtp_equals_transformers_modules(depth: int, shared: bool, tmp_path: Pat
     """Loss and gradients, for packed sequences with masks, prompts of their own or shared."""
     model = fresh(tmp_path, replace(TINY, num_mtp_layers=depth, mtp_loss_weight=0.7))
     theirs, losses = reference_losses(saved(tmp_path, model))
-    batch = collate(ATOMS if shared else [part for group in ATOMS for part in group.expanded()])
+    batch = collate(GROUPS if shared else [part for group in GROUPS for part in group.expanded()])
     loss = model(batch).aux["mtp"]
     expected = 0.7 / depth * torch.stack(losses).sum()
     assert float(expected.detach()) > 0.5
@@ -128,7 +128,7 @@ def test_mtp_changes_nothing_else(tmp_path: Path) -> None:
     model = fresh(tmp_path)
     plain = DeepseekV3(replace(TINY, num_mtp_layers=0))
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")})
-    batch = collate(ATOMS)
+    batch = collate(GROUPS)
     with_modules, without = model(batch), plain(batch)
     assert torch.equal(with_modules.logprobs, without.logprobs)
     assert set(with_modules.aux) == {"mtp", "balance"}
@@ -138,13 +138,13 @@ def test_mtp_changes_nothing_else(tmp_path: Path) -> None:
 def test_mtp_is_for_training_alone(tmp_path: Path) -> None:
     model = fresh(tmp_path)
     with torch.no_grad():
-        assert model(collate(ATOMS)).aux == {}
-    assert model.eval()(collate(ATOMS)).aux == {}
+        assert model(collate(GROUPS)).aux == {}
+    assert model.eval()(collate(GROUPS)).aux == {}
 
 
 def test_no_weight_freezes_the_modules(tmp_path: Path) -> None:
     model = fresh(tmp_path, replace(TINY, mtp_loss_weight=0.0))
-    output = model(collate(ATOMS))
+    output = model(collate(GROUPS))
     assert set(output.aux) == {"balance"}
     (-output.logprobs.sum() + output.aux["balance"]).backward()
     for name, parameter in model.named_parameters():
@@ -243,7 +243,7 @@ def test_the_bias_follows_the_load_of_the_whole_update(checkpointing: bool, tmp_
     """Two microbatches and another process: `bias += rate * sign(mean - count)`, once, whatever is computed again."""
     model = fresh(tmp_path, replace(TINY, router_bias_update_rate=0.25))
     model.gradient_checkpointing = checkpointing
-    microbatches = [collate(ATOMS[:2]), collate(ATOMS[2:])]
+    microbatches = [collate(GROUPS[:2]), collate(GROUPS[2:])]
     counts = [sum(parts) for parts in zip(*(chosen(model, batch) for batch in microbatches), strict=True)]
     before = biases(model)
     assert len(counts) == len(before) == 3, "one layer of the model and both modules"
@@ -271,7 +271,7 @@ def test_the_bias_follows_the_load_of_the_whole_update(checkpointing: bool, tmp_
 def test_when_the_bias_stays(tmp_path: Path) -> None:
     model = fresh(tmp_path)
     before = biases(model)
-    batch = collate(ATOMS)
+    batch = collate(GROUPS)
     with torch.no_grad():
         model(batch)
     model.eval()(batch)

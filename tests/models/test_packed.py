@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 ARCHITECTURES = {name: architectures()[name] for name in LANGUAGE_MODELS}
 
-ATOMS = [
+GROUPS = [
     SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
     SequenceGroup([11, 3], [[7, 7, 7]]),
     SequenceGroup([], [[4, 8, 15, 16, 23, 42]]),
@@ -51,15 +51,15 @@ def assert_same_gradients(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_shared_prompts_equal_repeated_prompts(model: CausalLM) -> None:
     if not model.shares_prompts:
         pytest.skip("this architecture computes a prompt for each completion")
-    shared = model(collate(ATOMS), 0.8, True)
-    repeated = model(collate([part for group in ATOMS for part in group.expanded()]), 0.8, True)
+    shared = model(collate(GROUPS), 0.8, True)
+    repeated = model(collate([part for group in GROUPS for part in group.expanded()]), 0.8, True)
     torch.testing.assert_close(shared.logprobs, repeated.logprobs, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(shared.entropy, repeated.entropy, atol=1e-5, rtol=0.0)
     assert_same_gradients(gradients(model, shared.logprobs), gradients(model, repeated.logprobs))
 
 
 def test_packed_equals_separate(model: CausalLM) -> None:
-    groups = [part for group in ATOMS for part in group.expanded()]
+    groups = [part for group in GROUPS for part in group.expanded()]
     packed = model(collate(groups)).logprobs
     separate = torch.cat([model(collate([group])).logprobs for group in groups])
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=0.0)
@@ -67,7 +67,7 @@ def test_packed_equals_separate(model: CausalLM) -> None:
 
 
 def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
-    batch = collate([part for group in ATOMS for part in group.expanded()])
+    batch = collate([part for group in GROUPS for part in group.expanded()])
     states = model.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, "cpu")).states
     distribution = torch.log_softmax(model.logits(states).double() / 0.8, -1)[batch.sources]
     output = model(batch, 0.8, True)
@@ -81,10 +81,10 @@ def test_forward_equals_plain_log_softmax(model: CausalLM) -> None:
 def test_a_neighbour_cannot_leak(model: CausalLM) -> None:
     """Changing one completion, or the other group, changes no other log-prob by a single bit; where there are experts,
     by no more than the rounding of a product with another number of rows."""
-    groups = [ATOMS[0], ATOMS[1]]
+    groups = [GROUPS[0], GROUPS[1]]
     before = model(collate(groups)).logprobs
-    groups[0] = SequenceGroup(ATOMS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
-    groups[1] = SequenceGroup([50, 51], ATOMS[1].completions)
+    groups[0] = SequenceGroup(GROUPS[0].prompt, [[3, 8], [99, 98, 97, 96, 95], [9]])
+    groups[1] = SequenceGroup([50, 51], GROUPS[1].completions)
     after = model(collate(groups)).logprobs
     own = torch.tensor([0, 1, 7])  # completions 0 and 2 of the first group
     has_experts = any(isinstance(module, RoutedExperts) for module in model.modules())
@@ -94,7 +94,7 @@ def test_a_neighbour_cannot_leak(model: CausalLM) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model: CausalLM) -> None:
-    batch = collate(ATOMS)
+    batch = collate(GROUPS)
     plain = gradients(model, model(batch).logprobs)
     saved_plain = saved_bytes(model)
     model.gradient_checkpointing = True
@@ -115,7 +115,7 @@ def saved_bytes(model: CausalLM) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logprobs = model(collate(ATOMS)).logprobs
+        logprobs = model(collate(GROUPS)).logprobs
     assert logprobs.requires_grad
     return sum(kept.values())
 
@@ -127,9 +127,9 @@ def test_checkpointing_does_nothing_without_gradient(model: CausalLM, monkeypatc
     monkeypatch.setattr("llmquest_rl.models.base.checkpoint", never)
     model.gradient_checkpointing = True
     with torch.no_grad():
-        model(collate(ATOMS))
+        model(collate(GROUPS))
     with pytest.raises(AssertionError, match="without a gradient"):
-        model(collate(ATOMS))
+        model(collate(GROUPS))
 
 
 def test_batch_without_targets(model: CausalLM) -> None:

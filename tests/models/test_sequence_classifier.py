@@ -32,7 +32,7 @@ KINDS = {hf.architecture: name for name, hf in DECODERS.items()}
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 every_decoder = pytest.mark.parametrize("decoder", LANGUAGE_MODELS)
 
-ATOMS = [
+GROUPS = [
     SequenceGroup([], [[5, 9, 2, 7, 1]], mask=[[False] * 4 + [True]]),
     SequenceGroup([11, 3, 8], [[0], [7, 7, 2]], mask=[[True], [False, False, True]]),
     SequenceGroup([6, 6, 6, 6], [[4, 1]], mask=[[False, True]]),
@@ -122,10 +122,10 @@ def test_round_trip_gives_the_same_bytes(case: tuple[str, str], tmp_path: Path) 
 @every_decoder
 def test_packed_equals_separate_and_shared_prompts_equal_repeated_ones(decoder: str, tmp_path: Path) -> None:
     model = new_classifier(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).eval()
-    separate = [part for group in ATOMS for part in group.expanded()]
+    separate = [part for group in GROUPS for part in group.expanded()]
     expected = torch.cat([model(collate([group])).values for group in separate])
     assert float(expected.detach().std()) > 0.1
-    for groups in [separate] + [ATOMS] * model.shares_prompts:
+    for groups in [separate] + [GROUPS] * model.shares_prompts:
         packed = model(collate(groups)).values
         torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0.0)
         assert_close(gradients(model, packed), gradients(model, expected), 1e-4)
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(decoder: str, tmp_path: Path) ->
     for checkpointing in (False, True):
         model = new_classifier(tiny_folder(tmp_path, decoder), LABELS, torch.float32, seed=2).train()
         model.gradient_checkpointing = checkpointing
-        found.append(gradients(model, model(collate(ATOMS[:1])).values))
+        found.append(gradients(model, model(collate(GROUPS[:1])).values))
     assert_close(found[1], found[0], 1e-5)
 
 
@@ -162,7 +162,7 @@ def test_a_decoders_folder_gets_a_new_head(decoder: str, tmp_path: Path) -> None
     assert parity(tmp_path / "saved").worst <= FAMILIES[LANGUAGE_MODELS[decoder]].TOLERANCE
     reread = load(tmp_path / "saved")
     assert reread.config == model.config
-    assert torch.equal(reread(collate(ATOMS)).values, model(collate(ATOMS)).values)
+    assert torch.equal(reread(collate(GROUPS)).values, model(collate(GROUPS)).values)
 
 
 @pytest.mark.parametrize("decoder", ["DeepseekV3ForCausalLM", "Qwen3NextForCausalLM"])

@@ -170,7 +170,7 @@ def test_a_margin_that_is_missing_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "sequence group", [SequenceGroup([1], [[2, 3]]), SequenceGroup([1], [[2], [3], [4]], mask=[[True]] * 3)]
+    "sequence_group", [SequenceGroup([1], [[2, 3]]), SequenceGroup([1], [[2], [3], [4]], mask=[[True]] * 3)]
 )
 def test_what_is_no_pair_is_refused(sequence_group: SequenceGroup) -> None:
     with pytest.raises(ValueError, match="learns from pairs of replies"):
