@@ -1,28 +1,33 @@
-"""Weights on their way from the learners to the engines, and the proof that they arrived.
+"""Weight sync from the learners to the engines, with the proof that the weights arrived.
 
-The learner publishes tensors with a checksum for each; every worker computes the checksums of what it received before
-it loads, and answers with a `SyncReport`. A push that was lost, truncated, mixed up or meant for another model is an
-error there and then, not a run that quietly samples from old weights.
+The learner takes a snapshot: tensors with a checksum of each. Every worker compares the tensors that it received with
+their checksums, loads them, and answers with a `SyncReport`. A sync that was lost, truncated, mixed up or meant for
+another model is an error at once, not a run that quietly samples from old weights.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-WeightSnapshot = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""(tensors, checksums), both by the names of the Hub's layout on disk."""
 
 COLUMNS = 4096
 """Words in a row of the matrix that a checksum is taken over."""
 
 
+class WeightSnapshot(NamedTuple):
+    """All weights of a model in host memory, by the names of the Hub's layout on disk."""
+
+    tensors: Mapping[str, Tensor]
+    checksums: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one worker loaded."""
+    """The weights that one worker loaded."""
 
     version: int
     num_tensors: int
@@ -34,7 +39,7 @@ class SyncReport:
 
 
 class WeightsDamagedError(RuntimeError):
-    """What arrived is not what was sent."""
+    """The tensors that arrived differ from those that were sent."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -60,10 +65,10 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def publish(tensors: Iterable[tuple[str, Tensor]]) -> WeightSnapshot:
-    """Tensors by name with their checksums: what a learner hands to `RolloutWorker.load_weights`."""
-    named = {name: _alone(tensor) for name, tensor in tensors}
-    return named, {name: checksum(tensor) for name, tensor in named.items()}
+def take_snapshot(weights: Iterable[tuple[str, Tensor]]) -> WeightSnapshot:
+    """Collect (name, tensor) pairs in host memory with a checksum of each, for `RolloutWorker.load_weights`."""
+    tensors = {name: _alone(tensor.cpu()) for name, tensor in weights}
+    return WeightSnapshot(tensors, {name: checksum(tensor) for name, tensor in tensors.items()})
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -72,13 +77,13 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
-def verify(published: WeightSnapshot) -> str:
-    """Check that tensors are those that the checksums were taken of; returns the checksum of all together.
+def verify(snapshot: WeightSnapshot) -> str:
+    """Check that the tensors match their checksums; returns the checksum of all of them together.
 
     Raises:
         WeightsDamagedError: a tensor is missing, unannounced or different; names it.
     """
-    tensors, checksums = published
+    tensors, checksums = snapshot
     absent = sorted(set(checksums) ^ set(tensors))
     if absent:
         raise WeightsDamagedError(f"tensors and checksums do not have the same names: {_some(absent)}")

@@ -1,4 +1,4 @@
-"""From a configuration to a running session, and its orderly end."""
+"""From a configuration to a running training run, and its orderly end."""
 
 import logging
 from collections.abc import Iterator
@@ -20,45 +20,46 @@ from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
-from trainer.session import TrainingRun, resume
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
 from trainer.sources.dynamic_sampling import DynamicSampling
-from trainer.sources.generate_and_grade import RewardWorkers, Rollouts
+from trainer.sources.generate_and_grade import Rollouts
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
 from trainer.sources.sampler import GroupCollector, LiveSampler, ReplayedSampler, Sampler, SingleRound
+from trainer.sources.workers import RewardWorkers, RolloutWorkers
+from trainer.training_run import TrainingRun, resume
 
 log = logging.getLogger(__name__)
 
 Running = tuple[TrainingRun, BatchSource, LearnerGroup]
 
 MAX_RESTARTS = 10
-"""Deaths of rollout workers, of graders, or of one reward model's processes, that one run makes good."""
+"""Maximum restarts per worker group before the run fails."""
 
-START_TO_GRADE_S = 60.0
-"""What graders may take beside their rewards' own time limits."""
+GRADING_OVERHEAD_S = 60.0
+"""Seconds that graders may take for one call beside the time limits of their rewards."""
 
 
 @contextmanager
 def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> Iterator[Running]:
-    """Start everything that a run needs; on leaving, close it in reverse, whatever happened.
+    """Start the workers of a run; on leaving, close them in reverse order, also after an error.
 
-    What can be wrong with data, tokenizer, model files or trackers is found before the first process starts.
+    Faults of the data, the tokenizer, the model files and the trackers are found before the first process starts.
     """
-    parts = RunComponents(config)
+    components = RunComponents(config)
     check_trackers(config.tracking.trackers)
-    parts.check_model()
-    parts.check_experts()
-    open_source = SOURCES[parts.objective.source](parts, replay)
+    components.check_model()
+    components.check_experts()
+    open_source = SOURCES[components.objective.source](components, replay)
     folder = RunFolder.open(resume_from) if resume_from else RunFolder.create(Path("runs"), config.name)
     with ExitStack() as stack:
         if message := stack.enter_context(folder.locked()):
             log.warning("%s", message)
         folder.config.write_text(dump(config))
         stop = stack.enter_context(StopSignal())
-        cluster = open_cluster(config.cluster, open_source.needs, folder.logs)
+        cluster = open_cluster(config.cluster, open_source.requests, folder.logs)
         stack.callback(cluster.close)
-        learners = start_learners(parts, cluster, folder)
+        learners = start_learners(components, cluster, folder)
         stack.callback(learners.close)
         source = open_source(cluster, learners, folder, stack)
         done = resume(folder, source, learners) if resume_from else 0
@@ -68,73 +69,73 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
         yield TrainingRun(config, folder, source, learners, tracker, progress, stop, done), source, learners
 
 
-def needs(config: Config, problems: bool) -> list[ResourceRequest]:
-    """What the run asks of the cluster."""
+def learner_request(config: Config) -> ResourceRequest:
+    """The resources of the learners."""
     cluster = config.cluster
-    learners = ResourceRequest(
-        "learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner
-    )
-    workers = ResourceRequest(
-        "rollout", config.rollout.workers, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker
-    )
+    return ResourceRequest("learner", config.learner.processes, cluster.cpus_per_learner or 1, cluster.gpus_per_learner)
+
+
+def rollout_requests(config: Config) -> list[ResourceRequest]:
+    """The resources of the workers that sample and grade."""
+    cluster, count = config.cluster, config.rollout.workers
+    workers = ResourceRequest("rollout", count, cluster.cpus_per_rollout_worker or 1, cluster.gpus_per_rollout_worker)
     graders = [ResourceRequest("grader", config.graders.workers, 1, 0)] if config.rewards else []
-    scorers = [
-        ResourceRequest(
-            reward_model_group(model), model.workers, cluster.cpus_per_reward_model or 1, cluster.gpus_per_reward_model
-        )
-        for model in config.reward_models
-    ]
-    return [learners, workers, *graders, *scorers] if problems else [learners]
+    cpus, gpus = cluster.cpus_per_reward_model or 1, cluster.gpus_per_reward_model
+    reward_models = [ResourceRequest(group_name(m), m.workers, cpus, gpus) for m in config.reward_models]
+    return [workers, *graders, *reward_models]
 
 
-def reward_model_group(model: RewardModelConfig) -> str:
-    """What the cluster calls the processes of a reward model."""
-    return f"scorer-{model.name}"
+def group_name(model: RewardModelConfig) -> str:
+    """The name of a reward model's worker group, in logs and error messages."""
+    return f"reward-model-{model.name}"
 
 
-def start_learners(parts: RunComponents, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
+def start_learners(components: RunComponents, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
     """Begin to build the learner processes."""
-    config = parts.config
-    setup, size = parts.learner_setup(folder.path), config.learner.processes
-    handle = cluster.spawn(
+    config = components.config
+    setup, size = components.learner_setup(folder.path), config.learner.processes
+    group = cluster.spawn(
         Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
     )
-    return LearnerGroup(handle, config.learner.timeout_s, config.cluster.start_timeout_s)
+    return LearnerGroup(group, config.learner.timeout_s, config.cluster.start_timeout_s)
 
 
-def start_rollouts(parts: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
-    """Begin to build rollout workers and judges."""
-    config = parts.config
-    setup, section = parts.engine_setup, config.rollout.engine
-    worker = {"engine": section.name, "config": section.options, "model_path": model_path, "setup": setup}
-    workers = cluster.spawn(RolloutWorker, "rollout", lambda i: worker, max_restarts=MAX_RESTARTS)
-    return Rollouts(workers, start_reward_workers(parts, cluster), config.seed, config.rollout.timeout_s)
+def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
+    """Begin to build the rollout workers and the reward workers."""
+    config, engine = components.config, components.config.rollout.engine
+    kwargs = {
+        "engine": engine.name,
+        "config": engine.options,
+        "model_path": model_path,
+        "setup": components.engine_setup,
+    }
+    group = cluster.spawn(RolloutWorker, "rollout", lambda i: kwargs, max_restarts=MAX_RESTARTS)
+    workers = RolloutWorkers(group, config.rollout.timeout_s)
+    return Rollouts(workers, start_reward_workers(components, cluster), config.seed)
 
 
-def start_reward_workers(parts: RunComponents, cluster: Cluster) -> list[RewardWorkers]:
+def start_reward_workers(components: RunComponents, cluster: Cluster) -> list[RewardWorkers]:
     """Begin to build the graders, if there are rewards, and the processes of every reward model."""
-    config, judges = parts.config, []
+    config, started = components.config, []
     if config.rewards:
-        grader = {"rewards": list(config.rewards), "config": config.graders}
-        graders = cluster.spawn(Grader, "grader", lambda i: grader, max_restarts=MAX_RESTARTS)
-        judges.append(RewardWorkers(graders, START_TO_GRADE_S, config.graders.timeout_s * len(config.rewards)))
-    return judges + [_start_reward_model(setup, cluster) for setup in parts.reward_model_setups]
+        kwargs = {"rewards": list(config.rewards), "config": config.graders}
+        graders = cluster.spawn(Grader, "grader", lambda i: kwargs, max_restarts=MAX_RESTARTS)
+        started.append(RewardWorkers(graders, GRADING_OVERHEAD_S, config.graders.timeout_s * len(config.rewards)))
+    return started + [_start_reward_model(setup, cluster) for setup in components.reward_model_setups]
 
 
 def _start_reward_model(setup: RewardModelSetup, cluster: Cluster) -> RewardWorkers:
-    scorer = {"setup": setup}
-    scorers = cluster.spawn(
-        RewardModelWorker, reward_model_group(setup.config), lambda i: scorer, max_restarts=MAX_RESTARTS
-    )
-    return RewardWorkers(scorers, setup.config.timeout_s)
+    name = group_name(setup.config)
+    group = cluster.spawn(RewardModelWorker, name, lambda i: {"setup": setup}, max_restarts=MAX_RESTARTS)
+    return RewardWorkers(group, setup.config.timeout_s)
 
 
 class OpenDataset:
-    """Opens the source of objectives that learn from given sequences; reads the data before anything starts."""
+    """Opens the source of objectives that learn from given sequences; reads the data before any process starts."""
 
-    def __init__(self, parts: RunComponents, replay: Path | None) -> None:
-        self.needs = needs(parts.config, problems=False)
-        self.source = DatasetSource(parts.sequences, parts.objective, parts.config)
+    def __init__(self, components: RunComponents, replay: Path | None) -> None:
+        self.requests = [learner_request(components.config)]
+        self.source = DatasetSource(components.sequences, components.objective, components.config)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         learners.wait_ready()
@@ -144,46 +145,47 @@ class OpenDataset:
 class OpenRollouts:
     """Opens the source of objectives that learn from rollouts, live or replayed."""
 
-    def __init__(self, parts: RunComponents, replay: Path | None) -> None:
-        config = parts.config
-        self.parts = parts
+    def __init__(self, components: RunComponents, replay: Path | None) -> None:
+        config = components.config
+        self.components = components
         self.replay = replay
-        self.needs = needs(config, problems=replay is None)
-        self.prompts = parts.prompts
-        section = config.rollout.engine
+        self.requests = [learner_request(config)]
+        self.prompts = components.prompts
         if replay is not None:
             check_replay(replay, config.steps)
             return
-        check_engine(section.name, section.options, parts.model_path, parts.engine_setup)
+        self.requests += rollout_requests(config)
+        engine = config.rollout.engine
+        check_engine(engine.name, engine.options, components.model_path, components.engine_setup)
         problems = self.prompts.held_out(1)
         if not problems:
             raise DataError("every held-out prompt is too long: raise data.max_prompt_tokens")
         if config.rewards:
             check_rewards(config.rewards, problems[0].columns, config.graders)
-        for scorer in parts.reward_model_setups:
-            check_reward_model(scorer)
+        for setup in components.reward_model_setups:
+            check_reward_model(setup)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         replayed = None if self.replay is None else ReplayedSampler(self.replay)
         sampler = replayed or self._live(cluster, learners, folder, stack)
         learners.wait_ready()
-        return RolloutSource(self.prompts, sampler, self.parts.objective, self.parts.config)
+        return RolloutSource(self.prompts, sampler, self.components.objective, self.components.config)
 
     def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> Sampler:
-        config = self.parts.config
-        model_path = self.parts.model_path
+        config = self.components.config
+        model_path = self.components.model_path
         if config.model.init == "random":  # only the learners have these weights: engines start from a copy
             model_path = folder.path / "initial"
             learners.wait_ready()
             learners.export(model_path)
-        rollouts = start_rollouts(self.parts, cluster, model_path)
+        rollouts = start_rollouts(self.components, cluster, model_path)
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
-        save_to = folder.rollouts if config.rollout.save else None
-        gather: GroupCollector = (
-            DynamicSampling(config.algorithm) if config.algorithm.dynamic_sampling else SingleRound()
-        )
-        return LiveSampler(rollouts, gather, config.graders.max_unscored_share, config.rollout.sleep, save_to)
+        batch, algorithm = config.batch, config.algorithm
+        collector: GroupCollector
+        collector = DynamicSampling(batch, algorithm) if algorithm.dynamic_sampling else SingleRound(batch)
+        return LiveSampler(rollouts, collector, config, folder.rollouts if config.rollout.save else None)
 
 
 SOURCES: dict[str, type[OpenDataset] | type[OpenRollouts]] = {"dataset": OpenDataset, "rollout": OpenRollouts}
+"""By `source` of the objective."""

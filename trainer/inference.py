@@ -1,4 +1,4 @@
-"""Sampling without training: evaluation of a model on held-out data, rollouts to a folder, answers to prompts."""
+"""Sampling without training: evaluation on held-out data, rollouts to a folder, answers to prompts."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from llmquest_rl.types import Group, Request
-from trainer.assemble import needs, start_rollouts
+from trainer.assemble import rollout_requests, start_rollouts
 from trainer.cluster.worker_group import open_cluster
 from trainer.components import RunComponents
 from trainer.config.schema import Config
@@ -55,59 +55,56 @@ def export(run: str, out: Path, which: str = "latest") -> Path:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What sampling needs, running."""
+class LiveRollouts:
+    """Running rollout workers and reward workers, with the components that they were built from."""
 
-    parts: RunComponents
+    components: RunComponents
     rollouts: Rollouts
 
 
 @contextmanager
-def running(config: Config) -> Iterator[Sampling]:
-    """Rollout workers and judges of a configuration, without learners."""
-    parts = RunComponents(config)
-    parts.check_model()
-    workers_and_judges = [need for need in needs(config, problems=True) if need.name != "learner"]
+def live_rollouts(config: Config) -> Iterator[LiveRollouts]:
+    """Start the rollout workers and reward workers of a configuration, without learners."""
+    components = RunComponents(config)
+    components.check_model()
     with ExitStack() as stack:
         logs = Path(mkdtemp(prefix="llmquest-logs-"))
-        cluster = open_cluster(config.cluster, workers_and_judges, logs)
+        cluster = open_cluster(config.cluster, rollout_requests(config), logs)
         stack.callback(cluster.close)
-        rollouts = start_rollouts(parts, cluster, parts.model_path)
+        rollouts = start_rollouts(components, cluster, components.model_path)
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
-        yield Sampling(parts, rollouts)
+        yield LiveRollouts(components, rollouts)
     shutil.rmtree(logs)  # after an error they stay: its message names them
 
 
 def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
-    """Evaluate `config.model.path` on the held-out samples as `config.eval` says; metrics and the groups themselves."""
-    settings = config.eval
-    with running(config) as sampling:
-        problems = sampling.parts.prompts.held_out(config.data.eval_size)
-        groups, _ = sampling.rollouts.run(problems, settings.samples_per_prompt, config.eval_sampling, "eval")
+    """Evaluate `config.model.path` on the held-out problems as `config.eval` says; returns metrics and groups."""
+    with live_rollouts(config) as live:
+        problems = live.components.prompts.held_out(config.data.eval_size)
+        groups, _ = live.rollouts.run(problems, config.eval.samples_per_prompt, config.eval_sampling, "eval")
     check_groups(groups, config.graders.max_unscored_share)
     return accuracy_metrics(groups, *config.correct_if), groups
 
 
 def generate_rollouts(config: Config, steps: int, out: Path) -> Iterator[tuple[int, list[Group]]]:
-    """Sample and grade the prompts of the first steps and save them as `train --replay` reads them."""
-    with running(config) as sampling:
+    """Sample and grade the prompts of the first steps, and save the groups for `train --replay`."""
+    with live_rollouts(config) as live:
         for step in range(1, steps + 1):
-            problems = sampling.parts.prompts.take(config.batch.prompts_per_step)
+            problems = live.components.prompts.take(config.batch.prompts_per_step)
             n = config.batch.samples_per_prompt
-            groups, _ = sampling.rollouts.run(problems, n, config.rollout.sampling, f"train/{step}")
+            groups, _ = live.rollouts.run(problems, n, config.rollout.sampling, f"train/{step}")
             save_rollouts(out, step, groups)
             yield step, groups
 
 
 def answer_prompts(config: Config, prompts: list[str], n: int) -> list[list[str]]:
-    """Complete prompts `n` times each with `config.model.path`: [prompts][n] texts."""
-    with running(config) as sampling:
-        renderer = sampling.parts.renderer
+    """Complete each prompt `n` times with `config.model.path`: `[prompts][n]` texts."""
+    with live_rollouts(config) as live:
+        renderer = live.components.renderer
         requests = [
             Request(renderer.prompt_ids(prompt), n, seed_for(config.seed, "generate", i))
             for i, prompt in enumerate(prompts)
         ]
-        work = [(requests, config.rollout.sampling)]
-        [answers] = sampling.rollouts.workers.map("generate", work, timeout_s=config.rollout.timeout_s)
+        answers = live.rollouts.workers.generate(requests, config.rollout.sampling)
     return [[completion.text for completion in group] for group in answers]

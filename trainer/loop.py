@@ -18,6 +18,6 @@ def train(config: Config, resume: Path | None = None, replay: Path | None = None
         for step in run.steps():
             batch = source.next(step)
             metrics = learners.update(batch)
-            metrics |= source.sync(learners, version=step)
+            metrics |= source.sync_weights(learners, version=step)
             run.record(step, batch, metrics)
     return run.folder.path

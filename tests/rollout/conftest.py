@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.weight_files import read_tensors, weight_entries
 from rollout.engine import EngineSetup, engine_config
-from rollout.weights import publish
+from rollout.weights import take_snapshot
 from rollout.worker import RolloutWorker
 
 VERSIONS = count(1)
@@ -75,7 +75,7 @@ def _call(method: str, *args: Any) -> Any:
 
 def push(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:
     """Give a worker new weights; returns their version."""
-    return worker.load_weights(publish(tensors.items()), next(VERSIONS)).version
+    return worker.load_weights(take_snapshot(tensors.items()), next(VERSIONS)).version
 
 
 def perturbed(tensors: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, engine_config
-from rollout.weights import publish
+from rollout.weights import take_snapshot
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import SETUP, VERSIONS, WorkerElsewhere, perturbed
 
@@ -32,9 +32,9 @@ def test_native_and_vllm_agree(
     weights: str, native_worker: RolloutWorker, vllm_worker: RolloutWorker, pretrained: dict[str, Tensor]
 ) -> None:
     workers = (native_worker, vllm_worker)
-    published = publish((perturbed(pretrained, seed=3) if weights == "updated" else pretrained).items())
+    snapshot = take_snapshot((perturbed(pretrained, seed=3) if weights == "updated" else pretrained).items())
     version = next(VERSIONS)
-    reports = [worker.load_weights(published, version) for worker in workers]
+    reports = [worker.load_weights(snapshot, version) for worker in workers]
     assert reports[0].checksum == reports[1].checksum
 
     given = [worker.logprobs(PROMPTS) for worker in workers]
@@ -52,10 +52,10 @@ def test_native_and_vllm_agree(
 def test_greedy_tokens_and_endings_agree(
     native_worker: RolloutWorker, vllm_worker: RolloutWorker, pretrained: dict[str, Tensor]
 ) -> None:
-    published = publish(pretrained.items())
+    snapshot = take_snapshot(pretrained.items())
     version = next(VERSIONS)
     for worker in (native_worker, vllm_worker):
-        worker.load_weights(published, version)
+        worker.load_weights(snapshot, version)
     requests = [Request(prompt, 1, seed=0) for prompt in PROMPTS]
     for sampling in (Sampling(max_tokens=8, temperature=0), Sampling(max_tokens=8, temperature=0, stop=(" ",))):
         native, vllm = (worker.generate(requests, sampling) for worker in (native_worker, vllm_worker))

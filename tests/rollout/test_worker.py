@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, engine_config, engine_names
-from rollout.weights import WeightsDamagedError, checksum, publish, verify
+from rollout.weights import WeightsDamagedError, checksum, take_snapshot, verify
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import VERSIONS, perturbed
 
@@ -47,14 +47,14 @@ def test_checksum_of_any_size_and_dtype(dtype: torch.dtype, size: int) -> None:
 def test_checksums_of_a_model_take_less_time_than_a_push(pretrained: dict[str, Tensor]) -> None:
     checksum(pretrained["model.embed_tokens.weight"])
     started = time.process_time()
-    tensors, checksums = publish(pretrained.items())
+    tensors, checksums = take_snapshot(pretrained.items())
     assert time.process_time() - started < 1.0, "135M parameters; 0.1 s on one idle core"
     assert len(set(checksums.values())) == len(tensors)
 
 
 def test_damage_on_the_way_is_found(pretrained: dict[str, Tensor]) -> None:
     small = {name: tensor for name, tensor in pretrained.items() if tensor.ndim == 1}
-    tensors, checksums = publish(small.items())
+    tensors, checksums = take_snapshot(small.items())
     assert verify((tensors, checksums)) == verify((dict(tensors), dict(checksums)))
     damaged = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}
     with pytest.raises(WeightsDamagedError, match=r"1 of 61 tensors .*model\.norm\.weight"):
@@ -77,7 +77,7 @@ def test_an_unknown_engine_names_those_that_exist() -> None:
 
 def test_a_worker_loads_only_what_was_sent(vllm_worker: RolloutWorker, pretrained: dict[str, Tensor]) -> None:
     before, version = vllm_worker.logprobs([[1, 2, 3, 4]]), vllm_worker.describe()["version"]
-    tensors, checksums = publish(perturbed(pretrained).items())
+    tensors, checksums = take_snapshot(perturbed(pretrained).items())
     damaged = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}
     with pytest.raises(WeightsDamagedError, match=r"model\.norm\.weight"):
         vllm_worker.load_weights((damaged, checksums), next(VERSIONS))
@@ -98,7 +98,7 @@ def test_tensors_in_read_only_memory_are_loaded_without_complaint(
     vllm_worker: RolloutWorker, pretrained: dict[str, Tensor], recwarn: pytest.WarningsRecorder
 ) -> None:
     """Objects in shared memory are read-only: numpy arrays without the right to write, seen as tensors."""
-    tensors, checksums = publish(perturbed(pretrained, seed=2).items())
+    tensors, checksums = take_snapshot(perturbed(pretrained, seed=2).items())
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     shared = {}
     for name, array in arrays.items():
@@ -116,7 +116,7 @@ def test_an_engine_in_another_dtype_takes_float32_weights(model_path: Path, pret
     try:
         sequence = [[1, 504, 2988, 314, 216, 39]]
         before = torch.tensor(worker.logprobs(sequence)[0])
-        version = worker.load_weights(publish(perturbed(pretrained).items()), 7).version
+        version = worker.load_weights(take_snapshot(perturbed(pretrained).items()), 7).version
         (completion,) = worker.generate([Request(sequence[0], 1, 0)], Sampling(max_tokens=2))[0]
         assert version == completion.weight_version == worker.describe()["version"] == 7
         assert (torch.tensor(worker.logprobs(sequence)[0]) - before).abs().max() > 0.01

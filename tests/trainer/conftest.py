@@ -28,7 +28,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.loop import train
 from trainer.run.tracking import JsonLines
-from trainer.session import TrainingRun
+from trainer.training_run import TrainingRun
 
 ROOT = Path(__file__).parents[2]
 REWARDS = ROOT / "tests" / "trainer" / "sources" / "reward_cases.py"

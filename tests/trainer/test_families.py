@@ -10,7 +10,7 @@ import torch
 
 from llmquest_rl.models.checkpoint.load_save import architectures, load_model, new_model, save_model
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
-from rollout.weights import publish, verify
+from rollout.weights import take_snapshot, verify
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, rows
 from tests.trainer.learner.learner_cases import make_setup, minibatches
@@ -65,9 +65,9 @@ def test_parameters_shared_out_between_processes_change_nothing(architecture: st
     for stage in (0, 3):
         config = LearnerConfig.model_validate({"zero_stage": stage, "timeout_s": 60})
         learner = Learner(make_setup(source, learner=config))
-        metrics = learner.update((minibatches(0), 2))
+        metrics = learner.update(minibatches(0), 2)
         assert metrics["learner/skipped_updates"] == 0
-        tensors, checksums = publish(learner.weights())
+        tensors, checksums = take_snapshot(learner.weights())
         verify((tensors, checksums))
         weights.append({name: tensor.clone() for name, tensor in tensors.items()})
         learner.close()

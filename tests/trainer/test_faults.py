@@ -10,8 +10,8 @@ from llmquest_rl.data.rows import DataError
 from rewards.failures import TooManyUnscoredError
 from tests.trainer.conftest import REWARDS, Runs, rows, saved
 from trainer.learner.state import TooManySkippedUpdatesError
-from trainer.session import WeightsDifferError
 from trainer.sources.replay import load_rollouts
+from trainer.training_run import WeightsDifferError
 
 
 def reward(runs: Runs, name: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.trainer.conftest import REWARDS, Command, Runs, assert_equal_runs, rows, saved
 from trainer.run.checkpoint import CheckpointError
 from trainer.run.folder import RunFolder, RunFolderError
-from trainer.session import TrainingRun
+from trainer.training_run import TrainingRun
 
 HARD = ("batch.minibatches_per_step=2", "batch.epochs_per_step=2", "algorithm.beta=0.1")
 """Several updates on the same completions, and a frozen reference: the initial model, also after a resume."""

@@ -49,7 +49,7 @@ def generate_and_learn(folder: Path) -> str:
     try:
         engine.load_weights(learner.weights(), 1)
         sequence_groups, _ = make_sequence_groups([_graded(engine)], algorithm, SAMPLING.max_tokens)
-        metrics = learner.update(([objective.assign_token_weights(sequence_groups)], 1))
+        metrics = learner.update([objective.assign_token_weights(sequence_groups)], 1)
         engine.load_weights(learner.weights(), 2)
     finally:
         learner.close()

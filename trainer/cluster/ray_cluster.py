@@ -1,6 +1,6 @@
-"""Members as Ray actors: joining or starting Ray, and placement. Ray is imported here and in `ray_group.py` only.
+"""Workers as Ray actors: joining or starting Ray, and placement. Ray is imported here and in `ray_group.py` only.
 
-What does not fit is said at once, with what is missing, instead of being waited for.
+A run that does not fit fails at once, with the missing resource in the message, instead of waiting.
 """
 
 import logging
@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
 from trainer.cluster.ray_group import Host, RayWorkerGroup  # noqa: E402
-from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, WorkerGroup  # noqa: E402
+from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, Worker, WorkerGroup  # noqa: E402
 from trainer.config.schema import ClusterConfig  # noqa: E402
 
 PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
@@ -31,41 +31,41 @@ PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
 class RayCluster(Cluster):
     """A Ray cluster of our own on this machine, or the one that `RAY_ADDRESS` names."""
 
-    def __init__(self, config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> None:
         self.log_dir = log_dir.resolve()
-        self.needs = {need.name: need for need in needs}
+        self.requests = {request.name: request for request in requests}
         self.start_timeout_s = config.start_timeout_s
-        self._connect(needs)
+        self._connect(requests)
         try:
-            self.group = self._place(needs, config.start_timeout_s)
+            self.group = self._place(requests, config.start_timeout_s)
         except BaseException:
             ray.shutdown()
             raise
 
     def spawn(
         self,
-        cls: type,
+        cls: type[Worker],
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
         collective: bool = False,
-    ) -> WorkerGroup:
-        need = self.needs[name]
-        names = list(self.needs)
-        first = sum(self.needs[other].count for other in names[: names.index(name)])
-        meeting: dict[str, Any] = {}
+    ) -> WorkerGroup[Worker]:
+        request = self.requests[name]
+        names = list(self.requests)
+        first = sum(self.requests[other].count for other in names[: names.index(name)])
+        rendezvous: dict[str, Any] = {}
 
-        def start(member: int) -> ActorHandle:
-            place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=first + member)
-            options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "scheduling_strategy": place}
-            return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{member}.log"))
+        def start(worker: int) -> ActorHandle:
+            place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=first + worker)
+            options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "scheduling_strategy": place}
+            return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{worker}.log"))
 
-        def build(actor: ActorHandle, member: int) -> Any:
-            if collective and not meeting:
-                meeting.update(self._rendezvous(actor, f"{name}-{member}"))
-            return actor.build.remote(cls, kwargs(member) | meeting)
+        def build(actor: ActorHandle, worker: int) -> Any:
+            if collective and not rendezvous:
+                rendezvous.update(self._rendezvous(actor, f"{name}-{worker}"))
+            return actor.build.remote(cls, kwargs(worker) | rendezvous)
 
-        return RayWorkerGroup(name, need.count, start, build, max_restarts, self.log_dir)
+        return RayWorkerGroup(name, request.count, start, build, max_restarts, self.log_dir)
 
     def _rendezvous(self, actor: ActorHandle, name: str) -> dict[str, Any]:
         try:
@@ -80,7 +80,7 @@ class RayCluster(Cluster):
         remove_placement_group(self.group)
         ray.shutdown()
 
-    def _connect(self, needs: list[ResourceRequest]) -> None:
+    def _connect(self, requests: list[ResourceRequest]) -> None:
         # Tensors travel through the object store without a copy; driver and actors must agree on it.
         env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         env |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
@@ -91,7 +91,7 @@ class RayCluster(Cluster):
             self._join(address, common)
             return
         # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
-        slots = max(os.cpu_count() or 1, math.ceil(sum(need.count * need.cpus for need in needs)))
+        slots = max(os.cpu_count() or 1, math.ceil(sum(request.count * request.cpus for request in requests)))
         # Without the word `local` it would join whatever Ray somebody has started on this machine.
         ray.init("local", num_cpus=slots, include_dashboard=False, **common)
 
@@ -104,20 +104,20 @@ class RayCluster(Cluster):
                 "for a token, as where ~/.ray/auth_token exists, set RAY_AUTH_MODE=token and copy that file here."
             ) from error
 
-    def _place(self, needs: list[ResourceRequest], timeout_s: float) -> PlacementGroup:
+    def _place(self, requests: list[ResourceRequest], timeout_s: float) -> PlacementGroup:
         have = ray.cluster_resources()
         for resource, total in (
-            ("CPU", sum(need.count * need.cpus for need in needs)),
-            ("GPU", sum(need.count * need.gpus for need in needs)),
+            ("CPU", sum(request.count * request.cpus for request in requests)),
+            ("GPU", sum(request.count * request.gpus for request in requests)),
         ):
             if total > have.get(resource, 0.0) + 1e-6:
-                asked = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in needs)
+                asked = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in requests)
                 raise ClusterError(
                     f"the Ray cluster has {have.get(resource, 0.0):g} {resource}s, but this run asks for {total:g} "
                     f"({asked}). Add nodes, or lower rollout.workers, graders.workers, learner.processes or "
                     f"cluster.{resource.lower()}s_per_*."
                 )
-        bundles = [{"CPU": need.cpus, "GPU": need.gpus} for need in needs for _ in range(need.count)]
+        bundles = [{"CPU": request.cpus, "GPU": request.gpus} for request in requests for _ in range(request.count)]
         group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="PACK")
         if not group.wait(timeout_s):
             remove_placement_group(group)

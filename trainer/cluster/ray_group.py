@@ -1,4 +1,4 @@
-"""A group of Ray actors: order, time limits that name who did not answer, and restarts of those that died."""
+"""A group of Ray actors: ordered answers, time limits that name the silent worker, and restarts of dead workers."""
 
 import contextlib
 import logging
@@ -8,35 +8,36 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from trainer.cluster.worker_group import ClusterError, WorkerGroup, free_port
+from trainer.cluster.worker_group import Answer, Arguments, ClusterError, Worker, WorkerGroup, free_port
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""How often one piece of work is redone on a fresh member before the run stops: it is then the work that kills."""
+"""Attempts at one piece of work before the run stops: work that ends this many workers is itself the cause."""
 
 GRACE_S = 5.0
-"""How long a failure waits for news of a death: members in step fail when one dies, often before Ray has noticed."""
+"""Seconds that a failure waits for news of a death: when one worker of a collective dies, the others fail too, often
+before Ray has noticed the death."""
 
 CLOSE_S = 30.0
-"""How long a member may take to close before it is killed."""
+"""Seconds that a worker may take to close before it is killed."""
 
 Work = tuple[int, tuple[Any, ...]]
 """The index of a piece of work, and its arguments."""
 
 
-class MemberDiedError(ClusterError):
-    """The process of one member ended."""
+class WorkerDiedError(ClusterError):
+    """The process of one worker ended."""
 
 
 class Host:
-    """What Ray runs: builds the member inside the actor's process, its output in a log file of its own."""
+    """The actor: builds the worker inside its own process and redirects the output to the worker's log file."""
 
     def __init__(self, log_file: str) -> None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -45,31 +46,31 @@ class Host:
         os.dup2(stream, 2)
         os.close(stream)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
-        self.member: Any = None
+        self.worker: Any = None
 
     def rendezvous(self) -> dict[str, Any]:
-        """Where the members of a group that works in step can meet: this process's node and a free port of it."""
+        """The address at which the workers of a collective meet: this process's node and one of its free ports."""
         address = ray.util.get_node_ip_address()
         return {"master_address": address, "master_port": free_port(address)}
 
     def build(self, cls: type, kwargs: dict[str, Any]) -> int:
-        self.member = cls(**kwargs)
+        self.worker = cls(**kwargs)
         return os.getpid()
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.member, method)(*args)
+        return getattr(self.worker, method)(*args)
 
-    def hold(self, method: str, *args: Any) -> tuple[None, Any]:
-        """As `call`, in two answers: the first comes with the second, but weighs nothing."""
+    def call_deferred(self, method: str, *args: Any) -> tuple[None, Any]:
+        """As `call`, with two answers: the first is small and tells that the second exists."""
         return None, self.call(method, *args)
 
     def close(self) -> None:
-        if self.member is not None:
-            self.member.close()
+        if self.worker is not None:
+            self.worker.close()
 
 
-class RayWorkerGroup(WorkerGroup):
-    """Members are Ray actors inside a placement group."""
+class RayWorkerGroup(WorkerGroup[Worker]):
+    """Workers are Ray actors inside a placement group."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class RayWorkerGroup(WorkerGroup):
         max_restarts: int,
         log_dir: Path,
     ) -> None:
-        """`start` makes the process of a member, `build` makes the member in it and returns a reference to wait for."""
+        """`start` starts a worker's process; `build` builds the worker in it and returns a reference to wait for."""
         super().__init__(name, size)
         self.start = start
         self.build = build
@@ -95,25 +96,43 @@ class RayWorkerGroup(WorkerGroup):
         self.start_timeout_s = timeout_s
         self._gather(self.built, range(self.size), "start", timeout_s)
 
-    def one(self, member: int, method: str, *args: Any, timeout_s: float) -> Any:
-        return self._gather([self.actors[member].call.remote(method, *args)], [member], method, timeout_s)[0]
+    def call(
+        self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> Answer:
+        ref = self.actors[worker].call.remote(method.__name__, *arguments)
+        return cast(Answer, self._gather([ref], [worker], method.__name__, timeout_s)[0])
 
-    def all(self, method: str, *args: Any, timeout_s: float, fetch: bool = True) -> list[Any]:
-        if not fetch:
-            pairs = [actor.hold.options(num_returns=2).remote(method, *args) for actor in self.actors]
-            self._gather([made for made, _ in pairs], range(self.size), method, timeout_s)
-            return [answer for _, answer in pairs]
+    def call_all(
+        self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> list[Answer]:
         if self.max_restarts:
-            return self._work(method, [deque([(i, args)]) for i in range(self.size)], timeout_s)
-        refs = [actor.call.remote(method, *args) for actor in self.actors]
-        return self._gather(refs, range(self.size), method, timeout_s)
+            queues: list[deque[Work]] = [deque([(i, arguments)]) for i in range(self.size)]
+            return self._work(method.__name__, queues, timeout_s)
+        refs = [actor.call.remote(method.__name__, *arguments) for actor in self.actors]
+        return self._gather(refs, range(self.size), method.__name__, timeout_s)
 
-    def each(self, method: str, items: Sequence[Any], *, timeout_s: float) -> list[Any]:
-        refs = [actor.call.remote(method, item) for actor, item in zip(self.actors, items, strict=True)]
-        return self._gather(refs, range(self.size), method, timeout_s)
+    def call_deferred(
+        self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> list[Answer]:
+        pairs = [
+            actor.call_deferred.options(num_returns=2).remote(method.__name__, *arguments) for actor in self.actors
+        ]
+        self._gather([done for done, _ in pairs], range(self.size), method.__name__, timeout_s)
+        return [answer for _, answer in pairs]
 
-    def map(self, method: str, items: Sequence[tuple[Any, ...]], *, timeout_s: float) -> list[Any]:
-        return self._work(method, [deque(enumerate(items))] * self.size, timeout_s)
+    def call_each(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        refs = [
+            actor.call.remote(method.__name__, *arguments) for actor, arguments in zip(self.actors, work, strict=True)
+        ]
+        return self._gather(refs, range(self.size), method.__name__, timeout_s)
+
+    def map(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        queue: deque[Work] = deque(enumerate(work))
+        return self._work(method.__name__, [queue] * self.size, timeout_s)
 
     def close(self) -> None:
         refs = {actor.close.remote(): i for i, actor in enumerate(self.actors) if i not in self.silent}
@@ -126,100 +145,100 @@ class RayWorkerGroup(WorkerGroup):
         for actor in self.actors:
             ray.kill(actor)
 
-    def _report_failed_close(self, member: int, ref: Any) -> None:
-        """A run that ends with an error must end with that one, not with one of its clearing up."""
+    def _report_failed_close(self, worker: int, ref: Any) -> None:
+        """Log the failure: a run that ends with an error must report that error, not one of the clean-up."""
         try:
             ray.get(ref)
         except RayTaskError as error:
-            log.warning("%s-%d failed to close: %s", self.name, member, error)
+            log.warning("%s-%d failed to close: %s", self.name, worker, error)
 
-    def _gather(self, refs: list[Any], members: Sequence[int], method: str, timeout_s: float) -> list[Any]:
-        """Answers in order; the first failure raises, since members in step would wait for the failed one."""
-        pending = dict(zip(refs, members, strict=True))
+    def _gather(self, refs: list[Any], workers: Sequence[int], method: str, timeout_s: float) -> list[Any]:
+        """Answers in order; the first failure raises, since the other workers of a collective would wait for ever."""
+        pending = dict(zip(refs, workers, strict=True))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not done:
                 raise self._late(method, pending.values(), timeout_s)
-            member = pending.pop(done[0])
+            worker = pending.pop(done[0])
             try:
-                answers[member] = self._get(member, method, done[0])
-            except MemberDiedError:
+                answers[worker] = self._get(worker, method, done[0])
+            except WorkerDiedError:
                 raise
             except Exception as error:
                 if death := self._death(pending, method):
                     raise death from error
                 raise
-        return [answers[member] for member in members]
+        return [answers[worker] for worker in workers]
 
-    def _death(self, pending: dict[Any, int], method: str) -> MemberDiedError | None:
-        """The death of another member, if there was one: it explains a failure, and not the other way round."""
+    def _death(self, pending: dict[Any, int], method: str) -> WorkerDiedError | None:
+        """The death of another worker, if there was one: a death explains a failure, and not the other way round."""
         done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE_S) if pending else ([], [])
         for ref in done:
             try:
                 self._get(pending[ref], method, ref)
-            except MemberDiedError as death:
+            except WorkerDiedError as death:
                 return death
             except Exception as other:
                 log.debug("%s-%d failed too: %s", self.name, pending[ref], other)
         return None
 
     def _work(self, method: str, queues: list[deque[Work]], timeout_s: float) -> list[Any]:
-        """One piece in flight for each member, taken from the member's queue (which members may share)."""
+        """Run one piece of work at a time on each worker, from the worker's queue; workers may share a queue."""
         indices = sorted({index for queue in queues for index, _ in queue})
         answers: dict[int, Any] = {}
         deaths: Counter[int] = Counter()
         running: dict[Any, tuple[int, Work, float]] = {}
         while len(answers) < len(indices):
-            busy = {member for member, _, _ in running.values()}
-            for member in range(self.size):
-                if member not in busy and queues[member]:
-                    work = queues[member].popleft()
-                    ref = self.actors[member].call.remote(method, *work[1])
-                    running[ref] = (member, work, time.monotonic() + timeout_s)
+            busy = {worker for worker, _, _ in running.values()}
+            for worker in range(self.size):
+                if worker not in busy and queues[worker]:
+                    work = queues[worker].popleft()
+                    ref = self.actors[worker].call.remote(method, *work[1])
+                    running[ref] = (worker, work, time.monotonic() + timeout_s)
             first = min(deadline for _, _, deadline in running.values())
             done, _ = ray.wait(list(running), num_returns=1, timeout=max(first - time.monotonic(), 0.0))
             if not done:
-                late = [member for member, _, deadline in running.values() if deadline < first + 1]
+                late = [worker for worker, _, deadline in running.values() if deadline < first + 1]
                 raise self._late(method, late, timeout_s)
-            member, work, _ = running.pop(done[0])
+            worker, work, _ = running.pop(done[0])
             try:
-                answers[work[0]] = self._get(member, method, done[0])
-            except MemberDiedError as error:
+                answers[work[0]] = self._get(worker, method, done[0])
+            except WorkerDiedError as error:
                 deaths[work[0]] += 1
                 if deaths[work[0]] >= MAX_ATTEMPTS:
-                    raise ClusterError(f"{error} Its work has killed {MAX_ATTEMPTS} members: not redone.") from error
-                self._restart(member, error)
-                queues[member].appendleft(work)
+                    raise ClusterError(f"{error} Its work has killed {MAX_ATTEMPTS} workers: not redone.") from error
+                self._restart(worker, error)
+                queues[worker].appendleft(work)
         return [answers[index] for index in indices]
 
-    def _restart(self, member: int, error: "MemberDiedError") -> None:
+    def _restart(self, worker: int, error: "WorkerDiedError") -> None:
         if self.restarts >= self.max_restarts:
             raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are the limit.") from error
         self.restarts += 1
         log.warning("%s A new one is started and its work redone (restart %d).", error, self.restarts)
-        ray.kill(self.actors[member])  # also one that only seems dead would hold the new one's place
-        self.actors[member] = self.start(member)
-        self._gather([self.build(self.actors[member], member)], [member], "start", self.start_timeout_s)
+        ray.kill(self.actors[worker])  # also one that only seems dead would hold the new one's place
+        self.actors[worker] = self.start(worker)
+        self._gather([self.build(self.actors[worker], worker)], [worker], "start", self.start_timeout_s)
         if self.on_restart is not None:
-            self.on_restart(member)
+            self.on_restart(worker)
 
-    def _get(self, member: int, method: str, ref: Any) -> Any:
+    def _get(self, worker: int, method: str, ref: Any) -> Any:
         try:
             return ray.get(ref)
         except RayActorError as error:
             reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
-            who = f"{self.name}-{member} died during {method} ({reason})"
-            raise MemberDiedError(f"{who}; its log: {self._log(member)}.") from error
+            who = f"{self.name}-{worker} died during {method} ({reason})"
+            raise WorkerDiedError(f"{who}; its log: {self._log(worker)}.") from error
         except RayTaskError as error:
             raise error.cause from error
 
-    def _late(self, method: str, members: Iterable[int], timeout_s: float) -> ClusterError:
-        members = list(members)
-        self.silent |= set(members)
-        who = ", ".join(f"{self.name}-{member} (log: {self._log(member)})" for member in sorted(members))
+    def _late(self, method: str, workers: Iterable[int], timeout_s: float) -> ClusterError:
+        workers = list(workers)
+        self.silent |= set(workers)
+        who = ", ".join(f"{self.name}-{worker} (log: {self._log(worker)})" for worker in sorted(workers))
         return ClusterError(f"no answer to {method} within {timeout_s:g} s from {who}.")
 
-    def _log(self, member: int) -> Path:
-        return self.log_dir / f"{self.name}-{member}.log"
+    def _log(self, worker: int) -> Path:
+        return self.log_dir / f"{self.name}-{worker}.log"

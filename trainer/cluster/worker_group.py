@@ -1,8 +1,9 @@
-"""Where members run: in this process, or as Ray actors.
+"""Groups of identical workers, and the cluster that places them: in this process, or as Ray actors.
 
-Rollout workers, graders and learners are plain classes. `cluster.spawn` makes a group of one class and returns a
-`WorkerGroup`, which alone knows whether a member is an object next door or an actor on another node
-(`trainer/cluster/ray_cluster.py`).
+Rollout workers, graders and learners are plain classes. `Cluster.spawn` builds a group of one class and returns a
+`WorkerGroup`, which alone knows whether a worker is an object in this process or an actor on another node
+(`trainer/cluster/ray_cluster.py`). A call names the method itself, `group.map(RolloutWorker.generate, work, ...)`, so
+that type checkers and a search for its callers follow it.
 """
 
 import socket
@@ -11,20 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 
 from trainer.config.schema import ClusterConfig
 
+Worker = TypeVar("Worker", covariant=True)
+Arguments = TypeVarTuple("Arguments")
+Answer = TypeVar("Answer")
+
 
 class ClusterError(RuntimeError):
-    """A member died for good, did not answer in time, or could not be placed."""
+    """A worker died for good, did not answer in time, or could not be placed."""
 
 
 def free_port(address: str) -> int:
-    """A port that nobody listens on at the moment.
+    """Return a port of this machine that no process listens on at the moment.
 
     Raises:
-        ClusterError: there is none, or the address is not this machine's.
+        ClusterError: no port is free, or the address does not belong to this machine.
     """
     with socket.socket() as probe:
         try:
@@ -37,130 +42,172 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-class WorkerGroup(ABC):
-    """A group of identical members, numbered from 0."""
+class WorkerGroup(ABC, Generic[Worker]):
+    """Identical workers, numbered from 0. Every answer of a call comes in the order of the workers or of the work."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.size = size
         self.restarts = 0
         self.on_restart: Callable[[int], None] | None = None
-        """Called with a rebuilt member's number before it gets work again, e.g. to give it the current weights."""
+        """Called with the number of a restarted worker before it gets work again, e.g. to load the current weights."""
 
     @abstractmethod
     def wait_ready(self, timeout_s: float) -> None:
-        """Return when every member is built."""
+        """Return when every worker is built."""
 
     @abstractmethod
-    def one(self, member: int, method: str, *args: Any, timeout_s: float) -> Any:
-        """Call one member and return its answer; a dead member is an error."""
+    def call(
+        self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> Answer:
+        """Call one worker.
+
+        Raises:
+            ClusterError: it is dead, or did not answer in time.
+        """
 
     @abstractmethod
-    def all(self, method: str, *args: Any, timeout_s: float, fetch: bool = True) -> list[Any]:
-        """Call every member with the same arguments; answers in order (with `fetch=False`, references to them)."""
+    def call_all(
+        self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> list[Answer]:
+        """Call every worker with the same arguments."""
 
     @abstractmethod
-    def each(self, method: str, items: Sequence[Any], *, timeout_s: float) -> list[Any]:
-        """Call member i with `items[i]`; answers in order. For members that work in step, such as learners."""
+    def call_deferred(
+        self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> list[Answer]:
+        """As `call_all`, but the answers stay with the workers: each may only be an argument of another call."""
 
     @abstractmethod
-    def map(self, method: str, items: Sequence[tuple[Any, ...]], *, timeout_s: float) -> list[Any]:
-        """Share out independent pieces of work (argument tuples); answers in order. A dead member's work is redone."""
+    def call_each(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        """Call worker i with the arguments `work[i]`, all at the same time: for workers that share collectives."""
+
+    @abstractmethod
+    def map(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        """Spread independent pieces of work (argument tuples) over the workers; those of a dead worker are redone."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close every member and end its process."""
+        """Close every worker and end its process."""
 
 
-class InlineWorkerGroup(WorkerGroup):
-    """Members are objects in this process: for a debugger, a notebook or a test. Time limits do not apply."""
+class InlineWorkerGroup(WorkerGroup[Worker]):
+    """Workers as objects in this process: for a debugger, a notebook or a test. Time limits do not apply."""
 
-    def __init__(self, name: str, members: list[Any]) -> None:
-        super().__init__(name, len(members))
-        self.members = members
+    def __init__(self, name: str, workers: list[Any]) -> None:
+        super().__init__(name, len(workers))
+        self.workers = workers
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Members are built by the time the handle exists."""
+        """The workers are built before the group exists."""
 
-    def one(self, member: int, method: str, *args: Any, timeout_s: float) -> Any:
-        return getattr(self.members[member], method)(*args)
+    def call(
+        self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> Answer:
+        return _call(self.workers[worker], method, arguments)
 
-    def all(self, method: str, *args: Any, timeout_s: float, fetch: bool = True) -> list[Any]:
-        return [getattr(member, method)(*args) for member in self.members]
+    def call_all(
+        self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
+    ) -> list[Answer]:
+        return [_call(worker, method, arguments) for worker in self.workers]
 
-    def each(self, method: str, items: Sequence[Any], *, timeout_s: float) -> list[Any]:
-        return [getattr(member, method)(item) for member, item in zip(self.members, items, strict=True)]
+    call_deferred = call_all
 
-    def map(self, method: str, items: Sequence[tuple[Any, ...]], *, timeout_s: float) -> list[Any]:
-        return [getattr(self.members[i % self.size], method)(*args) for i, args in enumerate(items)]
+    def call_each(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        return [_call(worker, method, arguments) for worker, arguments in zip(self.workers, work, strict=True)]
+
+    def map(
+        self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
+    ) -> list[Answer]:
+        return [_call(self.workers[i % self.size], method, arguments) for i, arguments in enumerate(work)]
 
     def close(self) -> None:
-        for member in self.members:
-            member.close()
+        for worker in self.workers:
+            worker.close()
+
+
+def _call(worker: Any, method: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer:
+    """Call the worker's own method of that name, which may override the one that the caller named."""
+    return cast(Answer, getattr(worker, method.__name__)(*arguments))
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """One group that the cluster must hold."""
+    """The CPUs and GPUs of one worker group."""
 
     name: str
     count: int
+    """Workers in the group."""
     cpus: float
+    """CPU cores of each worker."""
     gpus: float
+    """GPUs of each worker; a fraction shares one."""
 
 
 class Cluster(ABC):
-    """Places groups of members."""
+    """Places worker groups."""
 
     @abstractmethod
     def spawn(
         self,
-        cls: type,
+        cls: type[Worker],
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
         collective: bool = False,
-    ) -> WorkerGroup:
-        """Build the members of the group `name`, member i from `cls(**kwargs(i))`. Returns before they are ready.
+    ) -> WorkerGroup[Worker]:
+        """Build the workers of the group `name`; returns before they are ready.
 
         Args:
-            max_restarts: how many deaths in the group are made good before one ends the run.
-            collective: members join a process group: each is also given `master_address` and `master_port`.
+            cls: the class of the workers.
+            name: one of the resource requests that the cluster was opened with.
+            kwargs: arguments of worker i's constructor, as `kwargs(i)`.
+            max_restarts: deaths in the group after which the next one ends the run.
+            collective: the workers join a process group: each also gets `master_address` and `master_port`.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End what this run started."""
+        """End everything that this run started."""
 
 
 class InlineCluster(Cluster):
-    """Everything in this process."""
+    """All workers in this process."""
 
-    def __init__(self, config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> None:
-        self.counts = {need.name: need.count for need in needs}
+    def __init__(self, config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> None:
+        self.counts = {request.name: request.count for request in requests}
 
     def spawn(
         self,
-        cls: type,
+        cls: type[Worker],
         name: str,
         kwargs: Callable[[int], dict[str, Any]],
         max_restarts: int = 0,
         collective: bool = False,
-    ) -> WorkerGroup:
+    ) -> WorkerGroup[Worker]:
         return InlineWorkerGroup(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
 
     def close(self) -> None:
         """Nothing was started."""
 
 
-CLUSTERS = {"inline": "trainer.cluster.worker_group:InlineCluster", "ray": "trainer.cluster.ray_cluster:RayCluster"}
+CLUSTERS = {
+    "inline": "trainer.cluster.worker_group:InlineCluster",
+    "ray": "trainer.cluster.ray_cluster:RayCluster",
+}
 
 
-def open_cluster(config: ClusterConfig, needs: list[ResourceRequest], log_dir: Path) -> Cluster:
-    """The cluster that `config.kind` names, large enough for `needs`. Ray is imported only where it is used.
+def open_cluster(config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> Cluster:
+    """Open the kind of cluster that `config.kind` names. Ray is imported only where it is used.
 
     Raises:
-        ClusterError: the cluster is too small; the message says what is missing.
+        ClusterError: the cluster is too small; the message says which resource is missing.
     """
     module, name = CLUSTERS[config.kind].split(":")
-    return cast(Cluster, getattr(import_module(module), name)(config, needs, log_dir))
+    return cast(Cluster, getattr(import_module(module), name)(config, requests, log_dir))

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
 from llmquest_rl.types import Group
+from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
+from trainer.learner.learner import Learner
 
 MODEL = "model"
 """The folder of the Hub's layout inside a checkpoint."""
@@ -15,63 +16,62 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one step trains on."""
+    """The data of one step."""
 
     minibatches: list[list[SequenceGroup]]
     """Sequence groups of each optimizer update; their token weights make the update's loss a mean. May be empty."""
-    passes: int = 1
-    """Times that the minibatches are gone through."""
+    epochs: int = 1
+    """How often the minibatches are gone through."""
     metrics: dict[str, float] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
-    """For RL, what the sequence groups were made from: shown and saved, not trained on."""
+    """RL: the graded groups that the sequence groups were made from, for display and saving."""
 
 
 class LearnerGroup:
-    """Learners that hold one model together; every call goes to all of them, since they work in step."""
+    """The learner processes, which hold one model together: every call is a collective and goes to all of them."""
 
-    def __init__(self, handle: WorkerGroup, timeout_s: float, start_timeout_s: float) -> None:
-        self.handle = handle
+    def __init__(self, group: WorkerGroup[Learner], timeout_s: float, start_timeout_s: float) -> None:
+        """The time limits are the longest waits for one call and for the start, in seconds."""
+        self.group = group
         self.timeout_s = timeout_s
         self.start_timeout_s = start_timeout_s
 
     def wait_ready(self) -> None:
         """Return when every learner holds its model."""
-        self.handle.wait_ready(self.start_timeout_s)
+        self.group.wait_ready(self.start_timeout_s)
 
     def update(self, batch: StepBatch) -> dict[str, float]:
         """Run the step's optimizer updates; each learner gets its share of every minibatch."""
-        shares = self._split(batch.minibatches)
-        updates = [(share, batch.passes) for share in shares]
-        metrics: dict[str, float] = self.handle.each("update", updates, timeout_s=self.timeout_s)[0]
-        return batch.metrics | metrics
+        work = [(share, batch.epochs) for share in self._split(batch.minibatches)]
+        return batch.metrics | self.group.call_each(Learner.update, work, timeout_s=self.timeout_s)[0]
 
     def evaluate(self, sequence_groups: list[SequenceGroup]) -> dict[str, float]:
         """The objective's metrics on held-out sequence groups, without a gradient."""
-        shares = self._split([sequence_groups])
-        metrics: dict[str, float] = self.handle.each("evaluate", [s[0] for s in shares], timeout_s=self.timeout_s)[0]
-        return metrics
+        work = [(share,) for (share,) in self._split([sequence_groups])]
+        return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
 
-    def weights(self) -> Any:
-        """A reference to `(tensors by disk name, checksums)`, gathered on the first learner: to be passed on."""
-        return self.handle.all("published", timeout_s=self.timeout_s, fetch=False)[0]
+    def weight_snapshot(self) -> WeightSnapshot:
+        """The weights, gathered on the first learner. They stay there: pass this on to another call unread."""
+        return self.group.call_deferred(Learner.weight_snapshot, timeout_s=self.timeout_s)[0]
 
     def save(self, folder: Path) -> None:
-        """Write what an exact resume needs into an existing folder, and the model for everybody else's tools."""
-        self.handle.all("save", folder, timeout_s=self.timeout_s)
+        """Write the state for an exact resume into an existing folder, and the model in the Hub's layout."""
+        self.group.call_all(Learner.save, folder, timeout_s=self.timeout_s)
         self.export(folder / MODEL)
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote."""
-        self.handle.all("load", folder, timeout_s=self.timeout_s)
+        """Load the state that `save` wrote."""
+        self.group.call_all(Learner.load, folder, timeout_s=self.timeout_s)
 
     def export(self, folder: Path) -> None:
-        """Write the model as a folder of the Hub's layout."""
-        self.handle.all("export", folder, timeout_s=self.timeout_s)
+        """Write the model as a folder in the Hub's layout."""
+        self.group.call_all(Learner.export, folder, timeout_s=self.timeout_s)
 
     def close(self) -> None:
-        self.handle.close()
+        """End the learners."""
+        self.group.close()
 
     def _split(self, minibatches: list[list[SequenceGroup]]) -> list[list[list[SequenceGroup]]]:
-        """[learners][minibatches][sequence groups]"""
-        by_minibatch = [split_ranks(minibatch, self.handle.size) for minibatch in minibatches]
-        return [[ranks[rank] for ranks in by_minibatch] for rank in range(self.handle.size)]
+        """`[learners][minibatches][sequence groups]`"""
+        by_minibatch = [split_ranks(minibatch, self.group.size) for minibatch in minibatches]
+        return [[ranks[rank] for ranks in by_minibatch] for rank in range(self.group.size)]

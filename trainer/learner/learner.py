@@ -33,7 +33,7 @@ from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
-from rollout.weights import WeightSnapshot, publish
+from rollout.weights import WeightSnapshot, take_snapshot
 from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
 from trainer.learner.process_group import join_group, over_processes, zero_config
 from trainer.learner.reference import load_reference, renew, save_reference
@@ -83,11 +83,12 @@ class Learner:
 
     # --- training ---
 
-    def update(self, work: tuple[Sequence[Sequence[SequenceGroup]], int]) -> dict[str, float]:
-        """Run one optimizer update for each minibatch, in each pass.
+    def update(self, minibatches: Sequence[Sequence[SequenceGroup]], epochs: int) -> dict[str, float]:
+        """Run one optimizer update for each minibatch, in each epoch.
 
         Args:
-            work: this process's share of every minibatch (weighed as a whole before it was shared out), and the passes.
+            minibatches: this process's share of every minibatch, with the token weights of the whole minibatch.
+            epochs: how often the minibatches are gone through.
 
         Returns:
             Metrics over all processes, the same on each.
@@ -96,15 +97,14 @@ class Learner:
             TooManySkippedUpdatesError: more than `max_skipped_updates` updates in a row were skipped; the message names
                 the saved batch.
         """
-        minibatches, passes = work
         self._set_threads()
         self.model.train()
         started = time.perf_counter()
         plan = self._plan(minibatches)
-        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(len(minibatches) * passes))
+        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(len(minibatches) * epochs))
         prepared = time.perf_counter()
         metrics = Metrics()
-        for _ in range(passes):
+        for _ in range(epochs):
             for microbatches, sequence_groups in zip(plan, minibatches, strict=True):
                 self._update_once(microbatches, sequence_groups, metrics)
         self.steps += 1
@@ -113,8 +113,8 @@ class Learner:
             renew(self.reference, self._gathered())
         metrics.max("time/learner_prepare_s", prepared - started)
         metrics.max("time/learner_update_s", time.perf_counter() - prepared)
-        metrics.sum("learner/tokens", passes * num_tokens(plan))
-        metrics.max("learner/microbatches", passes * sum(map(len, plan)))
+        metrics.sum("learner/tokens", epochs * num_tokens(plan))
+        metrics.max("learner/microbatches", epochs * sum(map(len, plan)))
         metrics.max("learner/lr", self.adamw.param_groups[0]["lr"])
         metrics.max("learner/updates", self.updates)
         metrics.max("learner/skipped_updates", self.skipped_updates.total)
@@ -219,12 +219,12 @@ class Learner:
             with GatheredParameters([weight]) if cut_up and isinstance(weight, nn.Parameter) else nullcontext():
                 yield name, weight.detach().clone() if cut_up else weight.detach()
 
-    def published(self) -> WeightSnapshot:
-        """The weights in host memory with their checksums, on the first process; nothing on the others."""
+    def weight_snapshot(self) -> WeightSnapshot:
+        """The weights in host memory with their checksums, on the first process; an empty one on the others."""
         if self.rank == 0:
-            return publish((name, tensor.cpu()) for name, tensor in self.weights())
+            return take_snapshot(self.weights())
         deque(self.weights(), maxlen=0)
-        return {}, {}
+        return WeightSnapshot({}, {})
 
     def save(self, folder: Path) -> None:
         """Write everything that an exact resume needs into an existing folder."""

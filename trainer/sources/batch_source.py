@@ -1,4 +1,4 @@
-"""Where batches come from: a data set, or rollouts that graders have scored. The loop never learns which."""
+"""Batch sources: a data set, or graded rollouts. The loop does not know which one it has."""
 
 import logging
 from collections.abc import Sequence
@@ -22,33 +22,33 @@ log = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """What the loop asks of a source."""
+    """The source of a run's batches."""
 
     def next(self, step: int) -> StepBatch:
         """The batch of one step (steps count from 1)."""
         ...
 
-    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Tell whoever needs the new weights; returns metrics."""
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Bring the learners' weights to the workers that sample, if there are any; returns metrics."""
         ...
 
-    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+    def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
         """Metrics on held-out data."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs, as plain JSON values."""
+        """The state for an exact resume, as plain JSON values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         ...
 
 
 def updates(
     sequence_groups: Sequence[SequenceGroup], objective: Objective, batch: BatchConfig
 ) -> list[list[SequenceGroup]]:
-    """The minibatches of a step, each with weights of its own: the mean of an update is over its minibatch."""
+    """The minibatches of a step, with token weights: an update takes the mean over its own minibatch."""
     return [
         objective.assign_token_weights(minibatch)
         for minibatch in minibatches(sequence_groups, batch.minibatches_per_step)
@@ -56,7 +56,7 @@ def updates(
 
 
 class DatasetSource:
-    """Sequences of a data set."""
+    """Batches of a data set's sequences."""
 
     def __init__(self, stream: SequenceGroupStream, objective: Objective, config: Config) -> None:
         self.stream = stream
@@ -69,10 +69,10 @@ class DatasetSource:
         metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
         return StepBatch(updates(sequence_groups, self.objective, self.batch), self.batch.epochs_per_step, metrics)
 
-    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}
 
-    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
+    def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
         return learners.evaluate(self.validation)
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class DatasetSource:
 
 
 class RolloutSource:
-    """Prompt, sample, grade, compare within the group: one batch of completions with advantages."""
+    """Batches of graded completions with their advantages."""
 
     def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, config: Config) -> None:
         self.stream = stream
@@ -91,9 +91,7 @@ class RolloutSource:
         self.objective = objective
         self.algorithm = config.algorithm
         self.batch = config.batch
-        self.sampling = config.rollout.sampling
-        self.eval = config.eval
-        self.eval_sampling = config.eval_sampling
+        self.max_tokens = config.rollout.sampling.max_tokens
         self.correct = config.correct_if
         self.weight_sync_interval = config.rollout.weight_sync_interval
         self.resumed = False
@@ -101,8 +99,8 @@ class RolloutSource:
         self.zero_advantage_steps = 0
 
     def next(self, step: int) -> StepBatch:
-        groups, metrics = self.sampler.groups(step, self.stream.take, self.batch, self.sampling)
-        sequence_groups, group_metrics = make_sequence_groups(groups, self.algorithm, self.sampling.max_tokens)
+        groups, metrics = self.sampler.groups(step, self.stream)
+        sequence_groups, group_metrics = make_sequence_groups(groups, self.algorithm, self.max_tokens)
         metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
         metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         self._watch_zero_advantage(sequence_groups, groups)
@@ -112,13 +110,13 @@ class RolloutSource:
             minibatches = self._with_signal(minibatches)
         return StepBatch(minibatches, self.batch.epochs_per_step, metrics, groups)
 
-    def sync(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         due = version % self.weight_sync_interval == 0 or self.resumed
         self.resumed = False
-        return self.sampler.push(learners, version) if due else {}
+        return self.sampler.sync_weights(learners, version) if due else {}
 
-    def evaluate(self, learners: LearnerGroup, step: int) -> dict[str, float]:
-        groups, metrics = self.sampler.held_out(step, self.held_out, self.eval.samples_per_prompt, self.eval_sampling)
+    def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
+        groups, metrics = self.sampler.held_out(self.held_out)
         return metrics | accuracy_metrics(groups, *self.correct) if groups else metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ counted, and kept for the next step as long as the engine's weights are the same
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -17,13 +17,9 @@ from llmquest_rl.algorithms.sequence_groups import is_usable
 from llmquest_rl.types import Group
 from trainer.config.schema import BatchConfig
 from trainer.run.tracking import sample_rows
+from trainer.sources.generate_and_grade import Sampled
 
 log = logging.getLogger(__name__)
-
-Sampled = tuple[list[Group], dict[str, float]]
-"""Groups, and metrics of how they were made."""
-Ask = Callable[[int], Sampled]
-"""Samples and grades so many further prompts."""
 
 VALUES_SHOWN = 8
 EXAMPLES_SHOWN = 4
@@ -32,56 +28,60 @@ TEXT_SHOWN = 300
 
 
 class NothingUsableError(RuntimeError):
-    """All rounds of a step brought no group with anything to learn from."""
+    """No round of a step brought a usable group."""
 
 
 class DynamicSampling:
-    """Asks round by round until a step has its groups, or `batch.max_rounds` is reached."""
+    """Collects usable groups round by round, until the step has its number or `batch.max_rounds` is reached."""
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        """`algorithm` says what makes a group usable."""
+    def __init__(self, batch: BatchConfig, algorithm: Algorithm) -> None:
+        """`batch` gives the numbers of groups and rounds; `algorithm` decides which groups are usable."""
+        self._batch = batch
         self._algorithm = algorithm
-        self._kept: list[Group] = []
+        self._usable: list[Group] = []
+        self._reused = 0
+        self._sampled: list[Group] = []
+        self._rounds: list[dict[str, float]] = []
 
-    def forget(self) -> None:
-        """Drop the usable groups that are left: from now on others would have fresher weights."""
-        self._kept = []
+    def prompts_to_ask(self) -> int:
+        """Prompts of the next round; 0 = the step has its groups, or its last round is over."""
+        missing = self._batch.prompts_per_step - len(self._usable)
+        if missing <= 0 or len(self._rounds) == self._batch.max_rounds:
+            return 0
+        return self._batch.prompts_to_ask(missing)
 
-    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
-        """A step's groups.
+    def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Take the groups of one round, with the metrics of `Rollouts.run`."""
+        self._sampled += groups
+        self._usable += [group for group in groups if is_usable(group, self._algorithm)]
+        self._rounds.append(metrics)
 
-        Args:
-            ask: samples and grades so many further prompts; gives groups, and metrics of `Rollouts.run`.
-            batch: how many groups a step has, and how they are looked for.
-
-        Returns:
-            At most `prompts_per_step` usable groups, at least one; and metrics over all rounds.
+    def finish(self) -> Sampled:
+        """End the step: at most `prompts_per_step` usable groups, at least one, and metrics over all rounds.
 
         Raises:
-            NothingUsableError: no usable group in any round; shows the distribution of rewards and some completions.
+            NothingUsableError: no round brought a usable group; shows the rewards and some completions.
         """
-        reused, wanted = len(self._kept), batch.prompts_per_step
-        usable, self._kept = self._kept, []
-        sampled: list[Group] = []
-        rounds: list[dict[str, float]] = []
-        while len(usable) < wanted and len(rounds) < batch.max_rounds:
-            groups, metrics = ask(batch.prompts_to_ask(wanted - len(usable)))
-            sampled += groups
-            usable += [group for group in groups if is_usable(group, self._algorithm)]
-            rounds.append(metrics)
+        usable, sampled, rounds, wanted = self._usable, self._sampled, self._rounds, self._batch.prompts_per_step
         if not usable:
             raise NothingUsableError(_nothing_usable(sampled, len(rounds)))
-        self._kept = usable[wanted:]
         _warn_if_missing(wanted, len(usable), len(sampled), len(rounds))
-        return usable[:wanted], _over_all(rounds) | {
+        metrics = _over_all(rounds) | {
             "rollout/rounds": float(len(rounds)),
             "rollout/sampled_groups": float(len(sampled)),
-            "rollout/usable_group_share": (len(usable) - reused) / max(1, len(sampled)),
-            "rollout/reused_groups": float(reused),
+            "rollout/usable_group_share": (len(usable) - self._reused) / max(1, len(sampled)),
+            "rollout/reused_groups": float(self._reused),
             "rollout/surplus_groups": float(max(0, len(usable) - wanted)),
             "rollout/missing_groups": float(max(0, wanted - len(usable))),
             "reward/sampled_mean": fmean(_rewards(sampled or usable)),
         }
+        self._usable, self._reused = usable[wanted:], len(usable[wanted:])
+        self._sampled, self._rounds = [], []
+        return usable[:wanted], metrics
+
+    def forget(self) -> None:
+        """Drop the usable groups that are left over: the next ones will have fresher weights."""
+        self._usable, self._reused = [], 0
 
 
 def _warn_if_missing(wanted: int, usable: int, sampled: int, rounds: int) -> None:

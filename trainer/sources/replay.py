@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llmquest_rl.types import Completion, Group, Problem, Score
 
-FORMAT = 1
+FORMAT = 2
 _FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
 
 
@@ -71,7 +71,7 @@ def save_rollouts(folder: Path, step: int, groups: Sequence[Group]) -> Path:
     """Write the groups of a step, atomically, and return the file.
 
     Raises:
-        TypeError: an answer or column is of a type that cannot be written; the message names the sample.
+        TypeError: an answer or column is of a type that cannot be written; the message names the problem.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, step)
@@ -80,7 +80,7 @@ def save_rollouts(folder: Path, step: int, groups: Sequence[Group]) -> Path:
         try:
             lines.append(json.dumps(_row(group)))
         except TypeError as error:
-            raise TypeError(f"sample {group.problem.id} cannot be saved for replay: {error}") from None
+            raise TypeError(f"problem {group.problem.id} cannot be saved for replay: {error}") from None
     # Level 1 and no time stamp: rollouts are mostly digits, and equal rollouts make equal files.
     data = gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=1, mtime=0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -131,7 +131,7 @@ def _path(folder: Path, step: int) -> Path:
 
 def _row(group: Group) -> dict[str, Any]:
     return {
-        "sample": _fields(group.problem),
+        "problem": _fields(group.problem),
         "completions": [_fields(completion) for completion in group.completions],
         "scores": [_fields(score) for score in group.scores],
     }
@@ -143,7 +143,7 @@ def _fields(item: Problem | Completion | Score) -> dict[str, Any]:
 
 def _group(row: dict[str, Any]) -> Group:
     return Group(
-        problem=Problem(**row["sample"]),
+        problem=Problem(**row["problem"]),
         completions=[Completion(**completion) for completion in row["completions"]],
         scores=[Score(**score) for score in row["scores"]],
     )

@@ -1,38 +1,61 @@
-"""Where a step's graded groups come from: live rollout workers and graders, or a folder of saved rollouts."""
+"""Samplers: they give a step its graded groups, from live workers or from a folder of saved rollouts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from llmquest_rl.types import Group, Problem, Sampling
+from llmquest_rl.data.stream import PromptStream
+from llmquest_rl.types import Group, Problem
 from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
-from trainer.config.schema import BatchConfig
+from trainer.config.schema import BatchConfig, Config
 from trainer.learner.group import LearnerGroup
-from trainer.sources.dynamic_sampling import Ask, NothingUsableError, Sampled
-from trainer.sources.generate_and_grade import Rollouts, grade_item
+from trainer.sources.dynamic_sampling import NothingUsableError
+from trainer.sources.generate_and_grade import Rollouts, Sampled, grade_item
 from trainer.sources.replay import load_rollouts, save_rollouts
-
-Draw = Callable[[int], list[Problem]]
-"""Takes so many samples off the stream of prompts."""
 
 
 class GroupCollector(Protocol):
-    """Makes a step's groups with a function that asks prompts."""
+    """Collects the groups of a step, in one round of sampling or several."""
 
-    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled: ...
+    def prompts_to_ask(self) -> int:
+        """Prompts of the next round; 0 = there is no further round."""
+        ...
+
+    def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Take the groups of one round."""
+        ...
+
+    def finish(self) -> Sampled:
+        """End the step and return its groups, with metrics over all rounds."""
+        ...
 
     def forget(self) -> None:
-        """The weights that sample have changed."""
+        """Drop groups that are kept for later steps: the weights that sample have changed."""
         ...
 
 
 class SingleRound:
-    """Every prompt gives a group, whatever its rewards."""
+    """Collects one group for each prompt, whatever its rewards."""
 
-    def __call__(self, ask: Ask, batch: BatchConfig) -> Sampled:
-        return ask(batch.prompts_per_step)
+    def __init__(self, batch: BatchConfig) -> None:
+        self._batch = batch
+        self._sampled: Sampled | None = None
+
+    def prompts_to_ask(self) -> int:
+        """The prompts of the step, once."""
+        return self._batch.prompts_per_step if self._sampled is None else 0
+
+    def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Take the groups of the round."""
+        self._sampled = groups, metrics
+
+    def finish(self) -> Sampled:
+        """Return the groups of the round."""
+        sampled, self._sampled = self._sampled, None
+        assert sampled is not None, "`add` comes before `finish`"
+        return sampled
 
     def forget(self) -> None:
         """Nothing is kept."""
@@ -41,16 +64,16 @@ class SingleRound:
 class Sampler(Protocol):
     """Answers prompts with graded groups."""
 
-    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
-        """Groups for training, and metrics."""
+    def groups(self, step: int, stream: PromptStream) -> Sampled:
+        """Groups for training, and metrics. Takes the prompts that it needs off the stream."""
         ...
 
-    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
-        """Groups for evaluation; none where nothing can be sampled."""
+    def held_out(self, problems: Sequence[Problem]) -> Sampled:
+        """Groups for evaluation, and metrics; no groups where nothing can be sampled."""
         ...
 
-    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Give the learners' weights to whoever samples; returns metrics."""
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+        """Bring the learners' weights to the workers that sample; returns metrics."""
         ...
 
 
@@ -67,54 +90,47 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
 
 
 class LiveSampler:
-    """Rollout workers and graders."""
+    """Samples with rollout workers and grades with reward workers."""
 
-    def __init__(
-        self, rollouts: Rollouts, gather: GroupCollector, max_unscored_share: float, sleeps: bool, save_to: Path | None
-    ) -> None:
+    def __init__(self, rollouts: Rollouts, collector: GroupCollector, config: Config, save_to: Path | None) -> None:
+        """`save_to` is the folder in which every step's groups are saved; None = they are not saved."""
         self.rollouts = rollouts
-        self.gather = gather
-        self.max_unscored_share = max_unscored_share
-        self.sleeps = sleeps
+        self.collector = collector
+        self.config = config
         self.save_to = save_to
-        self.current: tuple[Any, int] | None = None
-        rollouts.workers.on_restart = self._restore
 
-    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
+    def groups(self, step: int, stream: PromptStream) -> Sampled:
+        n, sampling = self.config.batch.samples_per_prompt, self.config.rollout.sampling
+        limit = self.config.graders.max_unscored_share
         sampled: list[Group] = []
-
-        def ask(count: int) -> Sampled:
-            n, key = batch.samples_per_prompt, f"train/{step}"
-            groups, metrics = self.rollouts.run(draw(count), n, sampling, key, first=len(sampled))
-            sampled.extend(groups)
-            return groups, metrics | check_groups(sampled, self.max_unscored_share)
-
         try:
-            groups, metrics = self.gather(ask, batch)
+            while count := self.collector.prompts_to_ask():
+                problems = stream.take(count)
+                groups, metrics = self.rollouts.run(problems, n, sampling, f"train/{step}", first=len(sampled))
+                sampled += groups
+                self.collector.add(groups, metrics | check_groups(sampled, limit))
+            groups, metrics = self.collector.finish()
         except (TooManyUnscoredError, NothingUsableError):
-            self._save(step, sampled)  # all of them: to be looked at
+            self._save(step, sampled)  # all of them: the user will want to look at them
             raise
-        if self.sleeps:
-            self._all("sleep")
+        if self.config.rollout.sleep:
+            self.rollouts.workers.sleep()
         self._save(step, groups)
         return groups, metrics
 
-    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
+    def held_out(self, problems: Sequence[Problem]) -> Sampled:
         # The key does not hold the step: evaluations differ by the weights alone.
-        groups, metrics = self.rollouts.run(problems, n, sampling, "eval")
-        check_groups(groups, self.max_unscored_share)
+        n = self.config.eval.samples_per_prompt
+        groups, metrics = self.rollouts.run(problems, n, self.config.eval_sampling, "eval")
+        check_groups(groups, self.config.graders.max_unscored_share)
         return groups, {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
 
-    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Every worker compares what it received with the learners' checksums, loads it, and reports what it loaded."""
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         started = time.perf_counter()
-        if self.sleeps:
-            self._all("wake")
-        self.gather.forget()
-        self.current = None  # a worker that dies while it loads gets these weights when its work is redone
-        current = (learners.weights(), version)
-        reports = self._all("load_weights", *current)
-        self.current = current
+        if self.config.rollout.sleep:
+            self.rollouts.workers.wake()
+        self.collector.forget()
+        reports = self.rollouts.workers.sync_weights(learners.weight_snapshot(), version)
         assert all(report.version == version for report in reports)
         return {
             "time/sync_s": time.perf_counter() - started,
@@ -122,32 +138,24 @@ class LiveSampler:
             "rollout/synced_mb": sum(report.num_bytes for report in reports) / 1e6,
         }
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return self.rollouts.workers.all(method, *args, timeout_s=self.rollouts.timeout_s)
-
     def _save(self, step: int, groups: Sequence[Group]) -> None:
         if self.save_to is not None:
             save_rollouts(self.save_to, step, groups)
 
-    def _restore(self, member: int) -> None:
-        """A rebuilt worker starts with the initial weights: give it the current ones."""
-        if self.current is not None:
-            self.rollouts.workers.one(member, "load_weights", *self.current, timeout_s=self.rollouts.timeout_s)
-
 
 @dataclass
 class ReplayedSampler:
-    """Rollouts that an earlier run saved: training without an engine."""
+    """Reads the rollouts that an earlier run saved: training without an engine."""
 
     folder: Path
 
-    def groups(self, step: int, draw: Draw, batch: BatchConfig, sampling: Sampling) -> Sampled:
+    def groups(self, step: int, stream: PromptStream) -> Sampled:
         groups = load_rollouts(self.folder, step)
-        draw(len(groups))  # the epoch moves on; prompts whose groups were not saved are not known here
+        stream.take(len(groups))  # the epoch moves on; prompts whose groups were not saved are unknown here
         return groups, {}
 
-    def held_out(self, step: int, problems: list[Problem], n: int, sampling: Sampling) -> Sampled:
+    def held_out(self, problems: Sequence[Problem]) -> Sampled:
         return [], {}
 
-    def push(self, learners: LearnerGroup, version: int) -> dict[str, float]:
+    def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.cluster.members import Member
+from tests.trainer.cluster.workers import Worker
 from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port, open_cluster
 from trainer.config.schema import ClusterConfig
 
@@ -27,50 +27,50 @@ def cluster(logs: Path) -> Iterator[Cluster]:
     opened.close()
 
 
-def test_answers_come_in_order_and_members_differ(cluster: Cluster) -> None:
-    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
-    handle.wait_ready(60)
-    assert handle.all("whoami", timeout_s=30) == [0, 1]
-    assert handle.map("square", [(x,) for x in range(7)], timeout_s=30) == [x * x for x in range(7)]
-    assert handle.each("store", ["a", "b"], timeout_s=30) == ["a", "b"]
-    assert handle.all("stored", timeout_s=30) == ["a", "b"]
-    reference = handle.all("stored", timeout_s=30, fetch=False)[1]
-    assert handle.all("store", reference, timeout_s=30) == ["b", "b"]
+def test_answers_come_in_order_and_workers_differ(cluster: Cluster) -> None:
+    group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
+    group.wait_ready(60)
+    assert group.call_all(Worker.whoami, timeout_s=30) == [0, 1]
+    assert group.map(Worker.square, [(x,) for x in range(7)], timeout_s=30) == [x * x for x in range(7)]
+    assert group.call_each(Worker.store, [("a",), ("b",)], timeout_s=30) == ["a", "b"]
+    assert group.call_all(Worker.stored, timeout_s=30) == ["a", "b"]
+    reference = group.call_deferred(Worker.stored, timeout_s=30)[1]
+    assert group.call_all(Worker.store, reference, timeout_s=30) == ["b", "b"]
     with pytest.raises(ValueError, match="as asked"):
-        handle.all("fail", timeout_s=30)
-    handle.close()
+        group.call_all(Worker.fail, timeout_s=30)
+    group.close()
 
 
-def test_a_member_that_does_not_answer_is_named(cluster: Cluster, logs: Path) -> None:
-    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
-    handle.wait_ready(60)
-    handle.one(1, "say", "hello from the member", timeout_s=30)
-    assert "hello from the member" in (logs / "workers-1.log").read_text()
+def test_a_worker_that_does_not_answer_is_named(cluster: Cluster, logs: Path) -> None:
+    group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
+    group.wait_ready(60)
+    group.call(1, Worker.say, "hello from the worker", timeout_s=30)
+    assert "hello from the worker" in (logs / "workers-1.log").read_text()
     with pytest.raises(ClusterError, match=r"no answer to hang within 0.5 s from workers-1"):
-        handle.one(1, "hang", 3, timeout_s=0.5)
-    handle.close()
+        group.call(1, Worker.hang, 3, timeout_s=0.5)
+    group.close()
 
 
-def test_a_dead_member_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path: Path) -> None:
-    handle = cluster.spawn(Member, "frail", lambda i: {"number": i}, max_restarts=2)
-    handle.wait_ready(60)
+def test_a_dead_worker_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path: Path) -> None:
+    group = cluster.spawn(Worker, "frail", lambda i: {"number": i}, max_restarts=2)
+    group.wait_ready(60)
     restored: list[int] = []
-    handle.on_restart = lambda member: restored.append(handle.one(member, "whoami", timeout_s=30))
+    group.on_restart = lambda worker: restored.append(group.call(worker, Worker.whoami, timeout_s=30))
     work = [(str(tmp_path / ("death" if x == 1 else "none")), x) for x in range(4)]
     (tmp_path / "none").touch()
-    assert handle.map("die_once", work, timeout_s=60) == [0, 1, 2, 3]
-    assert handle.restarts == 1 and len(restored) == 1
+    assert group.map(Worker.die_once, work, timeout_s=60) == [0, 1, 2, 3]
+    assert group.restarts == 1 and len(restored) == 1
     with pytest.raises(ClusterError, match=r"frail-\d died during die .* 2 restarts are the limit"):
-        handle.all("die", timeout_s=60)
-    handle.close()
+        group.call_all(Worker.die, timeout_s=60)
+    group.close()
 
 
-def test_a_member_that_may_not_be_restarted_ends_the_run(cluster: Cluster) -> None:
-    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
-    handle.wait_ready(60)
+def test_a_worker_that_may_not_be_restarted_ends_the_run(cluster: Cluster) -> None:
+    group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
+    group.wait_ready(60)
     with pytest.raises(ClusterError, match="workers-0 died during die"):
-        handle.one(0, "die", timeout_s=30)
-    handle.close()
+        group.call(0, Worker.die, timeout_s=30)
+    group.close()
 
 
 def test_a_cluster_that_is_too_small_says_what_is_missing(
@@ -88,13 +88,15 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
         small._place([ResourceRequest("workers", 4, cpus=1, gpus=0)], 1)
 
 
-def test_inline_members_are_objects_next_door() -> None:
+def test_inline_workers_are_objects_next_door() -> None:
     cluster = open_cluster(ClusterConfig(kind="inline"), NEEDS, Path())
-    handle = cluster.spawn(Member, "workers", lambda i: {"number": i})
-    handle.wait_ready(1)
-    assert handle.map("square", [(2,), (3,), (4,)], timeout_s=1) == [4, 9, 16]
-    assert handle.each("store", [1, 2], timeout_s=1) == handle.all("stored", timeout_s=1) == [1, 2]
-    handle.close()
+    group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
+    group.wait_ready(1)
+    assert group.map(Worker.square, [(2,), (3,), (4,)], timeout_s=1) == [4, 9, 16]
+    assert (
+        group.call_each(Worker.store, [(1,), (2,)], timeout_s=1) == group.call_all(Worker.stored, timeout_s=1) == [1, 2]
+    )
+    group.close()
     cluster.close()
 
 

@@ -81,7 +81,7 @@ class Case:
     world_size: int
     port: int
     steps: int = 2
-    passes: int = 2
+    epochs: int = 2
     groups: int = 5
     save_to: Path | None = None
     draw: Callable[..., list[list[SequenceGroup]]] = minibatches
@@ -96,7 +96,7 @@ def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[s
             split_ranks(sequence_groups, case.world_size)[rank]
             for sequence_groups in case.draw(step, groups=case.groups)
         ]
-        metrics = learner.update((shares, case.passes))
+        metrics = learner.update(shares, case.epochs)
     return metrics
 
 

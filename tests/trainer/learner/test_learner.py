@@ -56,7 +56,7 @@ def open_learner(folder: Path) -> Iterator[OpenLearner]:
         yield open_
 
 
-def plain_training(folder: Path, objective: Policy, steps: int, passes: int) -> dict[str, Tensor]:
+def plain_training(folder: Path, objective: Policy, steps: int, epochs: int) -> dict[str, Tensor]:
     """The same updates written out with torch alone: no packing, no accumulation, no DeepSpeed."""
     model, reference = (new_model(folder, torch.float32) for _ in range(2))
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -73,7 +73,7 @@ def plain_training(folder: Path, objective: Policy, steps: int, passes: int) -> 
             return replace(batch, token_fields={**batch.token_fields, "old_logprobs": old, "ref_logprobs": ref})
 
         batches = [with_logprobs(batch) for batch in batches]
-        for _ in range(passes):
+        for _ in range(epochs):
             for batch in batches:
                 for group in optimizer.param_groups:
                     group["lr"] = OPTIMIZER.lr * lr_factor("cosine", update, 20, warmup=2)
@@ -96,8 +96,8 @@ def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: in
     """With several minibatches, passes and microbatches, reference model, old log-probs, clipping, decay, schedule."""
     learner = open_learner(stage, tokens_per_microbatch=40)
     for step in range(2):
-        metrics = learner.update((minibatches(step), 2))
-    expected = plain_training(folder, POLICY, steps=2, passes=2)
+        metrics = learner.update(minibatches(step), 2)
+    expected = plain_training(folder, POLICY, steps=2, epochs=2)
     for name, tensor in learner.weights():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-6)
     assert metrics["learner/microbatches"] > 8
@@ -112,8 +112,8 @@ def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: in
 def test_offload_changes_nothing(folder: Path, open_learner: OpenLearner, stage: int, offload: str) -> None:
     learner = open_learner(stage, offload)
     for step in range(2):
-        learner.update((minibatches(step), 2))
-    expected = plain_training(folder, POLICY, steps=2, passes=2)
+        learner.update(minibatches(step), 2)
+    expected = plain_training(folder, POLICY, steps=2, epochs=2)
     for name, tensor in learner.weights():
         torch.testing.assert_close(tensor.cpu(), expected[name], rtol=1e-4, atol=2e-6)
 
@@ -122,14 +122,14 @@ def test_offload_changes_nothing(folder: Path, open_learner: OpenLearner, stage:
 def test_update_with_nan_is_skipped(open_learner: OpenLearner, dtype: str, stage: int) -> None:
     learner = open_learner(stage, dtype=dtype)
     good, bad = minibatches(0, count=1), minibatches(1, count=1)
-    learner.update((good, 1))
+    learner.update(good, 1)
     before = whole_weights(learner)
     bad[0][0].token_fields["advantages"][0][0] = float("nan")
-    metrics = learner.update((bad, 1))
+    metrics = learner.update(bad, 1)
     assert metrics["learner/skipped_updates"] == 1
     assert "policy/loss" not in metrics
     assert_unchanged(learner, before)
-    metrics = learner.update((good, 1))
+    metrics = learner.update(good, 1)
     assert (metrics["learner/skipped_updates"], metrics["learner/updates"]) == (1, 3)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.weights())
     assert all(bool(tensor.isfinite().all()) for _, tensor in learner.weights())
@@ -145,7 +145,7 @@ def test_infinite_loss_with_finite_gradient_is_skipped(open_learner: OpenLearner
 
     learner = open_learner(0, objective=Shifted())
     before = whole_weights(learner)
-    metrics = learner.update(([NextToken().assign_token_weights([SequenceGroup([], [[1, 2, 3]])])], 1))
+    metrics = learner.update([NextToken().assign_token_weights([SequenceGroup([], [[1, 2, 3]])])], 1)
     assert metrics["learner/skipped_updates"] == 1
     assert_unchanged(learner, before)
 
@@ -157,7 +157,7 @@ def test_too_many_bad_updates_stop_and_save_the_batch(open_learner: OpenLearner,
     for sequence_groups in bad:
         sequence_groups[0].token_fields["advantages"][0][0] = float("inf")
     with pytest.raises(TooManySkippedUpdatesError, match=r"bad_batch_update2_rank0\.pt") as error:
-        learner.update((bad, 1))
+        learner.update(bad, 1)
     saved = torch.load(folder / "run" / "bad_batch_update2_rank0.pt", weights_only=False)
     assert saved == bad[1]
     assert "max_skipped_updates is 1" in str(error.value)
@@ -200,17 +200,17 @@ def test_bfloat16_trains_like_float32(open_learner: OpenLearner) -> None:
 
 def test_resume_is_exact(open_learner: OpenLearner, tmp_path: Path) -> None:
     learner = open_learner()
-    learner.update((minibatches(0), 2))
+    learner.update(minibatches(0), 2)
     (tmp_path / "saved").mkdir()
     learner.save(tmp_path / "saved")
     drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
-    first = learner.update((minibatches(1), 2))
+    first = learner.update(minibatches(1), 2)
     expected = whole_weights(learner)
 
     resumed = open_learner()
     resumed.load(tmp_path / "saved")
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == drawn
-    second = resumed.update((minibatches(1), 2))
+    second = resumed.update(minibatches(1), 2)
     assert_unchanged(resumed, expected)
     for name in first.keys() - {"learner/tokens_per_s", "memory/learner_peak_gb"}:
         assert name.startswith("time/") or first[name] == second[name], name
@@ -230,9 +230,9 @@ def test_published_and_exported_weights_are_the_trained_ones(
 ) -> None:
     learner = open_learner(stage)
     initial = dict(disk_tensors(new_model(folder, torch.float32)))
-    learner.update((minibatches(0), 1))
+    learner.update(minibatches(0), 1)
     learner.export(tmp_path / "exported")
-    tensors, checksums = learner.published()
+    tensors, checksums = learner.weight_snapshot()
     verify((tensors, checksums))
     exported = dict(disk_tensors(load_model(tmp_path / "exported", torch.float32)))
     assert set(exported) == set(tensors) == set(initial)
@@ -244,7 +244,7 @@ def test_published_and_exported_weights_are_the_trained_ones(
 def test_no_reference_model_without_kl(open_learner: OpenLearner) -> None:
     learner = open_learner(objective=Policy(resolve("grpo", {"beta": 0.0}), 1.0, 12))
     assert learner.reference is None
-    metrics = learner.update((minibatches(0), 1))
+    metrics = learner.update(minibatches(0), 1)
     assert "policy/kl" not in metrics
     reference = open_learner().reference
     assert reference is not None
@@ -260,7 +260,7 @@ def test_evaluation_is_the_loss_and_changes_nothing(open_learner: OpenLearner) -
     metrics = learner.evaluate(sequence_groups)
     assert_unchanged(learner, before)
     assert metrics["eval/tokens"] == 27
-    assert learner.update(([sequence_groups], 1))["train/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
+    assert learner.update([sequence_groups], 1)["train/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-6)
     assert learner.evaluate(sequence_groups)["eval/loss"] < metrics["eval/loss"]
 
 
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing(open_learner: OpenLearner) -> No
     results = []
     for checkpointing in (False, True):
         learner = open_learner(gradient_checkpointing=checkpointing)
-        learner.update((minibatches(0), 1))
+        learner.update(minibatches(0), 1)
         results.append(whole_weights(learner))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-5, atol=1e-7)
@@ -277,6 +277,6 @@ def test_gradient_checkpointing_changes_nothing(open_learner: OpenLearner) -> No
 def test_a_step_without_minibatches_does_nothing(open_learner: OpenLearner) -> None:
     learner = open_learner()
     before = whole_weights(learner)
-    metrics = learner.update(([], 1))
+    metrics = learner.update([], 1)
     assert metrics["learner/updates"] == 0
     assert_unchanged(learner, before)

@@ -11,7 +11,7 @@ import torch
 
 from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.models.deepseek_v3 import DeepseekV3Config
-from rollout.weights import publish, verify
+from rollout.weights import take_snapshot, verify
 from tests.trainer.learner.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
@@ -45,18 +45,18 @@ def test_each_update_moves_the_bias_once(learner: Learner) -> None:
     assert before.dtype == torch.float32 and not before.any()
     learner.evaluate(minibatches(9)[0])
     assert torch.equal(whole_weights(learner)[BIAS], before)
-    metrics = learner.update((minibatches(0, count=1), 1))
+    metrics = learner.update(minibatches(0, count=1), 1)
     bias = whole_weights(learner)[BIAS]
     assert bias.any()
     assert all(size == pytest.approx(RATE) for size in bias[bias != 0].abs().tolist())
     assert metrics["moe/max_vio"] > 0
     assert {name for name in metrics if name.startswith("moe/")} <= set(DESCRIPTIONS)
-    learner.update((minibatches(1, count=2), 2))
+    learner.update(minibatches(1, count=2), 2)
     assert float(whole_weights(learner)[BIAS].abs().max()) <= 5 * RATE + 1e-6
 
 
 def test_weights_are_published_one_expert_at_a_time(learner: Learner) -> None:
-    tensors, checksums = publish(learner.weights())
+    tensors, checksums = take_snapshot(learner.weights())
     verify((tensors, checksums))
     key = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert tensors[key].untyped_storage().nbytes() == tensors[key].nbytes

@@ -43,7 +43,7 @@ def trained(folder: Path, tokens_per_microbatch: int, stage: int) -> tuple[dict[
     setup = make_setup(folder, objective=objective, learner=learner_config, tokens_per_microbatch=tokens_per_microbatch)
     with closing(Learner(setup)) as learner:
         for step in range(2):
-            metrics = learner.update((minibatches(step), 2))
+            metrics = learner.update(minibatches(step), 2)
         return whole_weights(learner), metrics
 
 
@@ -87,6 +87,6 @@ def test_a_group_within_the_budget_stays_whole(tmp_path: Path) -> None:
         make_folder(tmp_path / "model"), objective=objective, tokens_per_microbatch=sequence_group.num_tokens
     )
     with closing(Learner(setup)) as learner:
-        learner.update(([[sequence_group]], 1))
+        learner.update([[sequence_group]], 1)
     assert [num_completions(batch) for batch in BATCHES] == [3]
     assert len(BATCHES[0].tokens) <= sequence_group.num_tokens < 3 * len(group.prompt)

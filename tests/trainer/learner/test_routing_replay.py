@@ -76,7 +76,7 @@ def test_the_second_update_of_a_step_has_the_experts_of_the_first(open_learner: 
     ratios = {}
     for replay in (False, True):
         learner = open_learner(objective=policy(Watched, replay), optimizer=FAST)
-        metrics = learner.update((minibatches(0), 1))
+        metrics = learner.update(minibatches(0), 1)
         first, second = (seen.to_floats() for seen in SEEN)
         assert first["policy/ratio"] == first["policy/ratio_max"] == 1.0
         assert first[SHARE] == 0.0
@@ -90,7 +90,7 @@ def test_the_second_update_of_a_step_has_the_experts_of_the_first(open_learner: 
 
 def test_one_update_neither_records_nor_replays(open_learner: OpenLearner) -> None:
     learner = open_learner(objective=policy(Policy, True))
-    assert SHARE not in learner.update((minibatches(0, count=1), 1))
+    assert SHARE not in learner.update(minibatches(0, count=1), 1)
 
 
 def test_a_batch_without_weight_does_not_count(open_learner: OpenLearner) -> None:
@@ -98,7 +98,7 @@ def test_a_batch_without_weight_does_not_count(open_learner: OpenLearner) -> Non
     learner = open_learner(objective=policy(Watched, False), optimizer=FAST)
     work = minibatches(0, count=1)
     silent = [[group.with_token_field("weights", [[0.0] * len(c) for c in group.completions]) for group in work[0]]]
-    metrics = learner.update((work + silent, 1))
+    metrics = learner.update(work + silent, 1)
     assert [SHARE in seen.to_floats() for seen in SEEN] == [True, False]
     assert metrics[SHARE] == 0.0
 
@@ -110,7 +110,7 @@ def test_shared_out_cut_up_and_computed_twice_it_is_the_same(open_learner: OpenL
     for changes in ({}, small):
         learner = open_learner(objective=policy(Policy, True), **changes)
         for step in range(2):
-            metrics = learner.update((minibatches(step), 2))
+            metrics = learner.update(minibatches(step), 2)
         assert metrics["learner/skipped_updates"] == 0
         weights.append(whole_weights(learner))
         shares.append(metrics[SHARE])

@@ -111,7 +111,7 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, damage: Any) -> None:
 def test_an_unknown_type_names_the_sample_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = save_rollouts(tmp_path, 2, [group()])
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="sample t/1 cannot be saved for replay: .* is a object"):
+    with pytest.raises(TypeError, match="problem t/1 cannot be saved for replay: .* is a object"):
         save_rollouts(tmp_path, 2, [group(answer=object())])
     assert path.read_bytes() == before
 
@@ -130,5 +130,5 @@ def test_arrays_come_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
 
 
 def test_an_array_of_objects_names_the_sample(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="sample t/1 cannot be saved for replay: an array of object"):
+    with pytest.raises(TypeError, match="problem t/1 cannot be saved for replay: an array of object"):
         save_rollouts(tmp_path, 2, [group(columns={"array": np.array([object()])})])

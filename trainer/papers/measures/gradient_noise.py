@@ -18,7 +18,7 @@ from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.types import Group
-from trainer.inference import running
+from trainer.inference import live_rollouts
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
@@ -48,12 +48,12 @@ def measure(trained: Trained) -> dict[str, Rows]:
     config = next(iter(trained.configs.values()))
     model = load_model(trained.start, torch.float32)
     rows: dict[str, Rows] = {name: [] for name in ALGORITHMS}
-    with running(config) as sampling:
+    with live_rollouts(config) as live:
         for step, size in enumerate(SIZES):
             groups = []
             for number in range(BATCHES):
-                problems = sampling.parts.prompts.take(COMPLETIONS // size)
-                groups.append(sampling.rollouts.run(problems, size, config.rollout.sampling, f"{size}/{number}")[0])
+                problems = live.components.prompts.take(COMPLETIONS // size)
+                groups.append(live.rollouts.run(problems, size, config.rollout.sampling, f"{size}/{number}")[0])
             for name, (algorithm, added) in ALGORITHMS.items():
                 shifted = [[_shifted(group, added) for group in batch] for batch in groups]
                 noise = gradient_noise(model, shifted, algorithm, config.rollout.sampling.max_tokens)

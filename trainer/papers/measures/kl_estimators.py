@@ -23,7 +23,7 @@ from llmquest_rl.algorithms.log_ratios import bounded_exp
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model
-from trainer.inference import running, trained_model
+from trainer.inference import live_rollouts, trained_model
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
@@ -53,9 +53,9 @@ def measure(trained: Trained) -> dict[str, Rows]:
     """Rows by estimator: the exact KL, and biases and deviations as shares of the exact value or gradient."""
     arm, run = next(iter(trained.runs.items()))
     config = trained.configs[arm]
-    with running(config) as sampling:
-        prompts = sampling.parts.prompts.held_out(config.data.eval_size)
-        groups, _ = sampling.rollouts.run(prompts, 1, config.rollout.sampling, "measure")
+    with live_rollouts(config) as live:
+        prompts = live.components.prompts.held_out(config.data.eval_size)
+        groups, _ = live.rollouts.run(prompts, 1, config.rollout.sampling, "measure")
     sequence_groups = [SequenceGroup(g.problem.prompt_ids, [c.token_ids for c in g.completions]) for g in groups]
     batch = collate(sequence_groups)
     start = load_model(trained.start, torch.float32)

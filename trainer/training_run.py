@@ -51,7 +51,7 @@ class TrainingRun:
         """The numbers of the steps still to do, from 1; ends early when the user asks to stop."""
         options = self.config.eval
         if self.done == 0 and options.every and options.at_start and not self.stop.requested:
-            self.tracker.log(0, self._evaluate(0))
+            self.tracker.log(0, self._evaluate())
         for step in self.stop.steps(range(self.done + 1, self.config.steps + 1)):
             self._step_started = time.perf_counter()
             yield step
@@ -61,7 +61,7 @@ class TrainingRun:
         metrics["time/step_s"] = time.perf_counter() - self._step_started
         self._check_gap(metrics)
         if _due(self.config.eval.every, step, step == self.config.steps):
-            metrics |= self._evaluate(step)
+            metrics |= self._evaluate()
         # Logged before saved: a death in between is resumed from an older checkpoint, which drops the line again.
         row = self.tracker.log(step, metrics | self.last_save | system_metrics())
         self.tracker.log_completions(step, batch.groups, self.config.tracking.completions_per_step)
@@ -70,9 +70,9 @@ class TrainingRun:
             self.last_save = self._save(step, metrics)
         self.progress.advance(row)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         self.progress.phase("evaluation")
-        return self.source.evaluate(self.learners, step)
+        return self.source.evaluate(self.learners)
 
     def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """A full disk costs this checkpoint, not the run: the older ones are intact, and the next save tries again."""
@@ -119,5 +119,5 @@ def resume(folder: RunFolder, source: BatchSource, learners: LearnerGroup) -> in
         log.warning("%s", message)
     learners.load(Path(found.path))
     source.load_state_dict(found.state["source"])
-    source.sync(learners, version=found.step)
+    source.sync_weights(learners, version=found.step)
     return found.step

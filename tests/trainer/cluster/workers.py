@@ -1,4 +1,4 @@
-"""Members for the cluster's tests: small classes that Ray actors can build."""
+"""Workers for the cluster's tests: small classes that Ray actors can build."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Member:
+class Worker:
     """Answers, dies, hangs or raises when told."""
 
     def __init__(self, number: int) -> None:
