@@ -1,10 +1,9 @@
-"""Writes docs/configuration.md from the typed tree: `python -m trainer.config_docs`. A test keeps the two equal."""
+"""The page docs/configuration.md, made from the typed tree. `trainer/generated_docs.py` writes it."""
 
 import json
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,7 +15,6 @@ from rewards.config import builtin_rewards
 from trainer.components import Component, component_names, section_class
 from trainer.config import Config
 
-TARGET = Path("docs/configuration.md")
 INTRODUCTION = """# Configuration reference
 
 Made from the typed tree by `make docs`: the texts are the docstrings of `trainer/config.py` and of the components.
@@ -85,7 +83,7 @@ def _sentence(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as people write it: `int`, `auto / float32`, `list of text`."""
+    """A type as people write it: `int`, `auto / float32`, `list of str`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in inner)
@@ -97,7 +95,7 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(inner[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    plain = {str: "text", bool: "true / false", int: "whole number", float: "number", NoneType: "null"}
+    plain = {str: "`str`", bool: "`bool`", int: "`int`", float: "`float`", NoneType: "null"}
     return plain.get(annotation, "any")
 
 
@@ -113,7 +111,3 @@ def _default(field: FieldInfo) -> str:
 def _cell(text: str) -> str:
     """One line that does not end the table's cell."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    TARGET.write_text(reference(), encoding="utf-8")

@@ -27,6 +27,7 @@ from tests.trainer.pair_cases import write_pairs
 from trainer.config import Config
 from trainer.config_load import load_config
 from trainer.loop import train
+from trainer.metric_table import entry
 from trainer.session import Session
 from trainer.tracking import JsonLines
 
@@ -219,10 +220,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without measurements."""
+    """metrics.jsonl without measurements. Every key must be in the table of metrics."""
+    logged = JsonLines(run / "metrics.jsonl").read()
+    assert {key for row in logged for key in row if entry(key) is None} == {"step"}
     return [
         {key: value for key, value in row.items() if not key.startswith(MEASURED) and not key.endswith("_per_s")}
-        for row in JsonLines(run / "metrics.jsonl").read()
+        for row in logged
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import Atom, TokenBatch, collate
-from llmquest_rl.metrics import DERIVED, DESCRIPTIONS
+from llmquest_rl.metrics import DERIVED
 from llmquest_rl.models.hf import load_model, new_model
 from llmquest_rl.models.names import disk_tensors
 from llmquest_rl.objectives.next_token import NextToken
@@ -25,6 +25,7 @@ from tests.trainer.learner_cases import OPTIMIZER, POLICY, make_folder, make_set
 from trainer.config import LearnerConfig, OptimizerConfig
 from trainer.learner import Learner
 from trainer.learner_state import BadStepsError
+from trainer.metric_table import METRICS
 
 OpenLearner = Callable[..., Learner]
 ALL_STAGES = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
@@ -98,7 +99,7 @@ def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: in
     assert metrics["learner/microbatches"] > 8
     assert metrics["learner/updates"] == 8
     names = set(metrics) - set(DERIVED)
-    assert names <= set(DESCRIPTIONS), names - set(DESCRIPTIONS)
+    assert names <= set(METRICS), names - set(METRICS)
 
 
 @pytest.mark.parametrize(
