@@ -7,24 +7,26 @@ SHELL := /bin/bash
 
 .PHONY: help setup quickstart test lint docs clean
 
-help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+help:  ## Shows this list.
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
-setup:  ## make .venv (DEVICE=cpu|gpu overrides what is found, PYTHON=... picks the interpreter)
+setup:  ## Makes .venv. DEVICE=cpu or DEVICE=gpu overrides the device that is found, PYTHON=... picks the interpreter.
 	@$(PYTHON) requirements/install.py
 
-quickstart: setup  ## set-up, then train a small language model with GRPO and draw its curve
+quickstart: setup  ## Sets up, trains a small language model with GRPO, and draws its curve.
 	@$(BIN)/llmquest-rl train configs/quickstart.yaml
 
-test: setup  ## set-up, then all tests, offline
+test: setup  ## Sets up and runs all tests, without a network.
 	@echo "test: running all tests"
 	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
 
-lint: setup  ## formatting, lint, types, import rules, configuration files: what CI checks beside the tests
+lint: setup  ## Sets up and runs the checks that CI runs beside the tests: format, lint, types, imports, recipes, documentation.
 	@.ci/lint
 
-docs: setup  ## make docs/configuration.md from the typed tree
-	@$(BIN)/python -m trainer.config.reference_docs
+docs: setup  ## Sets up, makes the tables that come from code, and builds the documentation site; dead links are errors.
+	@$(BIN)/python -m trainer.cli.generated_docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html, or run $(BIN)/mkdocs serve"
 
-clean:  ## remove .venv and caches (runs are kept)
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info
+clean:  ## Removes .venv, the caches and the built site; runs are kept.
+	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -13,8 +13,8 @@ from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import PRESETS, resolve
 from llmquest_rl.algorithms.sequence_groups import is_usable, make_sequence_groups, token_weights
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.types import Completion, Group, Problem, Score
+from trainer.run.metric_table import METRICS
 
 GRPO = resolve("grpo")
 MAX_TOKENS = 8
@@ -208,7 +208,7 @@ def test_whatever_comes_back_advantages_and_weights_are_finite(
 def test_every_metric_is_documented() -> None:
     _, metrics = make_sequence_groups([group([1.0, 0.0], [1, 2])], resolve("dapo"), MAX_TOKENS)
     named = set(metrics.to_floats()) - {"reward/exact"}
-    assert named <= set(DESCRIPTIONS)
+    assert named <= set(METRICS)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
-from llmquest_rl.metrics import DESCRIPTIONS, Metrics
+from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Output
 from llmquest_rl.objectives.policy import Config, Policy, build
 from llmquest_rl.types import Sampling
 from tests.algorithms import oracle
+from trainer.run.metric_table import METRICS
 
 VOCAB = 11
 MAX_TOKENS = 9
@@ -258,7 +259,7 @@ def test_tokens_without_weight_are_in_no_metric() -> None:
     alone, padded = (policy.loss(model, float64(collate(a))) for a in (sequence_groups, [*sequence_groups, empty]))
     assert alone.metrics.to_floats() == pytest.approx(padded.metrics.to_floats())
     assert alone.value.item() == pytest.approx(padded.value.item(), rel=1e-12)
-    assert set(alone.metrics.to_floats()) <= set(DESCRIPTIONS)
+    assert set(alone.metrics.to_floats()) <= set(METRICS)
     only_empty = policy.loss(model, float64(collate([empty])))
     assert float(only_empty.value) == 0.0
     assert "policy/logp_gap_max" not in only_empty.metrics.to_floats()
@@ -292,7 +293,7 @@ def test_what_masks_leave_out_is_counted() -> None:
     assert new.grad.tolist() == [0.0, 0.0, 1.0, 0.0]
     floats = metrics.to_floats()
     assert (floats["policy/off_policy_share"], floats["policy/low_entropy_share"]) == (0.5, 0.5)
-    assert set(floats) <= set(DESCRIPTIONS)
+    assert set(floats) <= set(METRICS)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.data.pairs import judged_together
-from llmquest_rl.metrics import DERIVED, DESCRIPTIONS, Metrics
+from llmquest_rl.metrics import DERIVED, Metrics
 from llmquest_rl.models.base import Scores
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.reward_model import RewardModel
 from trainer.learner.microbatches import idle_group
+from trainer.run.metric_table import METRICS
 
 score = st.floats(-30, 30)
 Pairs = list[tuple[float, float, float]]
@@ -96,7 +97,7 @@ def test_metrics(pairs: Pairs) -> None:
     assert floats["train/pairs"] == len(pairs)
     if scores.mean() and np.mean(scores**2):
         assert floats["train/reward_std"] == pytest.approx(scores.std(), abs=1e-5)
-    assert set(floats) <= set(DESCRIPTIONS) and "train/reward_std" in DERIVED
+    assert set(floats) <= set(METRICS) and "train/reward_std" in DERIVED
 
 
 def tiny_model() -> SequenceClassifier:

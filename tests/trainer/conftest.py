@@ -27,6 +27,7 @@ from tests.trainer.sources.pair_cases import write_pairs
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.loop import train
+from trainer.run.metric_table import entry
 from trainer.run.tracking import JsonLines
 from trainer.training_run import TrainingRun
 
@@ -219,10 +220,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without measurements."""
+    """metrics.jsonl without measurements. Every key must be in the table of metrics."""
+    logged = JsonLines(run / "metrics.jsonl").read()
+    assert {key for row in logged for key in row if entry(key) is None} == {"step"}
     return [
         {key: value for key, value in row.items() if not key.startswith(MEASURED) and not key.endswith("_per_s")}
-        for row in JsonLines(run / "metrics.jsonl").read()
+        for row in logged
     ]
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from llmquest_rl.algorithms.presets import PRESETS
-from llmquest_rl.metrics import DESCRIPTIONS
 from tests.trainer.conftest import Runs, rows
+from trainer.run.metric_table import METRICS
 
 CUT = "algorithm.overlong_filter=false"
 """The tiny model seldom ends a completion by itself: a filter of cut ones would leave little."""
@@ -20,7 +20,7 @@ def test_every_row_learns(name: str, runs: Runs) -> None:
     logged = rows(runs.train(*options, "eval.at_start=true", "checkpoint.every=0"))
     assert logged[-1]["eval/reward"] > logged[0]["eval/reward"] + 0.1
     named = {key for row in logged for key in row if key.startswith(("policy/", "learner/"))}
-    assert named <= set(DESCRIPTIONS)
+    assert named <= set(METRICS)
 
 
 ALL_OPTIONS = {

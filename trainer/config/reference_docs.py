@@ -1,13 +1,9 @@
-"""Writes docs/configuration.md from the typed tree: `python -m trainer.config.reference_docs`.
-
-A test keeps the two equal.
-"""
+"""The page docs/configuration.md, made from the typed tree. `trainer/cli/generated_docs.py` writes it."""
 
 import json
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +15,6 @@ from rewards.config import builtin_rewards
 from trainer.config.schema import Config
 from trainer.config.sections import Component, component_names, section_class
 
-TARGET = Path("docs/configuration.md")
 INTRODUCTION = """# Configuration reference
 
 Made from the typed tree by `make docs`: the texts are the docstrings of `trainer/config/schema.py` and of the
@@ -89,7 +84,7 @@ def _sentence(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as people write it: `int`, `auto / float32`, `list of text`."""
+    """A type as people write it: `int`, `auto / float32`, `list of str`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in inner)
@@ -101,7 +96,7 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(inner[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    plain = {str: "text", bool: "true / false", int: "whole number", float: "number", NoneType: "null"}
+    plain = {str: "`str`", bool: "`bool`", int: "`int`", float: "`float`", NoneType: "null"}
     return plain.get(annotation, "any")
 
 
@@ -117,7 +112,3 @@ def _default(field: FieldInfo) -> str:
 def _cell(text: str) -> str:
     """One line that does not end the table's cell."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    TARGET.write_text(reference(), encoding="utf-8")

@@ -1,17 +1,14 @@
-"""The configuration reference is made from the typed tree, and every option says what it is."""
+"""Every option of the configuration reference says what it is."""
 
-from pathlib import Path
-
-from trainer.config.reference_docs import TARGET, reference
-
-ROOT = Path(__file__).parents[3]
-
-
-def test_the_reference_is_up_to_date() -> None:
-    assert (ROOT / TARGET).read_text(encoding="utf-8") == reference(), "run `make docs`"
+from trainer.config.reference_docs import reference
 
 
 def test_every_option_has_a_meaning() -> None:
     rows = [line for line in reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 100
     assert [row for row in rows if row.rstrip("| ").endswith("|") or row.split("|")[-2].strip() == ""] == []
+
+
+def test_types_are_called_as_in_python() -> None:
+    types = {line.split(" | ")[1] for line in reference().splitlines() if line.startswith("| `")}
+    assert {"`int`", "`float`", "`str`", "`bool`"} <= types

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
-from llmquest_rl.metrics import DERIVED, DESCRIPTIONS
+from llmquest_rl.metrics import DERIVED
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives.next_token import NextToken
@@ -25,6 +25,7 @@ from tests.trainer.learner.learner_cases import OPTIMIZER, POLICY, make_folder, 
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
 from trainer.learner.state import TooManySkippedUpdatesError
+from trainer.run.metric_table import METRICS
 
 OpenLearner = Callable[..., Learner]
 ALL_STAGES = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
@@ -103,7 +104,7 @@ def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: in
     assert metrics["learner/microbatches"] > 8
     assert metrics["learner/updates"] == 8
     names = set(metrics) - set(DERIVED)
-    assert names <= set(DESCRIPTIONS), names - set(DESCRIPTIONS)
+    assert names <= set(METRICS), names - set(METRICS)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_bfloat16_keeps_float32_master_weights(open_learner: OpenLearner, stage:
     start = safe_get_full_fp32_param(parameter).clone()
     for _ in range(40):
         learner.update(
-            ([NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])], 1)
+            [NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])], 1
         )
     master = safe_get_full_fp32_param(parameter)
     moved = (master - start).abs()

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.models.deepseek_v3 import DeepseekV3Config
 from rollout.weights import take_snapshot, verify
 from tests.trainer.learner.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner
+from trainer.run.metric_table import METRICS
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 RATE = 0.01
@@ -50,7 +50,7 @@ def test_each_update_moves_the_bias_once(learner: Learner) -> None:
     assert bias.any()
     assert all(size == pytest.approx(RATE) for size in bias[bias != 0].abs().tolist())
     assert metrics["moe/max_vio"] > 0
-    assert {name for name in metrics if name.startswith("moe/")} <= set(DESCRIPTIONS)
+    assert {name for name in metrics if name.startswith("moe/")} <= set(METRICS)
     learner.update(minibatches(1, count=2), 2)
     assert float(whole_weights(learner)[BIAS].abs().max()) <= 5 * RATE + 1e-6
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import TokenBatch
-from llmquest_rl.metrics import DESCRIPTIONS, Metrics
+from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.qwen3_moe import Qwen3MoeConfig
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
@@ -23,6 +23,7 @@ from tests.trainer.test_families import tiny_of
 from trainer.cli.dry_run import dry_run
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
+from trainer.run.metric_table import METRICS
 
 SHARE = "moe/changed_share"
 FAST = OptimizerConfig(lr=1e-2)
@@ -82,7 +83,7 @@ def test_the_second_update_of_a_step_has_the_experts_of_the_first(open_learner: 
         assert first[SHARE] == 0.0
         assert 0.0 < second[SHARE] < 1.0
         assert first[SHARE] < metrics[SHARE] < second[SHARE]
-        assert SHARE in DESCRIPTIONS
+        assert SHARE in METRICS
         ratios[replay] = second["policy/ratio_max"]
         SEEN.clear()
     assert ratios[True] != ratios[False]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llmquest_rl.metrics import DESCRIPTIONS
 from llmquest_rl.types import Group
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows, saved
 from tests.trainer.test_resume import resumed_at_every_step
+from trainer.run.metric_table import METRICS
 from trainer.sources.dynamic_sampling import NothingUsableError
 from trainer.sources.replay import load_rollouts
 
@@ -54,7 +54,7 @@ def test_every_step_is_full_of_groups_that_differ(pairs: Runs) -> None:
     assert max(row["rollout/rounds"] for row in logged) > 1
     drawn = [position(run, step) for step in range(1, 7)]
     assert [b - a for a, b in zip([0, *drawn], drawn, strict=False)] == [r["rollout/sampled_groups"] for r in logged]
-    assert {*KEPT, "rollout/missing_groups", "reward/sampled_mean"} <= set(DESCRIPTIONS)
+    assert {*KEPT, "rollout/missing_groups", "reward/sampled_mean"} <= set(METRICS)
 
 
 def test_without_oversampling_nothing_is_dropped(pairs: Runs) -> None:

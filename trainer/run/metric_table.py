@@ -1,0 +1,191 @@
+"""Every metric that a run can log, with its unit and its meaning. docs/metrics.md is made from this table.
+
+A test compares the table with the names in the code, and with the `metrics.jsonl` of whole runs.
+"""
+
+import re
+
+AREAS: dict[str, str] = {
+    "reward": "The rewards of the completions that the step samples.",
+    "rollout": "Sampling: its volume, its speed and the weights that it uses.",
+    "policy": "The policy-gradient loss. Means are over the completion tokens in the loss, of all updates of the step.",
+    "train": "The supervised objectives: next token, classification and reward model.",
+    "eval": "Held-out data. These keys appear in the steps that evaluate.",
+    "aux": "Losses that the model itself adds to the objective.",
+    "moe": "Routers of mixtures of experts. Means are over the updates of the step.",
+    "learner": "The optimizer and the work of the learner processes.",
+    "data": "The position in the data, and the rows that were left out.",
+    "time": "Wall-clock times.",
+    "checkpoint": "Checkpoints.",
+    "memory": "Memory of the learner processes.",
+    "system": "The machine that runs the driver process.",
+    "tracking": "The record itself.",
+}
+"""The part of a name before the slash, and one sentence on it."""
+
+METRICS: dict[str, tuple[str, str]] = {
+    # --- rollouts ---
+    "reward/mean": ("reward", "Weighted total reward of a completion, mean over the scored completions."),
+    "reward/std": ("reward", "Standard deviation of the total reward over all scored completions of the step."),
+    "reward/group_std": ("reward", "Standard deviation of the total reward within a group, mean over the groups."),
+    "reward/<name>": ("reward", "One reward by its name, before weighting, mean over the completions it applies to."),
+    "reward/<name>/<component>": ("reward", "One component of a reward that returns several, mean."),
+    "reward/zero_std_group_share": ("share", "Groups whose rewards are all equal: there is nothing to learn from."),
+    "reward/zero_advantage_steps": ("steps", "Consecutive steps, up to this one, in which no group had an advantage."),
+    "reward/length_penalty": ("reward", "Amount that the length penalty adds to a reward, mean."),
+    "reward/sampled_mean": (
+        "reward",
+        "Dynamic sampling: total reward, mean over the scored completions of all rounds, before groups are selected.",
+    ),
+    "reward/unscored_share": ("share", "Completions without a score. They count in neither baseline nor loss."),
+    "reward/scored_samples": ("count", "Completions with a score."),
+    "reward/failed_<kind>": (
+        "count",
+        "Completions that could not be graded, by cause: `timeout`, `memory`, `crash`, `exception` or `invalid`.",
+    ),
+    "reward/grader_restarts": ("count", "Graders and reward models that died and were restarted since the start."),
+    "rollout/tokens": ("tokens", "Completion tokens that were sampled."),
+    "rollout/tokens_per_s": ("tokens/s", "Sampled completion tokens per second, all rollout workers together."),
+    "rollout/completion_tokens": ("tokens", "Length of a completion, mean."),
+    "rollout/completion_tokens_max": ("tokens", "Length of the longest completion."),
+    "rollout/truncated_share": ("share", "Completions that were cut at the token limit."),
+    "rollout/right_tokens": ("tokens", "Length of a correct completion, mean. Absent if there is none."),
+    "rollout/wrong_tokens": ("tokens", "Length of an incorrect completion, mean. Absent if there is none."),
+    "rollout/empty_samples": ("count", "Completions without a token. They are left out of the loss."),
+    "rollout/staleness": ("steps", "Steps by which the learners were ahead of the oldest weights that sampled."),
+    "rollout/weight_version": ("steps", "Step after which the rollout workers received their present weights."),
+    "rollout/synced_mb": ("MB", "Size of the weights that the rollout workers loaded, all workers together."),
+    "rollout/worker_restarts": ("count", "Rollout workers that died and were restarted since the start."),
+    "rollout/rounds": ("count", "Dynamic sampling: rounds of sampling in the step."),
+    "rollout/sampled_groups": ("groups", "Dynamic sampling: groups that were sampled in all rounds."),
+    "rollout/usable_group_share": ("share", "Dynamic sampling: sampled groups that have an advantage to learn from."),
+    "rollout/reused_groups": ("groups", "Dynamic sampling: usable groups that an earlier step left over."),
+    "rollout/surplus_groups": (
+        "groups",
+        "Dynamic sampling: usable groups beyond `batch.prompts_per_step`. They are kept until the weights change.",
+    ),
+    "rollout/missing_groups": (
+        "groups",
+        "Dynamic sampling: groups that the step lacked when `batch.max_rounds` ended the search.",
+    ),
+    # --- losses ---
+    "policy/loss": ("", "Weighted mean of the token losses. It is near 0 while ratios are 1: advantages sum to 0."),
+    "policy/tokens": ("tokens", "Completion tokens in the loss."),
+    "policy/entropy": ("nats", "Entropy of the next-token distribution, mean."),
+    "policy/ratio": ("ratio", "Importance ratio of the current to the old policy, mean."),
+    "policy/ratio_max": ("ratio", "Largest importance ratio."),
+    "policy/clip_frac": (
+        "share",
+        "Tokens that the surrogate clipped. They have no gradient, or another weight with `clipped_weight`.",
+    ),
+    "policy/clip_low_frac": ("share", "Tokens that were clipped at the lower bound."),
+    "policy/clip_high_frac": ("share", "Tokens that were clipped at the upper bound or at `dual_clip`."),
+    "policy/clip_frac_rare": ("share", "Clipped tokens among those with a probability below 0.1 in the old policy."),
+    "policy/clip_frac_common": ("share", "Clipped tokens among the other ones."),
+    "policy/kl": ("nats", "Estimate k3 of KL(policy || reference), mean."),
+    "policy/approx_kl": ("nats", "Estimate k3 of KL(old policy || current policy), mean."),
+    "policy/logp_gap": ("nats", "Absolute difference of the engine's and the learner's log-prob of a token, mean."),
+    "policy/logp_gap_max": ("nats", "Largest such difference."),
+    "policy/logp_gap_k3": ("nats", "Estimate k3 of KL(engine || learner), mean."),
+    "policy/tis_weight": ("ratio", "Importance weight between engine and learner after the bounds, mean."),
+    "policy/tis_square": ("", "Square of that weight, mean."),
+    "policy/tis_capped_share": ("share", "Tokens whose importance weight was cut at a bound, or dropped."),
+    "policy/tis_ess": ("share", "Effective sample size of the importance weights. 1 = engine and learner agree."),
+    "policy/off_policy_share": ("share", "Tokens that `off_policy_delta` left out of the policy loss."),
+    "policy/low_entropy_share": ("share", "Tokens that `entropy_share` left out of the policy loss."),
+    "train/loss": (
+        "nats",
+        "`next_token`: loss of a target token, mean. `classify`: cross-entropy of a sequence, mean. `reward_model`: "
+        "Bradley-Terry loss of a pair, mean, without the term that centres the scores.",
+    ),
+    "train/perplexity": ("", "Exponential of the next-token loss."),
+    "train/tokens": ("tokens", "Target tokens in the loss."),
+    "train/accuracy": (
+        "share",
+        "`classify`: sequences whose label has the highest score. `reward_model`: pairs that are ranked correctly.",
+    ),
+    "train/sequences": ("count", "Sequences with a label in the loss."),
+    "train/margin": ("score", "Score of the chosen reply minus that of the rejected one, mean over the pairs."),
+    "train/reward_mean": ("score", "Score of a reply, mean over both replies of every pair."),
+    "train/reward_square": ("score²", "Square of the score of a reply, mean."),
+    "train/reward_std": ("score", "Standard deviation of the scores of replies."),
+    "train/pairs": ("count", "Pairs of replies in the loss."),
+    # --- held-out data ---
+    "eval/accuracy": (
+        "share",
+        "Rollouts: completions whose reward reaches `eval.threshold`, mean over problems. Else as `train/accuracy`.",
+    ),
+    "eval/accuracy_low": ("share", "Lower end of the 95 % interval of the accuracy."),
+    "eval/accuracy_high": ("share", "Upper end of the 95 % interval of the accuracy."),
+    "eval/pass_at_<k>": (
+        "share",
+        "Estimated chance that one of k completions of a problem is right; k = 2, 4, 8, ...",
+    ),
+    "eval/pass_at_<k>_low": ("share", "Lower end of its 95 % interval."),
+    "eval/pass_at_<k>_high": ("share", "Upper end of its 95 % interval."),
+    "eval/reward": ("reward", "Total reward of a held-out completion, mean."),
+    "eval/problems": ("count", "Held-out problems with a scored completion."),
+    "eval/unscored": ("count", "Held-out completions that could not be graded."),
+    "eval/completion_tokens": ("tokens", "Length of a held-out completion, mean."),
+    "eval/loss": ("nats", "As `train/loss`."),
+    "eval/perplexity": ("", "As `train/perplexity`."),
+    "eval/tokens": ("tokens", "As `train/tokens`."),
+    "eval/sequences": ("count", "As `train/sequences`."),
+    "eval/margin": ("score", "As `train/margin`."),
+    "eval/reward_mean": ("score", "As `train/reward_mean`."),
+    "eval/reward_square": ("score²", "As `train/reward_square`."),
+    "eval/reward_std": ("score", "As `train/reward_std`."),
+    "eval/pairs": ("count", "As `train/pairs`."),
+    "eval/<name>": ("nats", "As `aux/<name>`: `balance`, `router_z` or `mtp`."),
+    # --- models and learners ---
+    "aux/<name>": (
+        "nats",
+        "`balance`: load-balancing loss of the routers. `router_z`: z-loss of the routers. `mtp`: multi-token "
+        "prediction. Each is multiplied by its coefficient. Mean over microbatches, weighted by their tokens.",
+    ),
+    "moe/max_vio": ("", "Largest load of an expert over the mean load, minus 1; mean over layers. 0 = balanced."),
+    "moe/max_vio_worst": ("", "The same number in the layer in which it is largest."),
+    "moe/expert_tokens_min": ("tokens", "Fewest tokens that an expert of any layer got in an update."),
+    "moe/expert_tokens_max": ("tokens", "Most tokens that an expert of any layer got in an update."),
+    "moe/idle_share": ("share", "Experts that no token of an update chose."),
+    "moe/entropy": ("nats", "Entropy of a router's distribution over experts, mean over tokens and layers."),
+    "moe/changed_share": ("share", "Choices of experts that differ from those made for the old policy's log-probs."),
+    "learner/grad_norm": ("", "Global L2 norm of the gradient before clipping, mean over the updates of the step."),
+    "learner/lr": ("", "Learning rate of the last update of the step."),
+    "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
+    "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
+    "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
+    "learner/tokens_per_s": ("tokens/s", "Such tokens per second, all learner processes together."),
+    "learner/microbatches": ("count", "Forward and backward passes of the step in each process."),
+    # --- around the step ---
+    "data/epoch": ("epochs", "Passes over the training data so far. 0 for endless data."),
+    "data/dropped_malformed_rows": ("rows", "Rows that could not be read and were left out."),
+    "data/dropped_overlapping_rows": ("rows", "Training rows that were left out because they are held out as well."),
+    "data/dropped_long_rows": ("rows", "Supervised rows that were left out because they are too long."),
+    "data/dropped_long_prompts": ("prompts", "Prompts that were skipped as too long. Each counts once per epoch."),
+    "data/dropped_long_held_out_prompts": ("prompts", "Held-out prompts that were left out because they are too long."),
+    "time/step_s": ("s", "The whole step, without evaluation and checkpoint."),
+    "time/generate_s": ("s", "Sampling."),
+    "time/grade_s": ("s", "Grading."),
+    "time/learner_prepare_s": ("s", "Old and reference log-probs, in the slowest process."),
+    "time/learner_update_s": ("s", "Forward and backward passes and optimizer updates, in the slowest process."),
+    "time/sync_s": ("s", "Transfer of the new weights to the rollout workers."),
+    "time/eval_s": ("s", "Sampling and grading of the held-out problems."),
+    "time/checkpoint_s": ("s", "The last checkpoint that was saved before this step."),
+    "checkpoint/failed_saves": ("count", "Checkpoints that failed since the start because the disk was full."),
+    "memory/learner_peak_gb": ("GB", "Largest memory of a learner process so far: on its GPU, or resident on a CPU."),
+    "system/driver_memory_gb": ("GB", "Resident memory of the driver process."),
+    "system/driver_peak_memory_gb": ("GB", "Largest resident memory of the driver process so far."),
+    "system/memory_used_gb": ("GB", "Memory that is in use on the machine."),
+    "system/cpu_share": ("share", "Use of the machine's processors since the last step."),
+    "tracking/non_finite_count": ("count", "Metrics of this step that were NaN or infinite. They are written as null."),
+}
+"""Unit and meaning by name. A word in angle brackets stands for any word without a slash. A share is from 0 to 1."""
+
+
+def entry(key: str) -> str | None:
+    """The name in the table that describes a logged key: the key itself or a pattern; None if there is neither."""
+    if key in METRICS:
+        return key
+    patterns = (name for name in METRICS if "<" in name and re.fullmatch(re.sub("<[a-z]+>", "[^/]+", name), key))
+    return max(patterns, key=len, default=None)
