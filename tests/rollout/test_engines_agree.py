@@ -37,7 +37,7 @@ def test_native_and_vllm_agree(
     reports = [worker.load_weights(snapshot, version) for worker in workers]
     assert reports[0].checksum == reports[1].checksum
 
-    given = [worker.logprobs(PROMPTS) for worker in workers]
+    given = [worker.engine.logprobs(PROMPTS) for worker in workers]
     for native, vllm in zip(*given, strict=True):
         torch.testing.assert_close(torch.tensor(native), torch.tensor(vllm), rtol=0, atol=TOLERANCE)
 
@@ -45,7 +45,7 @@ def test_native_and_vllm_agree(
         groups = sampler.generate([Request(p, 2, seed=4) for p in PROMPTS], Sampling(max_tokens=10))
         for prompt, group in zip(PROMPTS, groups, strict=True):
             for completion in group:
-                (scored,) = scorer.logprobs([prompt + completion.token_ids])
+                (scored,) = scorer.engine.logprobs([prompt + completion.token_ids])
                 assert completion.logprobs == pytest.approx(scored[len(prompt) - 1 :], abs=TOLERANCE)
 
 
@@ -103,7 +103,7 @@ def test_a_model_without_tokenizer_and_with_two_end_tokens(small_llama: Path) ->
     workers = [WorkerElsewhere(name, small_llama, setup) for name in ("native", "vllm")]
     prompts = [list(range(10, 110)), [5, 6, 8]]
     try:
-        native, vllm = (worker.logprobs(prompts) for worker in workers)
+        native, vllm = (worker.engine.logprobs(prompts) for worker in workers)
         for ours, theirs in zip(native, vllm, strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=TOLERANCE)
         for sampler, scorer in (workers, workers[::-1]):
@@ -113,7 +113,7 @@ def test_a_model_without_tokenizer_and_with_two_end_tokens(small_llama: Path) ->
             assert all(not {7, 9} & set(c.token_ids[:-1]) for c in group)
             everything = Sampling(max_tokens=40)
             (completion,) = sampler.generate([Request(prompts[0], 1, seed=2)], everything)[0]
-            (scored,) = scorer.logprobs([prompts[0] + completion.token_ids])
+            (scored,) = scorer.engine.logprobs([prompts[0] + completion.token_ids])
             assert completion.logprobs == pytest.approx(scored[len(prompts[0]) - 1 :], abs=TOLERANCE)
         with pytest.raises(ValueError, match="stop strings need a tokenizer"):
             workers[1].generate([Request(prompts[1], 1, seed=1)], Sampling(stop=("x",)))

@@ -68,9 +68,9 @@ def test_given_tokens_are_scored_by_the_weights_in_use(
     vllm_worker: RolloutWorker, prompts: list[list[int]], model_path: Path, pretrained: dict[str, Tensor]
 ) -> None:
     changed = perturbed(pretrained, seed=1)
-    old = vllm_worker.logprobs(prompts)
+    old = vllm_worker.engine.logprobs(prompts)
     push(vllm_worker, changed)
-    new = vllm_worker.logprobs(prompts)
+    new = vllm_worker.engine.logprobs(prompts)
     for scored, tensors in ((old, pretrained), (new, changed)):
         reference = reference_logprobs(model_path, tensors, prompts)
         for ours, theirs in zip(scored, reference, strict=True):
@@ -150,7 +150,7 @@ def first_token_distribution(model_path: Path, prompt: list[int], sampling: Samp
 def test_foreign_or_old_weights_are_refused_and_change_nothing(
     vllm_worker: RolloutWorker, prompts: list[list[int]], pretrained: dict[str, Tensor]
 ) -> None:
-    before, version = vllm_worker.logprobs(prompts[:1]), vllm_worker.describe()["version"]
+    before, version = vllm_worker.engine.logprobs(prompts[:1]), vllm_worker.engine.describe()["version"]
     changed = perturbed(pretrained)
     missing = {name: t for name, t in changed.items() if name != "model.layers.3.self_attn.k_proj.weight"}
     with pytest.raises(ValueError, match=r"missing: model\.layers\.3\.self_attn\.k_proj\.weight"):
@@ -161,8 +161,8 @@ def test_foreign_or_old_weights_are_refused_and_change_nothing(
         push(vllm_worker, {**changed, "model.norm.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="not newer"):
         vllm_worker.engine.load_weights(changed.items(), version)
-    assert vllm_worker.describe()["version"] == version
-    assert vllm_worker.logprobs(prompts[:1]) == before
+    assert vllm_worker.engine.describe()["version"] == version
+    assert vllm_worker.engine.logprobs(prompts[:1]) == before
 
 
 def test_broken_weights_are_an_error_that_names_the_request(

@@ -97,11 +97,11 @@ def test_logprobs_are_those_of_transformers_and_ours_before_and_after_a_live_upd
     old, new = (write_model(tmp_path / str(seed), TINY[name], seed) for seed in (0, 1))
     worker = WorkerElsewhere("vllm", old, EngineSetup(context_tokens=CONTEXT, max_sequences=8, dtype=dtype))
     try:
-        assert_close(worker.logprobs(SEQUENCES), reference(old, SEQUENCES), dtype)
+        assert_close(worker.engine.logprobs(SEQUENCES), reference(old, SEQUENCES), dtype)
         assert_close(native(old, SEQUENCES), reference(old, SEQUENCES), "float32")
         push(worker, dict(disk_tensors(load_model(new, torch.float32))))
-        assert_close(worker.logprobs(SEQUENCES), reference(new, SEQUENCES), dtype)
-        assert_close(worker.logprobs(SEQUENCES), native(new, SEQUENCES), dtype)
+        assert_close(worker.engine.logprobs(SEQUENCES), reference(new, SEQUENCES), dtype)
+        assert_close(worker.engine.logprobs(SEQUENCES), native(new, SEQUENCES), dtype)
         prompts = [sequence[: len(sequence) // 2 + 1] for sequence in SEQUENCES]
         groups = worker.generate([Request(prompt, 2, seed=0) for prompt in prompts], Sampling(max_tokens=24))
         drawn = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]

@@ -76,20 +76,20 @@ def test_an_unknown_engine_names_those_that_exist() -> None:
 
 
 def test_a_worker_loads_only_what_was_sent(vllm_worker: RolloutWorker, pretrained: dict[str, Tensor]) -> None:
-    before, version = vllm_worker.logprobs([[1, 2, 3, 4]]), vllm_worker.describe()["version"]
+    before, version = vllm_worker.engine.logprobs([[1, 2, 3, 4]]), vllm_worker.engine.describe()["version"]
     tensors, checksums = take_snapshot(perturbed(pretrained).items())
     damaged = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}
     with pytest.raises(WeightsDamagedError, match=r"model\.norm\.weight"):
         vllm_worker.load_weights((damaged, checksums), next(VERSIONS))
-    assert vllm_worker.describe()["version"] == version
-    assert vllm_worker.logprobs([[1, 2, 3, 4]]) == before
+    assert vllm_worker.engine.describe()["version"] == version
+    assert vllm_worker.engine.logprobs([[1, 2, 3, 4]]) == before
     newer = next(VERSIONS)
     report = vllm_worker.load_weights((tensors, checksums), newer)
     assert (report.version, report.num_tensors) == (newer, 272)
     assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert report.checksum == verify((tensors, checksums))
-    assert vllm_worker.logprobs([[1, 2, 3, 4]]) != before
-    facts = vllm_worker.describe()
+    assert vllm_worker.engine.logprobs([[1, 2, 3, 4]]) != before
+    facts = vllm_worker.engine.describe()
     assert facts["engine"] == "vllm" and facts["version"] == newer and facts["dtype_reason"] == "configured"
     assert facts["tensors_read_back"] == 62, "the embedding and the norms: what vLLM keeps unpacked"
 
@@ -115,11 +115,11 @@ def test_an_engine_in_another_dtype_takes_float32_weights(model_path: Path, pret
     worker = RolloutWorker("native", engine_config("native")(), model_path, replace(setup, dtype="bfloat16"))
     try:
         sequence = [[1, 504, 2988, 314, 216, 39]]
-        before = torch.tensor(worker.logprobs(sequence)[0])
+        before = torch.tensor(worker.engine.logprobs(sequence)[0])
         version = worker.load_weights(take_snapshot(perturbed(pretrained).items()), 7).version
         (completion,) = worker.generate([Request(sequence[0], 1, 0)], Sampling(max_tokens=2))[0]
-        assert version == completion.weight_version == worker.describe()["version"] == 7
-        assert (torch.tensor(worker.logprobs(sequence)[0]) - before).abs().max() > 0.01
-        json.dumps(worker.describe())
+        assert version == completion.weight_version == worker.engine.describe()["version"] == 7
+        assert (torch.tensor(worker.engine.logprobs(sequence)[0]) - before).abs().max() > 0.01
+        json.dumps(worker.engine.describe())
     finally:
         worker.close()

@@ -92,7 +92,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "policy/tis_capped_share": ("share", "Tokens whose importance weight was cut at a bound, or dropped."),
     "policy/tis_ess": ("share", "Effective sample size of the importance weights. 1 = engine and learner agree."),
     "policy/off_policy_share": ("share", "Tokens that `off_policy_delta` left out of the policy loss."),
-    "policy/low_entropy_share": ("share", "Tokens that `entropy_share` left out of the policy loss."),
+    "policy/low_entropy_share": ("share", "Tokens that `top_entropy_fraction` left out of the policy loss."),
     "train/loss": (
         "nats",
         "`next_token`: loss of a target token, mean. `classify`: cross-entropy of a sequence, mean. `reward_model`: "

@@ -79,7 +79,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int, Fault], 
     """Lets a fault happen while the n-th call of a method of a group is under way."""
 
     def set_up(group: str, method: str, call: int, fault: Fault) -> None:
-        for name in ("map", "each"):
+        for name in ("map", "call_each"):
             monkeypatch.setattr(
                 RayWorkerGroup, name, _with_fault(getattr(RayWorkerGroup, name), group, method, call, fault)
             )
@@ -90,13 +90,13 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int, Fault], 
 def _with_fault(original: Any, group: str, method: str, call: int, fault: Fault) -> Any:
     calls = 0
 
-    def wrapped(self: RayWorkerGroup, name: str, *arguments: Any, **options: Any) -> Any:
+    def wrapped(self: RayWorkerGroup[Any], called: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         nonlocal calls
-        if (self.name, name) == (group, method):
+        if (self.name, called.__name__) == (group, method):
             calls += 1
             if calls == call:
                 fault([ray.get(built) for built in self.built])
-        return original(self, name, *arguments, **options)
+        return original(self, called, *arguments, **options)
 
     return wrapped
 
@@ -150,10 +150,10 @@ def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
     """One of its two processes dies while it judges the second step; there are no other judges."""
     runs.values["rewards"] = []
     model = trained_model(str(judge))
-    scorer = {"name": "judge", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}
-    runs.values["reward_models"] = [scorer]
+    reward_model = {"name": "judge", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}
+    runs.values["reward_models"] = [reward_model]
     expected = runs.train(*RAY, *ONE_EACH, "cluster.kind=inline", "name=inline")
-    inject("scorer-judge", "grade", 2, kill(1))
+    inject("reward-model-judge", "grade", 2, kill(1))
     run = runs.train(*RAY, *ONE_EACH)
     assert [row["reward/grader_restarts"] for row in rows(run)] == [0, 1, 1]
     for step in (1, 2, 3):
@@ -161,9 +161,9 @@ def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
         for group, other in zip(groups, others, strict=True):
             assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
             assert [s.value for s in group.scores] == pytest.approx([s.value for s in other.scores], abs=1e-5)
-    assert sorted(path.name for path in (run / "logs").iterdir() if "scorer" in path.name) == [
-        "scorer-judge-0.log",
-        "scorer-judge-1.log",
+    assert sorted(path.name for path in (run / "logs").iterdir() if "reward-model" in path.name) == [
+        "reward-model-judge-0.log",
+        "reward-model-judge-1.log",
     ]
 
 

@@ -13,7 +13,7 @@ from llmquest_rl.models.checkpoint.count import count_parameters
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
-from trainer.assemble import needs
+from trainer.assemble import learner_request, rollout_requests
 from trainer.components import RunComponents
 from trainer.config.load import load_config
 from trainer.config.schema import Config
@@ -126,7 +126,7 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
     gpus, gigabytes = hardware(path)
     for label, arguments in variants(path).items():
         config = load_config(path, arguments)
-        assert sum(need.count * need.gpus for need in needs(config, samples=True)) <= gpus, label
+        assert sum(r.count * r.gpus for r in [learner_request(config), *rollout_requests(config)]) <= gpus, label
         parameters = num_parameters(folders[config.model.path])
         assert learner_gb(config, parameters) < 0.75 * gigabytes, f"{label}: activations need the rest"
         share = config.rollout.engine.options.model_dump()["gpu_memory_utilization"]
