@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,23 @@ class WorkerElsewhere:
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *args: self.process.submit(_call, method, *args).result()
 
+    @property
+    def engine(self) -> "EngineElsewhere":
+        return EngineElsewhere(self)
+
     def close(self) -> None:
         self.process.submit(_call, "close").result()
         self.process.shutdown()
+
+
+class EngineElsewhere:
+    """The engine of that worker."""
+
+    def __init__(self, worker: WorkerElsewhere) -> None:
+        self.worker = worker
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *args: self.worker.process.submit(_call, f"engine.{method}", *args).result()
 
 
 def _open(name: str, model_path: Path, setup: EngineSetup) -> None:
@@ -70,7 +85,7 @@ def _open(name: str, model_path: Path, setup: EngineSetup) -> None:
 
 
 def _call(method: str, *args: Any) -> Any:
-    return getattr(_worker, method)(*args)
+    return attrgetter(method)(_worker)(*args)
 
 
 def push(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:

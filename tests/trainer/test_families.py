@@ -10,7 +10,7 @@ import torch
 
 from llmquest_rl.models.checkpoint.load_save import architectures, load_model, new_model, save_model
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
-from rollout.weights import take_snapshot, verify
+from rollout.weights import WeightSnapshot, take_snapshot, verify
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, rows
 from tests.trainer.learner.learner_cases import make_setup, minibatches
@@ -68,7 +68,7 @@ def test_parameters_shared_out_between_processes_change_nothing(architecture: st
         metrics = learner.update(minibatches(0), 2)
         assert metrics["learner/skipped_updates"] == 0
         tensors, checksums = take_snapshot(learner.weights())
-        verify((tensors, checksums))
+        verify(WeightSnapshot(tensors, checksums))
         weights.append({name: tensor.clone() for name, tensor in tensors.items()})
         learner.close()
     for name, tensor in weights[0].items():

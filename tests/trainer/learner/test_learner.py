@@ -20,7 +20,7 @@ from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.optim.schedules import lr_factor
-from rollout.weights import verify
+from rollout.weights import WeightSnapshot, verify
 from tests.trainer.learner.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
@@ -193,8 +193,8 @@ def test_bfloat16_trains_like_float32(open_learner: OpenLearner) -> None:
     losses = []
     for dtype in ("float32", "bfloat16"):
         learner = open_learner(dtype=dtype, objective=NextToken())
-        batch = ([NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])], 1)
-        losses.append([learner.update(batch)["train/loss"] for _ in range(10)])
+        batch = [NextToken().assign_token_weights([SequenceGroup([], [list(range(i, 250, 7))]) for i in range(4)])]
+        losses.append([learner.update(batch, 1)["train/loss"] for _ in range(10)])
     assert losses[0][-1] < losses[0][0] - 0.5
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
 
@@ -234,7 +234,7 @@ def test_published_and_exported_weights_are_the_trained_ones(
     learner.update(minibatches(0), 1)
     learner.export(tmp_path / "exported")
     tensors, checksums = learner.weight_snapshot()
-    verify((tensors, checksums))
+    verify(WeightSnapshot(tensors, checksums))
     exported = dict(disk_tensors(load_model(tmp_path / "exported", torch.float32)))
     assert set(exported) == set(tensors) == set(initial)
     for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmquest_rl.models.deepseek_v3 import DeepseekV3Config
-from rollout.weights import take_snapshot, verify
+from rollout.weights import WeightSnapshot, take_snapshot, verify
 from tests.trainer.learner.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
@@ -57,7 +57,7 @@ def test_each_update_moves_the_bias_once(learner: Learner) -> None:
 
 def test_weights_are_published_one_expert_at_a_time(learner: Learner) -> None:
     tensors, checksums = take_snapshot(learner.weights())
-    verify((tensors, checksums))
+    verify(WeightSnapshot(tensors, checksums))
     key = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert tensors[key].untyped_storage().nbytes() == tensors[key].nbytes
     assert tensors[BIAS].dtype == torch.float32
