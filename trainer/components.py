@@ -1,4 +1,4 @@
-"""What a run is made of, built from its configuration when first asked for; no process starts, no weights load."""
+"""The components of a run, each built from the configuration at its first use. No process starts, no weight is read."""
 
 import logging
 from functools import cached_property
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class RunComponents:
-    """The parts of one run."""
+    """The components of one run: objective, tokenizer, data, and the setups of its workers."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -46,11 +46,11 @@ class RunComponents:
         return resolve_model(self.config.model.path)
 
     def check_model(self) -> None:
-        """Check that every weight is there, without reading one, and that the objective can be had of the model.
+        """Check that every weight is there, without reading one, and that the model fits the objective.
 
         Raises:
-            ValueError: a file is missing or cut short, or a tensor is; the message names it. The objective has labels,
-                and the model is none that scores could be made of.
+            ValueError: a file or a tensor is missing or cut short; the message names it. Or the objective needs a
+                classifier, and the model cannot be turned into one.
         """
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
@@ -58,10 +58,10 @@ class RunComponents:
             check_classifier(self.model_path, self.objective.labels)
 
     def check_experts(self) -> None:
-        """Check that a model whose routing is to be replayed has some.
+        """Check that a model whose expert routing is to be replayed has experts.
 
         Raises:
-            ValueError: it has no experts to choose from; the message names the architecture and what to do.
+            ValueError: it has none; the message names the architecture and the remedy.
         """
         if not self.objective.routing_replay:
             return
@@ -81,7 +81,7 @@ class RunComponents:
 
     @property
     def texts(self) -> PromptRenderer | None:
-        """The renderer of a model that reads text; None for one that reads images alone."""
+        """The prompt renderer; None for a model that reads images only."""
         return self.renderer if reads_text(read_shape(self.model_path)[1]) else None
 
     @cached_property
@@ -93,7 +93,7 @@ class RunComponents:
     @cached_property
     def prompts(self) -> PromptStream:
         data = self.config.data
-        assert data.task is not None, "a rule of the configuration: objectives that learn from rollouts have a task"
+        assert data.task is not None, "a configuration rule gives every rollout objective a task"
         malformed = MalformedRows(data.malformed_rows)
         task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
         return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
@@ -101,7 +101,7 @@ class RunComponents:
     @cached_property
     def sequences(self) -> SequenceGroupStream:
         data = self.config.data
-        assert data.dataset is not None, "a rule of the configuration: supervised objectives have a data set"
+        assert data.dataset is not None, "a configuration rule gives every supervised objective a data set"
         malformed = MalformedRows(data.malformed_rows)
         context = DatasetContext(
             self.texts,
@@ -117,7 +117,7 @@ class RunComponents:
         )
 
     def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
-        """The arithmetic that `auto` means for a part, and why."""
+        """The dtype that `auto` stands for, and the reason."""
         if configured != "auto":
             return configured, "configured"
         dtype, reason = choose_dtype("cuda" if gpus else "cpu", purpose)
@@ -125,7 +125,7 @@ class RunComponents:
         return str(dtype).removeprefix("torch."), reason
 
     def learner_setup(self, folder: Path) -> LearnerSetup:
-        """What every learner process is told."""
+        """The setup of every learner process."""
         config, gpus = self.config, self.config.cluster.gpus_per_learner
         return LearnerSetup(
             model_path=self.model_path,
@@ -145,7 +145,7 @@ class RunComponents:
 
     @cached_property
     def reward_model_setups(self) -> list[RewardModelSetup]:
-        """What every process of each reward model is told."""
+        """The setup of each reward model's processes."""
         config, gpus = self.config, self.config.cluster.gpus_per_reward_model
         return [
             RewardModelSetup(
@@ -160,7 +160,7 @@ class RunComponents:
 
     @cached_property
     def engine_setup(self) -> EngineSetup:
-        """What every rollout worker's engine is told."""
+        """The setup of every rollout worker's engine."""
         config, gpus = self.config, self.config.cluster.gpus_per_rollout_worker
         dtype, reason = self.dtype(config.rollout.dtype, gpus, "engine")
         completion = max(config.rollout.sampling.max_tokens, config.eval.max_tokens or 0)
@@ -177,5 +177,5 @@ class RunComponents:
 
 
 def threads(cpus_each: float | None, count: int) -> int:
-    """CPU threads of one process: what it was given, else the machine's cores shared out: phases take turns on them."""
+    """CPU threads of one process: its own cores if configured, else an equal share of all, since phases take turns."""
     return max(1, int(cpus_each)) if cpus_each is not None else max(1, available_cores() // count)

@@ -1,4 +1,4 @@
-"""The one training loop: pretraining, SFT and RL alike."""
+"""The training loop of every objective: pretraining, SFT, RL and the rest."""
 
 from pathlib import Path
 

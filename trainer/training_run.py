@@ -1,4 +1,4 @@
-"""What happens around a step: counting, evaluating, recording, checkpointing, stopping."""
+"""A training run: it counts the steps, evaluates, records, saves checkpoints, and stops when asked to."""
 
 import logging
 import time
@@ -48,7 +48,7 @@ class TrainingRun:
         self._step_started = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps still to do, from 1; ends early when the user asks to stop."""
+        """The numbers of the steps that remain (steps count from 1); ends early when the user asks to stop."""
         options = self.config.eval
         if self.done == 0 and options.every and options.at_start and not self.stop.requested:
             self.tracker.log(0, self._evaluate())
@@ -57,7 +57,7 @@ class TrainingRun:
             yield step
 
     def record(self, step: int, batch: StepBatch, metrics: dict[str, float]) -> None:
-        """Log a finished step, evaluate and checkpoint when due."""
+        """Log a finished step; evaluate and save a checkpoint when one is due."""
         metrics["time/step_s"] = time.perf_counter() - self._step_started
         self._check_gap(metrics)
         if _due(self.config.eval.every, step, step == self.config.steps):
@@ -75,7 +75,7 @@ class TrainingRun:
         return self.source.evaluate(self.learners)
 
     def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """A full disk costs this checkpoint, not the run: the older ones are intact, and the next save tries again."""
+        """Save a checkpoint. After a full disk the older ones are intact, the run goes on and the next save tries again."""
         self.progress.phase("checkpoint")
         started = time.perf_counter()
         options = self.config.checkpoint
@@ -90,12 +90,12 @@ class TrainingRun:
                 self.folder.checkpoints, step, self.learners.save, state, keep_last=options.keep_last, best=best
             )
         except checkpoint.DiskFullError as error:
-            # If one of several learners failed, the others wait for it in the middle of saving: they cannot go on.
+            # If one of several learners failed, the others still wait for it inside the save: they cannot go on.
             stuck = begun and self.config.learner.processes > 1
             if stuck or step == self.config.steps or self.stop.requested:
                 raise
             self.failed_saves += 1
-            log.error("%s. The run goes on; the next checkpoint is tried after %d steps.", error, options.every)
+            log.error("%s. The run goes on and tries again after %d steps.", error, options.every)
         return {"time/checkpoint_s": time.perf_counter() - started, "checkpoint/failed_saves": float(self.failed_saves)}
 
     def _check_gap(self, metrics: dict[str, float]) -> None:
@@ -113,7 +113,7 @@ def _due(every: int, step: int, last: bool) -> bool:
 
 
 def resume(folder: RunFolder, source: BatchSource, learners: LearnerGroup) -> int:
-    """Take up the newest sound checkpoint; returns the number of steps that it has done."""
+    """Load the newest sound checkpoint; returns the number of steps done by then."""
     found = checkpoint.latest(folder.checkpoints)
     for message in found.messages:
         log.warning("%s", message)

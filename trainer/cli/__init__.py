@@ -1,4 +1,4 @@
-"""The command line and what its commands print.
+"""The commands of `llmquest-rl` and their output.
 
 May import every room; nothing imports it.
 """

@@ -1,4 +1,4 @@
-"""Where workers run: in this process or as Ray actors, and what the machine offers.
+"""Worker groups, placed in this process or as Ray actors, and the hardware of this machine.
 
-May import `trainer.config.schema`. Ray is imported here only.
+May import `trainer.config`. Ray is imported in this room only.
 """

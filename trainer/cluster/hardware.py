@@ -1,4 +1,4 @@
-"""What this process may use: cores, memory, and the arithmetic that is fastest here."""
+"""The resources of this process: cores, memory, and the dtype that is fastest here."""
 
 import math
 import os

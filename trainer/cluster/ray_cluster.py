@@ -92,7 +92,7 @@ class RayCluster(Cluster):
             return
         # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
         slots = max(os.cpu_count() or 1, math.ceil(sum(request.count * request.cpus for request in requests)))
-        # Without the word `local` it would join whatever Ray somebody has started on this machine.
+        # Without the word `local` it would join any Ray that is already running on this machine.
         ray.init("local", num_cpus=slots, include_dashboard=False, **common)
 
     def _join(self, address: str, options: dict[str, Any]) -> None:

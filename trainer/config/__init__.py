@@ -1,4 +1,4 @@
-"""The configuration: its typed tree, how YAML becomes it, and the rules that it obeys.
+"""The configuration: its typed tree, reading it from YAML, and its rules.
 
-May import `trainer.run.folder` and everything below `trainer`; every other room of `trainer` may import it.
+May import `trainer.run` (names of run folders) and everything below `trainer`; every other room may import it.
 """

@@ -1,4 +1,4 @@
-"""The processes that compute gradients: Accelerate over DeepSpeed.
+"""The learner processes, which compute gradients with Accelerate over DeepSpeed.
 
-May import `trainer.cluster.worker_group` and `trainer.config.schema`.
+May import `trainer.cluster` and `trainer.config`, the library, and `rollout.weights`.
 """

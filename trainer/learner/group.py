@@ -1,4 +1,4 @@
-"""The group of learner processes seen from the loop: one batch in, one set of metrics out."""
+"""The learner processes, seen from the loop: one batch in, one set of metrics out."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ class StepBatch:
     minibatches: list[list[SequenceGroup]]
     """Sequence groups of each optimizer update; their token weights make the update's loss a mean. May be empty."""
     epochs: int = 1
-    """How often the minibatches are gone through."""
+    """Passes over the minibatches."""
     metrics: dict[str, float] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     """RL: the graded groups that the sequence groups were made from, for display and saving."""

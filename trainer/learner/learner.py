@@ -1,4 +1,4 @@
-"""One process of the group that trains: Accelerate over DeepSpeed ZeRO. The only file that imports either.
+"""A learner: one process that trains, with Accelerate over DeepSpeed ZeRO. No other file imports DeepSpeed.
 
 The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
 microbatches and processes, never averaged. DeepSpeed averages over processes: the loss is scaled by their number.
@@ -58,7 +58,7 @@ class Learner:
         """Join the group at `master_address:master_port` (one process needs none), load the model, build the optimizer.
 
         Raises:
-            ValueError: the model folder does not hold what it should.
+            ValueError: the model folder is incomplete or damaged.
         """
         self.setup, self.rank, self.world_size = setup, rank, world_size
         self.device = torch.device(setup.device)
@@ -88,7 +88,7 @@ class Learner:
 
         Args:
             minibatches: this process's share of every minibatch, with the token weights of the whole minibatch.
-            epochs: how often the minibatches are gone through.
+            epochs: passes over the minibatches.
 
         Returns:
             Metrics over all processes, the same on each.
@@ -179,7 +179,7 @@ class Learner:
         return plan_microbatches(fitted, budget, image_format(self.model.config))
 
     def _with_computed_logprobs(self, plan: Plan, token_fields: Sequence[str]) -> Plan:
-        """The plan with the log-probs that need no gradient: old policy, frozen reference."""
+        """The plan with the log-probs that need no gradient: of the old policy and of the frozen reference."""
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
         for name in token_fields:
             model = models[name]
@@ -227,7 +227,7 @@ class Learner:
         return WeightSnapshot({}, {})
 
     def save(self, folder: Path) -> None:
-        """Write everything that an exact resume needs into an existing folder."""
+        """Write the state for an exact resume into an existing folder."""
         state = {"steps": self.steps, "updates": self.updates, **self.skipped_updates.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
@@ -236,7 +236,7 @@ class Learner:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, with the same number of processes, ZeRO stage and dtype.
+        """Load the state that `save` wrote, with the same number of processes, ZeRO stage and dtype.
 
         Raises:
             ValueError: the folder holds no such checkpoint, or one of another number of processes.

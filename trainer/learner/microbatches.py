@@ -1,4 +1,4 @@
-"""What a learner runs: minibatches cut into packed microbatches, as many on every process."""
+"""Microbatches: every minibatch is cut into packed batches of a token budget, equally many on every process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Plan = list[list[TokenBatch]]
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """What the other processes must know about this one's share."""
+    """The facts about this process's share that the other processes need."""
 
     counts: list[int]
     """Microbatches in each minibatch."""
@@ -30,14 +30,15 @@ class _Local:
 def fitting(
     groups: Sequence[SequenceGroup], tokens_per_microbatch: int, shares_prompts: bool, needs_whole_group: bool
 ) -> list[SequenceGroup]:
-    """Groups as a model can compute them: a group beyond the budget is cut into its completions, each with its prompt.
+    """Groups that a model can compute: a group beyond the budget is cut into its completions, each with its prompt.
 
     Args:
         groups: any.
         tokens_per_microbatch: the budget.
-        shares_prompts: as the model says; without it every completion gets its own copy of the prompt.
-        compares: as the objective says; completions then stay together, for which a rule of the configuration makes
-            room.
+        shares_prompts: whether the model can compute a prompt once for all its completions; otherwise every completion
+            gets its own copy.
+        needs_whole_group: whether the objective compares the completions of a group, so that they stay together; a
+            configuration rule makes the budget large enough.
     """
     if needs_whole_group:
         return [group if shares_prompts else group.unshared() for group in groups]
@@ -50,14 +51,15 @@ def plan_microbatches(
 ) -> Plan:
     """Pack this process's share of every minibatch into microbatches within the token budget.
 
-    With ZeRO-2 and 3 every microbatch holds collectives, so all processes must compute as many, with the same modules.
-    Where this one has fewer microbatches it gets others that hold an idle group alone; where any process has images, a
-    microbatch without one gets an idle group with a blank image, beyond its budget. A collective call.
+    With ZeRO-2 and 3 every microbatch runs collectives, so all processes must compute equally many microbatches and
+    pass through the same modules. A process with fewer microbatches gets further ones with an idle group alone. Where
+    any process has images, a microbatch without one gets an idle group with a blank image, beyond its budget. This call
+    is a collective.
 
     Args:
         minibatches: this process's share of each.
         tokens_per_microbatch: the budget.
-        images: how the model wants them; None = it reads text only.
+        images: the format of the model's images; None = it reads text only.
     """
     packed = [pack(groups, tokens_per_microbatch) for groups in minibatches]
     token_fields = sorted({name for groups in minibatches for group in groups for name in group.token_fields})
@@ -70,12 +72,12 @@ def plan_microbatches(
     plan = []
     for i, parts in enumerate(packed):
         missing = max(1, *(local.counts[i] for local in everyone)) - len(parts)
-        plan.append([collate(_in_step(part, idle)) for part in [*parts, *[[]] * missing]])
+        plan.append([collate(_with_idle_group(part, idle)) for part in [*parts, *[[]] * missing]])
     return plan
 
 
-def _in_step(groups: list[SequenceGroup], idle: SequenceGroup) -> list[SequenceGroup]:
-    """The groups of a microbatch, with the idle one where the others' microbatches compute what these do not."""
+def _with_idle_group(groups: list[SequenceGroup], idle: SequenceGroup) -> list[SequenceGroup]:
+    """The groups of a microbatch, with the idle group where these would skip a module that other processes compute."""
     is_complete = bool(groups) and (idle.images is None or any(group.images is not None for group in groups))
     return groups if is_complete else [*groups, idle]
 
@@ -83,12 +85,12 @@ def _in_step(groups: list[SequenceGroup], idle: SequenceGroup) -> list[SequenceG
 def idle_group(
     token_fields: Sequence[str], images: ImageFormat | None = None, with_image: bool = False
 ) -> SequenceGroup:
-    """One target whose weight is 0: it goes through every layer and changes nothing.
+    """A group with one target of weight 0: it passes through every layer and changes nothing.
 
     Args:
         token_fields: names of the fields of the other groups.
-        images: how the model wants them, if it reads any.
-        with_image: whether it goes through the vision tower, too.
+        images: the format of the model's images, if it reads any.
+        with_image: whether it also passes through the vision tower.
     """
     zeros = {name: [[0.0]] for name in token_fields}
     if images is None or not with_image:
@@ -99,7 +101,7 @@ def idle_group(
 
 
 def num_tokens(plan: Plan) -> int:
-    """Tokens in a plan, empty microbatches left out."""
+    """Tokens in a plan, without microbatches whose weights are all 0."""
     batches = (batch for microbatches in plan for batch in microbatches)
     return sum(len(batch.tokens) for batch in batches if bool(torch.any(batch.token_fields["weights"] != 0)))
 
@@ -110,7 +112,7 @@ def add_logprobs(
 ) -> Plan:
     """The plan with the token field `name`: the model's log-probs of the targets.
 
-    With `record_experts` also with the experts that computed them, where the model has any. They wait in host memory.
+    With `record_experts` also the experts that each token chose, if the model has any. Both are kept in host memory.
     """
     watched = routers(model) if record_experts else []
 
@@ -126,10 +128,10 @@ def add_logprobs(
 
 
 def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) -> Loss:
-    """The objective's loss; where experts were recorded, its metrics say how many of the choices are others by now.
+    """The objective's loss. Where experts were recorded, a metric tells how many of the choices have changed since.
 
     Args:
-        objective: what is minimised.
+        objective: the objective.
         model: the current policy.
         batch: a microbatch on the model's device.
     """

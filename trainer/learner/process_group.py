@@ -1,4 +1,4 @@
-"""How learner processes find each other, and what DeepSpeed is told to share out between them."""
+"""The process group of the learners, and the DeepSpeed configuration that partitions their state."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from llmquest_rl.metrics import Metrics
 from trainer.config.schema import LearnerConfig
 
 ON_HOST = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
-"""DeepSpeed's sections for each value of `learner.offload`."""
+"""DeepSpeed's configuration sections for each value of `learner.offload`."""
 
 
 def join_group(device: torch.device, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""The frozen model that a KL is measured from: how it becomes the current one, and what a resume needs of it."""
+"""The frozen reference model of a KL term: syncing it to the policy, saving and loading it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = "reference.pt"
 
 @torch.no_grad()
 def renew(reference: Model, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy the current weights, by our names, into the reference."""
+    """Copy the policy's weights, given by our names, into the reference."""
     ours = dict(named_weights(reference))
     for name, weight in weights:
         ours[name].copy_(weight)
@@ -26,5 +26,5 @@ def save_reference(reference: Model, folder: Path) -> None:
 
 
 def load_reference(reference: Model, folder: Path) -> None:
-    """Take up what `save_reference` wrote."""
+    """Load the weights that `save_reference` wrote."""
     renew(reference, torch.load(folder / FILE, map_location="cpu", weights_only=True).items())

@@ -1,4 +1,4 @@
-"""What every process of the group that trains is told."""
+"""The setup of the learner processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from trainer.config.schema import LearnerConfig, OptimizerConfig
 
 @dataclass(frozen=True, slots=True)
 class LearnerSetup:
-    """What every process of the group is told alike."""
+    """The setup that every learner process gets."""
 
     model_path: Path
     """A checkpoint folder in the Hub's layout."""
@@ -21,10 +21,10 @@ class LearnerSetup:
     """Optimizer updates in the whole run: the schedule's length."""
     tokens_per_microbatch: int
     folder: Path
-    """Where a batch that made the gradient NaN is saved."""
+    """The run folder, in which a batch that made the gradient NaN is saved."""
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic; master weights and AdamW state are float32 always."""
+    """Dtype of weights and arithmetic; master weights and AdamW state are always float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     gradient_checkpointing: bool = False
     seed: int = 0

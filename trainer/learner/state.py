@@ -1,4 +1,4 @@
-"""The part of a learner's state that its optimizer does not hold: random numbers, and the count of skipped updates."""
+"""A learner's state beside model and optimizer: random number generators and the count of skipped updates."""
 
 import logging
 import random
@@ -50,11 +50,11 @@ class SkippedUpdates:
             )
 
     def state_dict(self) -> dict[str, int]:
-        """What an exact resume needs."""
+        """The state for an exact resume."""
         return {"skipped_updates": self.total, "skipped_in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up what `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self.total, self.in_a_row = state["skipped_updates"], state["skipped_in_a_row"]
 
 
@@ -78,7 +78,7 @@ def save_rng(path: Path) -> None:
 
 
 def load_rng(path: Path) -> None:
-    """Take up what `save_rng` wrote."""
+    """Restore the state that `save_rng` wrote."""
     states = torch.load(path, weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])

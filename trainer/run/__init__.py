@@ -1,4 +1,4 @@
-"""One run on disk and on the screen: its folder, progress, trackers, checkpoints and plots.
+"""One run on disk and on the screen: folder, progress, trackers, checkpoints, plots.
 
 Imports no other room of `trainer`.
 """

@@ -1,4 +1,4 @@
-"""Where batches come from: a data set, or completions that are sampled and graded.
+"""Batch sources: a data set, or rollouts that are sampled and graded.
 
-May import `trainer.learner.learner`, `trainer.cluster.worker_group`, `trainer.config.schema` and `trainer.run.folder`.
+May import `trainer.learner`, `trainer.cluster`, `trainer.config` and `trainer.run`.
 """

@@ -146,7 +146,7 @@ class RolloutSource:
         if self.zero_advantage_steps % self.batch.max_zero_advantage_steps == 0:
             title = (
                 f"{self.zero_advantage_steps} steps in a row without any difference in reward: the task is too "
-                "hard or too easy, or the reward does not see what the model writes"
+                "hard or too easy, or the reward does not read the model's answers"
             )
             Console(stderr=True).print(completions_table(sample_rows(0, groups, 4), title))
 

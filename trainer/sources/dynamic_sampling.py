@@ -116,7 +116,7 @@ def _nothing_usable(sampled: Sequence[Group], rounds: int) -> str:
         f"dynamic sampling found nothing to learn from in {len(sampled)} groups of {rounds} rounds. Rewards: {shown}"
         f"{f', {others} x other values' if others else ''}; {len(completions) - len(rewards)} of {len(completions)} "
         f"completions have no score, {cut} were cut at the token limit. Examples:\n{examples}\n"
-        "The task is too hard or too easy for this model, or the reward does not see what it writes, or (with "
+        "The task is too hard or too easy for this model, or the reward does not read its answers, or (with "
         "algorithm.overlong_filter) most completions are cut. Other prompts, a larger batch.samples_per_prompt or "
         "batch.max_rounds may help; algorithm.dynamic_sampling: false goes on without an update."
     )

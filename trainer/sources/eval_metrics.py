@@ -1,4 +1,4 @@
-"""What held-out groups say: accuracy, mean@k and pass@k with confidence intervals."""
+"""Metrics of held-out groups: accuracy, mean@k and pass@k with confidence intervals."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from trainer.sources.intervals import accuracy, pass_at_k
 
 
 def is_correct(score: Score, reward: str, threshold: float) -> bool:
-    """Whether the named reward reaches the threshold. A reward that does not apply is not correct."""
+    """True if the named reward reaches the threshold. A reward that does not apply counts as not correct."""
     part = score.parts.get(reward)
     return part is not None and part >= threshold
 
 
 def lengths_by_outcome(groups: Sequence[Group], reward: str, threshold: float) -> dict[str, float]:
-    """Mean length in tokens of right and of wrong sampled completions; a kind that there is none of is left out.
+    """Mean length in tokens of right and of wrong sampled completions; an empty class is left out.
 
     Wrong answers that grow longer than right ones are how a length bias shows (Dr. GRPO, arXiv 2503.20783, figure 5).
     """
@@ -31,7 +31,7 @@ def accuracy_metrics(groups: Sequence[Group], reward: str, threshold: float) -> 
 
     Args:
         groups: one for each held-out problem.
-        reward: the reward that decides what is correct.
+        reward: the name of the reward that decides whether a completion is correct.
         threshold: its smallest value that counts as correct.
 
     Raises:

@@ -41,7 +41,7 @@ class Rollouts:
             problems: the problems.
             n: completions of each problem.
             sampling: how tokens are drawn.
-            key: what the random numbers depend on beside the run's seed and the problem's place, e.g. `train/12`.
+            key: part of the seed of each request, beside the run's seed and the problem's place, e.g. `train/12`.
             first: the place of the first problem among those of this key; the others follow.
 
         Returns:

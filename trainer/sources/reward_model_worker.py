@@ -1,4 +1,4 @@
-"""A reward model that judges rollouts: the same `grade` as that of `rewards.grader.Grader`, by a frozen network."""
+"""A frozen reward model that scores rollouts, with the same `grade` as `rewards.grader.Grader`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from trainer.learner.microbatches import fitting
 
 @dataclass(frozen=True, slots=True)
 class RewardModelSetup:
-    """What every process of one reward model is told."""
+    """The setup of every process of one reward model."""
 
     config: RewardModelConfig
     model_path: Path
@@ -36,10 +36,10 @@ class RewardModelSetup:
 
 
 def check_reward_model(setup: RewardModelSetup) -> PromptRenderer:
-    """Check that a reward model can judge, without reading a weight; returns what renders its prompts.
+    """Check a reward model without reading a weight; returns the renderer of its prompts.
 
     Raises:
-        ValueError: it is no classifier of texts with one label, a file is missing, or it has no chat template; the
+        ValueError: it is not a text classifier with one label, a file is missing, or it has no chat template; the
             message names the reward model.
     """
     config, path = setup.config, setup.model_path
@@ -59,7 +59,7 @@ def check_reward_model(setup: RewardModelSetup) -> PromptRenderer:
 
 
 class RewardModelWorker:
-    """Judges completions. A plain class: the cluster makes it an actor, a test uses it as it is."""
+    """Scores completions with a reward model. A plain class: the cluster makes it an actor, a test uses it as it is."""
 
     def __init__(self, setup: RewardModelSetup) -> None:
         """Load the model.
@@ -77,7 +77,7 @@ class RewardModelWorker:
         self.max_tokens = min(shape.max_positions, setup.config.max_tokens or shape.max_positions)
 
     def grade(self, items: Sequence[GradeItem]) -> list[Score]:
-        """Score each item; scores come in the order of the items. What cannot be judged is a failure, `invalid`."""
+        """Score each item, in order. An item that the model cannot read gets the failure `invalid`."""
         started = time.perf_counter()
         sequences: dict[int, list[int]] = {}
         problems: dict[int, str] = {}
@@ -91,7 +91,7 @@ class RewardModelWorker:
         return [self._score(scores.get(number), problems.get(number), seconds) for number in range(len(items))]
 
     def token_ids(self, item: GradeItem) -> list[int]:
-        """What the model reads of an item: what a training pair with this prompt and reply would have it read.
+        """The tokens of an item, exactly as in a training pair with this prompt and reply `[tokens]`.
 
         Raises:
             DataError: the chat template refuses the prompt, or it is too long.
@@ -104,7 +104,7 @@ class RewardModelWorker:
         return ids
 
     def close(self) -> None:
-        """Free the model; the worker is of no use afterwards. Idempotent."""
+        """Free the model; the worker cannot be used afterwards. Idempotent."""
         self.__dict__.pop("model", None)
 
     def _score(self, value: float | None, problem: str | None, seconds: float) -> Score:

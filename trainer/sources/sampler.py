@@ -37,7 +37,7 @@ class GroupCollector(Protocol):
 
 
 class SingleRound:
-    """Collects one group for each prompt, whatever its rewards."""
+    """Collects one group for each prompt, also those without a difference in reward."""
 
     def __init__(self, batch: BatchConfig) -> None:
         self._batch = batch
