@@ -75,7 +75,7 @@ class TrainingRun:
         return self.source.evaluate(self.learners)
 
     def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Save a checkpoint. After a full disk older ones stay intact, the run goes on, and the next save tries again."""
+        """Save a checkpoint. If the disk is full, older ones stay, the run goes on, and the next save tries again."""
         self.progress.phase("checkpoint")
         started = time.perf_counter()
         options = self.config.checkpoint
