@@ -129,6 +129,9 @@ def cpu_options(shape: dict[str, Any], gigabytes: float | None, setup: EngineSet
     if is_latent(shape):
         # vLLM 0.32's rotary kernel for CPUs takes [tokens, heads, size] for [heads, tokens * size]: not that one.
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+        # On a processor with AMX vLLM 0.32 prefers AMX_MLA, which takes bfloat16 only and drops the weight that a
+        # reload writes to. CPU_MLA takes every dtype on every processor.
+        options["attention_backend"] = "CPU_MLA"
     return options
 
 
