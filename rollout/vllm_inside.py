@@ -1,5 +1,6 @@
 """What is done inside vLLM's worker and around its start: called by its engine, or handed to vLLM; imports no vLLM."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,15 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+
+
+def quiet_loggers() -> None:
+    """Silence two loggers of vLLM whose messages do not help a user."""
+    # On an error this one logs the whole state, megabytes in one line. The exception says enough.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    # At each reload this one warns of layers without tensors on disk: rotary tables and tied output layers, which are
+    # complete without them.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 def forget_expert_kernels(model: nn.Module) -> None:

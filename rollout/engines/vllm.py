@@ -9,7 +9,6 @@ its own, whose seed depends on the request's seed and the completion's number al
 """
 
 import gc
-import logging
 import math
 import os
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from rollout.vllm_inside import (
     forget_expert_kernels,
     free_kv_cache,
     process_as_it_was,
+    quiet_loggers,
     read_back,
     repack_output_layer,
     take_kv_cache,
@@ -91,8 +91,7 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
         torch.set_num_threads(setup.threads)
         from vllm import LLM
 
-        # On an error vLLM logs all its state, megabytes in one line; the exception says enough.
-        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+        quiet_loggers()
         brought_group = not torch.distributed.is_initialized()
         llm = LLM(
             str(model_path),
