@@ -1,8 +1,8 @@
-"""vLLM on a CPU computes what transformers and our own models compute, for every architecture, before and after a live
-update.
+"""vLLM on a CPU, transformers and our own models give the same log-probs, for every architecture, before and after a
+live update.
 
-Each model gets a process of its own, because a process has room for one vLLM. The second set of weights belongs to
-another random model, so that one tensor which stays behind shows.
+vLLM runs in a process of its own, because a process has room for one at a time. The second set of weights belongs to
+another random model, so a single tensor that is not updated changes the log-probs.
 """
 
 import json
@@ -32,13 +32,13 @@ from tests.rollout.conftest import WorkerElsewhere, push
 from tests.rollout.tiny_shapes import TINY
 
 CONTEXT = 96
-"""Tokens; all positions that the tiny GPT-2 has."""
+"""Tokens; the tiny GPT-2 has that many positions."""
 
 DTYPES = {"qwen3_next": "bfloat16"}
-"""Where it is not float32."""
+"""Models that are not served in float32."""
 
 TOLERANCES = {"float32": (1e-4, 1e-4), "bfloat16": (0.15, 0.02)}
-"""Nats: the largest difference, and the mean one. transformers in bfloat16 is as far from itself in float32."""
+"""Largest and mean difference in nats. transformers in bfloat16 is as far from its own float32."""
 
 SEQUENCES = [[(7 * i * i + 3 * i + 5) % 120 + 3 for i in range(length)] for length in (CONTEXT, 60, 33, 7)]
 
@@ -50,9 +50,9 @@ def write_config(folder: Path, values: dict[str, Any]) -> Path:
 
 
 def write_model(folder: Path, values: dict[str, Any], seed: int) -> Path:
-    """A random model as transformers saves it; biases, norms and buffers are random, too, so that none can be left out.
+    """Write a random model as transformers saves it. Biases, norms and buffers are random too, so none can be left out.
 
-    Its config.json is the one that was asked for: transformers drops fields that it has no use for.
+    Its config.json has exactly the given values, because transformers drops fields that it does not use.
     """
     write_config(folder, values)
     torch.manual_seed(seed)
@@ -83,13 +83,13 @@ def reference(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
 
 
 def native(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
-    """The same by our own model."""
+    """Log-probs [sequences][len - 1] by our own model in float32."""
     generator = NativeGenerator(load_model(folder, torch.float32).eval(), frozenset(), CONTEXT)
     return generator.logprobs(sequences)
 
 
 def assert_close(ours: list[list[float]], theirs: list[list[float]], dtype: str) -> None:
-    """Log-probs of several sequences, compared as one."""
+    """Compare log-probs [sequences][len - 1] within the tolerances of a dtype, over all tokens together."""
     pairs = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)]
     differences = torch.tensor(pairs).diff().abs()
     largest, mean = TOLERANCES[dtype]
