@@ -1,5 +1,6 @@
-"""What is done inside vLLM's worker and around its start: called by its engine, or handed to vLLM; imports no vLLM."""
+"""Helpers of the vLLM engine that run inside vLLM's worker or around its start. This file does not import vLLM."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,17 +11,26 @@ import torch
 from torch import Tensor, nn
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-    "VLLM_HOST_IP": "127.0.0.1",  # its process group has one node
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads pinned to cores would take them from the learners
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one more than a model's positions: the token after a full text is not read
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process
+    "VLLM_HOST_IP": "127.0.0.1",  # the process group has a single node
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads pinned to cores would take those cores from the learners
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # we ask for one position more than the model has; it is never computed
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
 
 
+def quiet_loggers() -> None:
+    """Silence two loggers of vLLM whose messages do not help a user."""
+    # On an error this one logs the whole state, megabytes in one line. The exception says enough.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    # At each reload this one warns of layers without tensors on disk: rotary tables and tied output layers, which are
+    # complete without them.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
 def forget_expert_kernels(model: nn.Module) -> None:
-    """Make the next reload pack the experts of MoE layers: vLLM 0.32 packs them for CPUs only with a new kernel."""
+    """Make the next reload pack the experts again: vLLM 0.32 packs them for a CPU only when it creates the kernel."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "moe_kernel"):
@@ -28,7 +38,7 @@ def forget_expert_kernels(model: nn.Module) -> None:
 
 
 def repack_output_layer(model: nn.Module) -> None:
-    """Renew the packed copy that an output layer tied to the embedding computes with: a reload leaves it as it was."""
+    """Pack the output layer again. One that is tied to the embedding keeps its old packed copy after a reload."""
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             method: Any = module.quant_method
@@ -36,9 +46,13 @@ def repack_output_layer(model: nn.Module) -> None:
 
 
 def read_back(given: list[tuple[str, Tensor]], model: nn.Module) -> tuple[int, list[str]]:
-    """How many of the pushed tensors vLLM keeps as they came, vocabulary padding aside, and which of those differ.
+    """Compare the pushed tensors with the parameters that vLLM keeps under the same name and shape.
 
-    GPT-2's matrices are kept transposed, which the shape of a square one does not show.
+    Rows that vLLM adds to pad the vocabulary are ignored. vLLM keeps GPT-2's matrices transposed; a square matrix may
+    therefore equal its transpose.
+
+    Returns:
+        The number of tensors compared, and the names of those that differ.
     """
     held = dict(model.named_parameters())
     kept = [(name, held[name][: len(tensor)], tensor) for name, tensor in given if name in held]
@@ -56,7 +70,7 @@ def _same(ours: Tensor, tensor: Tensor) -> bool:
 
 
 def free_kv_cache(worker: Any) -> list[int]:
-    """Give back the memory of the KV cache; returns what `take_kv_cache` needs to get it again, empty."""
+    """Free the memory of the KV cache. Returns the size of each layer's storage in bytes, for `take_kv_cache`."""
     sizes = []
     for cache in worker.model_runner.kv_caches:
         storage = cache.untyped_storage()
@@ -66,15 +80,15 @@ def free_kv_cache(worker: Any) -> list[int]:
 
 
 def take_kv_cache(worker: Any, sizes: list[int]) -> None:
-    """Undo `free_kv_cache`."""
+    """Allocate the KV cache again, with the sizes from `free_kv_cache`; its contents are gone."""
     for cache, size in zip(worker.model_runner.kv_caches, sizes, strict=True):
-        if size:  # layers may share one storage: it is listed once
+        if size:  # layers may share one storage; only the first of them has a size
             cache.untyped_storage().resize_(size)
 
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """Undo what starting vLLM does to the rest of the process: variables, thread count, and its lock on that count."""
+    """Undo the side effects of starting vLLM: environment variables, the thread count, and its lock on that count."""
     variables, set_num_threads, count = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     try:
         yield
@@ -91,10 +105,10 @@ def process_as_it_was() -> Iterator[None]:
 
 
 def completion_seed(seed: int, index: int) -> int:
-    """The seed of completion `index` of a request: 48 bits, so that neighbours do not share a random stream."""
+    """Seed of completion `index` of a request. It is a hash of 48 bits, so that no two share a random stream."""
     return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=6).digest(), "little")
 
 
 def without_compiler(device: str) -> AbstractContextManager[object]:
-    """No torch.compile on a CPU: for one tiny function it would need seconds, and a C++ compiler that may be absent."""
+    """Switch torch.compile off on a CPU: for one tiny function it takes seconds and needs a C++ compiler."""
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()

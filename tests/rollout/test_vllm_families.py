@@ -1,12 +1,18 @@
-"""vLLM on a CPU computes what transformers and our own models compute, for every architecture, before and after a live
-update.
+"""vLLM on a CPU, transformers and our own models give the same log-probs, for every architecture, before and after a
+live update.
 
-Each model gets a process of its own, because a process has room for one vLLM. The second set of weights belongs to
-another random model, so that one tensor which stays behind shows.
+vLLM runs in a process of its own, because a process has room for one at a time. The second set of weights belongs to
+another random model, so a single tensor that is not updated changes the log-probs.
 """
 
 import json
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,17 +27,18 @@ from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, check_engine, choose_engine, engine_config
 from rollout.vllm_limits import kv_cache_bytes, read_shape
+from rollout.worker import RolloutWorker
 from tests.rollout.conftest import WorkerElsewhere, push
 from tests.rollout.tiny_shapes import TINY
 
 CONTEXT = 96
-"""Tokens; all positions that the tiny GPT-2 has."""
+"""Tokens; the tiny GPT-2 has that many positions."""
 
 DTYPES = {"qwen3_next": "bfloat16"}
-"""Where it is not float32."""
+"""Models that are not served in float32."""
 
 TOLERANCES = {"float32": (1e-4, 1e-4), "bfloat16": (0.15, 0.02)}
-"""Nats: the largest difference, and the mean one. transformers in bfloat16 is as far from itself in float32."""
+"""Largest and mean difference in nats. transformers in bfloat16 is as far from its own float32."""
 
 SEQUENCES = [[(7 * i * i + 3 * i + 5) % 120 + 3 for i in range(length)] for length in (CONTEXT, 60, 33, 7)]
 
@@ -43,9 +50,9 @@ def write_config(folder: Path, values: dict[str, Any]) -> Path:
 
 
 def write_model(folder: Path, values: dict[str, Any], seed: int) -> Path:
-    """A random model as transformers saves it; biases, norms and buffers are random, too, so that none can be left out.
+    """Write a random model as transformers saves it. Biases, norms and buffers are random too, so none can be left out.
 
-    Its config.json is the one that was asked for: transformers drops fields that it has no use for.
+    Its config.json has exactly the given values, because transformers drops fields that it does not use.
     """
     write_config(folder, values)
     torch.manual_seed(seed)
@@ -76,13 +83,13 @@ def reference(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
 
 
 def native(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
-    """The same by our own model."""
+    """Log-probs [sequences][len - 1] by our own model in float32."""
     generator = NativeGenerator(load_model(folder, torch.float32).eval(), frozenset(), CONTEXT)
     return generator.logprobs(sequences)
 
 
 def assert_close(ours: list[list[float]], theirs: list[list[float]], dtype: str) -> None:
-    """Log-probs of several sequences, compared as one."""
+    """Compare log-probs [sequences][len - 1] within the tolerances of a dtype, over all tokens together."""
     pairs = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)]
     differences = torch.tensor(pairs).diff().abs()
     largest, mean = TOLERANCES[dtype]
@@ -110,6 +117,79 @@ def test_logprobs_are_those_of_transformers_and_ours_before_and_after_a_live_upd
         assert_close([c.logprobs for _, c in drawn], theirs, dtype)
     finally:
         worker.close()
+
+
+INSTRUCTION_SETS = {
+    "AMX": {"_is_amx_tile_supported": True},
+    "AVX2": {"_is_amx_tile_supported": False, "_is_avx512_supported": False, "_is_avx512_bf16_supported": False},
+}
+"""Answers of `torch.cpu` by which vLLM chooses its kernels. The kernels for float32 run on any processor with AVX2."""
+
+EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "sparse_moe")
+
+
+@dataclass
+class Served:
+    """How vLLM served one model in float32."""
+
+    kernels: set[str]
+    """vLLM's names of the kernels for attention and experts."""
+    before: list[list[float]]
+    """Log-probs [sequences][len - 1] of `SEQUENCES` with the first weights."""
+    after: list[list[float]]
+    """Log-probs [sequences][len - 1] of `SEQUENCES` with the second weights."""
+
+
+def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tuple[str, list[Served]]:
+    """Serve models with vLLM, one after the other, in a process that reports another instruction set.
+
+    Args:
+        answers: functions of `torch.cpu`, and the answers that they give to vLLM.
+        models: folders with the first and with the second weights.
+
+    Returns:
+        The backend that vLLM prefers for latent attention with these answers, and the results per model.
+    """
+    for function, answer in answers.items():
+        setattr(torch.cpu, function, partial(bool, answer))
+    served = []
+    for old, new in models:
+        setup = EngineSetup(context_tokens=CONTEXT, max_sequences=8)
+        worker = RolloutWorker("vllm", engine_config("vllm")(), old, setup)
+        (kernels,) = worker.engine._llm.apply_model(kernel_names)
+        before = worker.logprobs(SEQUENCES)
+        push(worker, dict(disk_tensors(load_model(new, torch.float32))))
+        served.append(Served(kernels, before, worker.logprobs(SEQUENCES)))
+        worker.close()
+    from vllm.platforms import current_platform
+
+    return current_platform.get_attn_backend_cls(None, SimpleNamespace(use_sparse=False, use_mla=True)), served
+
+
+def kernel_names(model: nn.Module) -> set[str]:
+    """Names of the kernels that vLLM chose for attention and for experts."""
+    attention = {m.attn_backend.get_name() for m in model.modules() if hasattr(m, "attn_backend")}
+    methods = [getattr(m, "quant_method", None) for m in model.modules()]
+    return attention | {method.experts_cls.__name__ for method in methods if hasattr(method, "experts_cls")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are instruction sets of x86")
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_float32_has_the_same_kernels_with_every_instruction_set(instructions: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    models = [
+        (write_model(tmp_path / f"{name} 0", TINY[name], 0), write_model(tmp_path / f"{name} 1", TINY[name], 1))
+        for name in EXPERT_MODELS
+    ]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        preferred, served = process.submit(serve_each, INSTRUCTION_SETS[instructions], models).result()
+    assert preferred.endswith(".AMXMLABackend") == (instructions == "AMX"), "without our option vLLM takes AMX_MLA"
+    for name, (old, new), found in zip(EXPERT_MODELS, models, served, strict=True):
+        attention = "CPU_MLA" if name == "deepseek_v3" else "CPU_ATTN"
+        assert found.kernels == {attention, "CPUUnquantizedExperts"}
+        assert_close(found.before, reference(old, SEQUENCES), "float32")
+        assert_close(found.after, reference(new, SEQUENCES), "float32")
 
 
 @pytest.mark.parametrize(
