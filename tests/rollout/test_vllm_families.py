@@ -125,7 +125,7 @@ INSTRUCTION_SETS = {
 }
 """Answers of `torch.cpu` by which vLLM chooses its kernels. The kernels for float32 run on any processor with AVX2."""
 
-EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "sparse_moe")
+EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "mixtral")
 
 
 @dataclass
@@ -157,9 +157,9 @@ def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tup
         setup = EngineSetup(context_tokens=CONTEXT, max_sequences=8)
         worker = RolloutWorker("vllm", engine_config("vllm")(), old, setup)
         (kernels,) = worker.engine._llm.apply_model(kernel_names)
-        before = worker.logprobs(SEQUENCES)
+        before = worker.engine.logprobs(SEQUENCES)
         push(worker, dict(disk_tensors(load_model(new, torch.float32))))
-        served.append(Served(kernels, before, worker.logprobs(SEQUENCES)))
+        served.append(Served(kernels, before, worker.engine.logprobs(SEQUENCES)))
         worker.close()
     from vllm.platforms import current_platform
 
