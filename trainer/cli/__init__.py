@@ -1,4 +1,4 @@
-"""The command line and what its commands print.
+"""The command line: commands, dry run, doctor and the tables that they print.
 
 May import every room; nothing imports it.
 """
