@@ -1,1 +1,4 @@
-"""Papers' curves as recipes: what `llmquest-rl reproduce` runs."""
+"""Recipes that redraw curves of papers and check their claims: `llmquest-rl reproduce`.
+
+May import the other rooms of `trainer` except `trainer.cli`, which alone imports it.
+"""

@@ -1,4 +1,4 @@
-"""One run on disk and on the screen: its folder, progress, trackers, checkpoints and plots.
+"""Files and displays of one run: its folder, checkpoints, metrics, progress bar and plots.
 
 Imports no other room of `trainer`.
 """

@@ -100,7 +100,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", [{"a": (1, 2)}, {"a": {1: "x"}}, {"a": [torch.zeros(1)]}, {"a": {"b": {3}}}])
 def test_a_state_that_json_would_change_is_an_error(tmp_path: Path, state: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"state\.a.* come back from JSON"):
+    with pytest.raises(TypeError, match=r"state\.a.*: JSON "):
         save(tmp_path, 1, write_weights, state, keep_last=1)
     assert not list(tmp_path.iterdir())
 
