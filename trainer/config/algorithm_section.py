@@ -1,4 +1,4 @@
-"""The section `algorithm` of a configuration: a preset with the settings that replace some of its own."""
+"""The section `algorithm` of a configuration: a preset and the options that override it."""
 
 from typing import Any, Self
 
@@ -9,8 +9,8 @@ from llmquest_rl.algorithms.unused_settings import check_read
 
 
 class AlgorithmSection(Algorithm):
-    """A policy-gradient algorithm: a preset, and any settings that replace the preset's. The defaults below apply to
-    settings that the preset leaves open; `llmquest-rl algorithms` lists those that it sets."""
+    """A policy-gradient algorithm: a preset and any options that override it. The defaults below apply to options that
+    the preset does not set; `llmquest-rl algorithms` lists those that it sets."""
 
     name: str = "grpo"
     """Preset, a row of `llmquest_rl/algorithms/presets.py`: `grpo`, `dr_grpo`, `dapo`, ..."""

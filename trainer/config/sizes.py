@@ -38,28 +38,26 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     computed = prompts * config.data.max_prompt_tokens + completions * longest
     groups = prompts // batch.minibatches_per_step
     grading = graders.workers * graders.processes if config.rewards else 0
+    scoring = sum(model.workers for model in config.reward_models)
+    asked, dynamic = _most_prompts(config), config.algorithm.dynamic_sampling
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
         (
             "prompts asked per step",
-            f"<= {_most_prompts(config):,}",
-            "more than a step trains on only with dynamic sampling",
+            f"<= {asked:,}",
+            f"at most {config.batch.max_rounds} rounds" if dynamic else "one round",
         ),
-        (
-            "sampled tokens per step",
-            f"<= {_most_prompts(config) * samples * longest:,}",
-            f"at most {longest} tokens each",
-        ),
+        ("sampled tokens per step", f"<= {asked * samples * longest:,}", f"at most {longest} tokens each"),
         ("tokens computed per epoch", f"<= {computed:,}", "completions, and each prompt once"),
-        ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
+        ("completions per update", f"{groups * samples:,}", f"{groups} complete groups"),
         ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
         ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
         (
             "grader processes",
             f"{grading:,}",
-            f"{graders.workers} x {graders.processes}" if grading else "no reward functions",
+            f"{graders.workers} graders x {graders.processes}" if grading else "no rewards",
         ),
-        ("reward model processes", f"{sum(m.workers for m in config.reward_models):,}", "each holds a complete model"),
+        ("reward model processes", f"{scoring:,}", "each holds a complete model" if scoring else "no reward models"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The check of all recipes: what is broken is named, in every folder of recipes."""
+"""The check of all recipes names the broken ones in every folder."""
 
 import shutil
 from pathlib import Path

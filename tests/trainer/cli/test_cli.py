@@ -22,7 +22,7 @@ RunCommand = Callable[..., "Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, what it says when something is wrong, and that it is enough to run again."""
+"""The configuration: accepted values, error messages, and that the dumped file is enough to repeat a run."""
 
 from pathlib import Path
 from typing import Any

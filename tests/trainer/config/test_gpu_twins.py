@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 PAPERS = CONFIGS / "papers"
 TWINS = sorted((PAPERS / "gpu").glob("*.yaml"))
 STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))
-"""What some twins start from: trained on given sequences, at the same size."""
+"""Supervised runs at the same size, whose models some twins start from."""
 
 SHAPES = {
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
@@ -36,8 +36,7 @@ SHAPES = {
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }
-"""Hub id, or what an earlier stage exports, to the file in configs/models with the same layers: of other releases
-positions alone may differ."""
+"""File in configs/models with the same layers, by Hub id or exported folder. Other releases may differ in positions."""
 
 DEEPSEEK_MATH = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,14 +74,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hardware(path: Path) -> tuple[int, int]:
-    """GPUs, and gigabytes of each, as the comment has them."""
+    """Number of GPUs and gigabytes of each, as the comment says."""
     found = HARDWARE.search(path.read_text())
     assert found, f"{path.name} must say '# Hardware: 8 NVIDIA GPUs of 80 GB ... Not run by us.'"
     return int(found[1]), int(found[2])
 
 
 def variants(path: Path) -> dict[str, list[str]]:
-    """The arguments that the comment lists, by label; none are the file itself."""
+    """The arguments that the comment lists, by label; the file itself has none."""
     listed = ARGUMENTS.findall(path.read_text())
     assert listed, f"{path.name} lists no arguments for the paper's other curves"
     return {"the file": []} | {label: shlex.split(arguments) for label, arguments in listed}
@@ -94,10 +93,10 @@ def num_parameters(folder: Path) -> int:
 
 
 def learner_gb(config: Config, parameters: int) -> float:
-    """Gigabytes that weights and optimizer take on a learner's GPU at their most: while it loads, or while it trains.
+    """Peak gigabytes of weights and optimizer state on a learner's GPU, while it loads or while it trains.
 
-    Every learner loads the whole model in bfloat16, and keeps the whole reference; gradients, master weights and the
-    two averages of AdamW are float32 and shared out.
+    Every learner loads the complete model in bfloat16 and keeps the complete reference. Gradients, master weights and
+    the two averages of AdamW are float32 and partitioned.
     """
     weights = 2e-9 * parameters
     reference = weights * (config.algorithm.beta > 0)

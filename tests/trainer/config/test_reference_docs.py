@@ -1,4 +1,4 @@
-"""The configuration reference is made from the typed tree, and every option says what it is."""
+"""The configuration reference is generated from the typed tree, and every option has a description."""
 
 from pathlib import Path
 

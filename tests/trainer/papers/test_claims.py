@@ -1,4 +1,4 @@
-"""What a claim decides, on numbers made by hand."""
+"""Claims checked on numbers made by hand."""
 
 from typing import Any
 

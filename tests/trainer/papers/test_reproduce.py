@@ -58,7 +58,7 @@ def write(folder: Path, **changes: object) -> Path:
 
 @dataclass(frozen=True)
 class Done:
-    """A recipe that was run once, for all tests of this file: what they change in it needs no new run."""
+    """A recipe that is run once for all tests of this file; their changes need no new run."""
 
     folder: Path
     report: Report
@@ -69,7 +69,7 @@ class Done:
         return self.folder / WORK
 
     def times(self) -> dict[Path, int]:
-        """When each run was last written to."""
+        """Time of the last change of each run."""
         return {path: path.stat().st_mtime_ns for path in self.work.glob("small/*/runs/*/*/metrics.jsonl")}
 
 

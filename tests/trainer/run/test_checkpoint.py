@@ -223,7 +223,7 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     [("plain", "unchecked"), ("torch_save", "unchecked"), ("safetensors", "unchecked"), ("plain", "checked")],
 )
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, writer: str, room: str) -> None:
-    """A real 2 MB file system in a mount namespace of its own, gone with the process."""
+    """A real 2 MB file system in its own mount namespace, which ends with the process."""
     mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     unshare = ["unshare", *as_root, "--mount", "sh", "-c"]

@@ -1,4 +1,4 @@
-"""Curves: what is drawn, for whom, and what is refused. Lines are read back from the SVG and from the figure's data."""
+"""Plots: drawn lines, labels and errors. The lines are read back from the SVG and from the figure's data."""
 
 from pathlib import Path
 from typing import Any
