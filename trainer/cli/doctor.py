@@ -31,7 +31,7 @@ MIN_MEMORY_GB = 6.0
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-def examine() -> Iterator[CheckResult]:
+def run_checks() -> Iterator[CheckResult]:
     """Run all checks; those that need no other component come first."""
     yield _machine()
     yield _memory()

@@ -173,9 +173,9 @@ def reproduce(
 @tools.command(rich_help_panel=CHECKS)
 def doctor() -> None:
     """Check the installation: packages, engine and dtype that would be used, and a self-test of ten seconds."""
-    from trainer.cli.doctor import examine
+    from trainer.cli.doctor import run_checks
 
-    if not all_passed(examine()):
+    if not all_passed(run_checks()):
         raise typer.Exit(1)
 
 

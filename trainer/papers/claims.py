@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from llmquest_rl.options import Options
-from trainer.papers.series import Results, Window, statistic
+from trainer.papers.series import Results, Window, window_mean
 
 
 class _Claim(Options):
@@ -107,7 +107,7 @@ def check(claim: Claim, results: Results) -> Verdict:
     Raises:
         ValueError: an arm or a metric does not exist.
     """
-    holds, numbers = _DECIDE[claim.kind](claim, results)
+    holds, numbers = _CHECKS[claim.kind](claim, results)
     return Verdict(claim.says, holds, f"{claim.metric}: {numbers}")
 
 
@@ -115,7 +115,7 @@ def _values(claim: _Claim, arm: str, results: Results, window: Window | None = N
     """The mean of the metric over the window, for each seed."""
     if arm not in results:
         raise ValueError(f"a claim names the arm {arm!r}, which does not exist; there are: {', '.join(results)}")
-    return [statistic(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
+    return [window_mean(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
 
 
 def _changes(claim: _Change, results: Results) -> tuple[list[float], str]:
@@ -174,7 +174,7 @@ def _range(values: list[float]) -> str:
     return f"{fmean(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
-_DECIDE: dict[str, Callable[..., tuple[bool, str]]] = {
+_CHECKS: dict[str, Callable[..., tuple[bool, str]]] = {
     "rises": _rises,
     "falls": _falls,
     "stays": _stays,

@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from llmquest_rl.options import Options
 from trainer.papers.series import Results, Rows, points, smooth
-from trainer.run.plot import COLOURS, Curve, draw, dress, legend, save
+from trainer.run.plot import COLOURS, Curve, draw, legend, save, style_axes
 
 SMALL = 0.3
 """Values that stay below this are not drawn on an axis from 0 to 1."""
@@ -62,7 +62,7 @@ def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str
         raise ValueError(f"panel {panel.title!r}: no arm has {panel.metric} over {panel.x}")
     for curve in curves:
         draw(axes, curve, colours[curve.label], crowded=False)
-    dress(axes, panel.title, curves, panel.x)
+    style_axes(axes, panel.title, curves, panel.x)
     if panel.x != "step":
         axes.xaxis.set_major_locator(AutoLocator())
     _scale(axes, panel, curves)

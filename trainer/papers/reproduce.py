@@ -13,7 +13,7 @@ from trainer.papers.figure import draw_figure
 from trainer.papers.measures import Measure, Trained
 from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
 from trainer.papers.runs import run_all
-from trainer.papers.series import Results, summary, with_sums
+from trainer.papers.series import Results, summary, with_cumulative_sums
 from trainer.papers.start import start_model
 from trainer.run.tracking import JsonLines
 
@@ -73,7 +73,7 @@ def _with_runs(
     by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
     results: Results = defaultdict(dict)
     for (arm, seed), name in names.items():
-        results[arm][seed] = with_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
+        results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
     if recipe.measure is not None:
         measure: Measure = import_module(f"trainer.papers.measures.{recipe.measure}").measure
         for seed in range(seeds):

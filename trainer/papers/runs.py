@@ -30,7 +30,7 @@ def run_training(config: Config, folder: Path, log: Path) -> Path:
     """
     from trainer.loop import train
 
-    with _printing_into(log), chdir(folder):
+    with _output_to(log), chdir(folder):
         run = train(config)
     if not _ended(run, config):
         raise ArmError(
@@ -45,7 +45,7 @@ def _ended(run: Path, config: Config) -> bool:
 
 
 @contextmanager
-def _printing_into(log: Path) -> Iterator[None]:
+def _output_to(log: Path) -> Iterator[None]:
     """Redirect the output of this process and its children (graders, compilers) from the terminal to a file."""
     with log.open("ab") as file, ExitStack() as stack:
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -58,7 +58,7 @@ def _printing_into(log: Path) -> Iterator[None]:
         yield
 
 
-def finished(config: Config, folder: Path) -> Path | None:
+def finished_run(config: Config, folder: Path) -> Path | None:
     """The folder of a finished run with the same configuration below `folder`, or None."""
     try:
         run = RunFolder.open(folder / "runs" / config.name)
@@ -67,7 +67,7 @@ def finished(config: Config, folder: Path) -> Path | None:
     return run.path if _ended(run.path, config) and run.config.read_text() == dump(config) else None
 
 
-def place_of(config: Config, folder: Path) -> Path:
+def folder_of(config: Config, folder: Path) -> Path:
     """Folder of the runs of this configuration. A hash of the configuration keeps others apart."""
     return folder / f"{config.name}-seed{config.seed}-{blake2b(dump(config).encode(), digest_size=4).hexdigest()}"
 
@@ -83,24 +83,26 @@ def run_all(configs: dict[str, Config], folder: Path, report: Callable[[str], No
     Raises:
         ArmError: a run failed. Finished runs are kept and not repeated.
     """
-    places = {name: place_of(config, folder) for name, config in configs.items()}
-    done = {name: run for name, config in configs.items() if (run := finished(config, places[name])) is not None}
+    places = {name: folder_of(config, folder) for name, config in configs.items()}
+    done = {name: run for name, config in configs.items() if (run := finished_run(config, places[name])) is not None}
     for name in done:
         report(f"{name} (kept)")
     waiting = [name for name in configs if name not in done]
-    for name, run in _in_processes(waiting, configs, places):
+    for name, run in _train_parallel(waiting, configs, places):
         report(name)
         done[name] = run
     return {name: done[name] for name in configs}
 
 
-def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+def _train_parallel(
+    names: list[str], configs: dict[str, Config], places: dict[str, Path]
+) -> Iterator[tuple[str, Path]]:
     if not names:
         return
     for name in names:
         places[name].mkdir(parents=True, exist_ok=True)
     # Spawn instead of fork, because the threads of torch do not survive a fork.
-    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _begin_worker)
+    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _init_worker)
     with pool:
         futures = {pool.submit(run_training, configs[n], places[n], places[n].resolve() / "log.txt"): n for n in names}
         try:
@@ -125,12 +127,12 @@ def _result(future: "Future[Path]", name: str, places: dict[str, Path]) -> Path:
         raise ArmError(f"{name}: {type(error).__name__}: {error}; log: {places[name] / 'log.txt'}") from error
 
 
-def _begin_worker() -> None:
+def _init_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """End this process with its parent: its results would be lost, and it would slow down the next attempt."""
     parent = parent_process()
     assert parent is not None

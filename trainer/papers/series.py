@@ -28,7 +28,7 @@ SUMS = {"generated tokens": "rollout/tokens"}
 """Metric by the name of the x value that sums it over the steps."""
 
 
-def with_sums(rows: Rows) -> Rows:
+def with_cumulative_sums(rows: Rows) -> Rows:
     """The rows with every x value of `SUMS` added."""
     for name, key in SUMS.items():
         totals = accumulate(row.get(key) or 0.0 for row in rows)
@@ -42,7 +42,7 @@ def points(rows: Rows, metric: str, x: str = "step") -> list[tuple[float, float]
     return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and not math.isnan(b)]
 
 
-def statistic(rows: Rows, metric: str, window: Window) -> float:
+def window_mean(rows: Rows, metric: str, window: Window) -> float:
     """The mean of a metric over a window of the run's steps.
 
     Raises:

@@ -103,7 +103,7 @@ def save(
     return final
 
 
-def check_room(folder: Path, step: int) -> None:
+def check_disk_space(folder: Path, step: int) -> None:
     """Check before any process writes that the disk has room for a checkpoint as large as the newest one.
 
     Raises:

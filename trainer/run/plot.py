@@ -90,7 +90,7 @@ def plot_runs(
         for curve in curves:
             colours.setdefault(curve.label, COLOURS[len(colours) % len(COLOURS)])
             draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
-        dress(axes, _title(key, curves), curves)
+        style_axes(axes, _title(key, curves), curves)
     legend(figure, panels)
     return save(figure, out)
 
@@ -200,7 +200,7 @@ def _title(key: str, curves: Sequence[Curve]) -> str:
     return title
 
 
-def dress(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
+def style_axes(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
     """Set title, labels, grid and limits of one panel."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel(xlabel)

@@ -76,7 +76,7 @@ class Progress:
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         values = [(label, metrics.get(key)) for key, label in LIVE_METRICS.items()]
         shown = [f"{label} {_short(value)}" for label, value in values if value is not None]
-        left = clock(seconds * (self._steps - self._done))
+        left = format_duration(seconds * (self._steps - self._done))
         return "  ".join([*shown, f"{seconds:.1f} s/step", f"{left} left"])
 
 
@@ -85,7 +85,7 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

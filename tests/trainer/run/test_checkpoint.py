@@ -47,7 +47,7 @@ def safetensors(path):
 FILL_THE_DISK = f"""
 import resource, signal, sys
 from pathlib import Path
-from trainer.run.checkpoint import DiskFullError, check_room, latest, save
+from trainer.run.checkpoint import DiskFullError, check_disk_space, latest, save
 {WRITERS}
 folder, write, limit = Path(sys.argv[1]), globals()[sys.argv[2]], int(sys.argv[3])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -58,7 +58,7 @@ steps = [1]
 try:
     for step in range(2, 20):
         if sys.argv[4] == "checked":
-            check_room(folder, step)
+            check_disk_space(folder, step)
         save(folder, step, write, {{}}, keep_last=50)
         steps.append(step)
 except DiskFullError as error:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from trainer.run.folder import RunFolder, RunFolderError
-from trainer.run.progress import Progress, clock
+from trainer.run.progress import Progress, format_duration
 from trainer.run.stop import StopSignal
 
 HOLD = """
@@ -214,4 +214,4 @@ def test_a_terminal_gets_a_bar() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text
