@@ -1,16 +1,16 @@
-"""One GRPO step of ours beside TRL's GRPOTrainer: same model, prompts, samples, token limit, dtype, machine.
+"""One GRPO step compared with TRL's GRPOTrainer: same model, prompts, samples, token limit, dtype and machine.
 
     python benchmarks/grpo_step.py [--steps 3] [--dtype float32] [--engine vllm] [--out FILE.json]
 
-Three sides, one after the other, each in a process of its own:
+It measures three sides in turn, each in a process of its own:
 
-* `ours`: `llmquest-rl train` with its defaults, Ray and all. Groups whose rewards are all equal have no gradient, so
+* `ours`: `llmquest-rl train` with its defaults, including Ray. Groups whose rewards are all equal have no gradient, so
   they are not computed; the update is the same.
 * `every group`: the same with `batch.zero_advantage_groups=take`, which computes all groups, as TRL does.
-* `trl`: generates with transformers, since it has no vLLM on CPUs, in the largest batches that are good for it.
+* `trl`: generates with transformers, because TRL has no vLLM on CPUs, in the batch size that is fastest for it.
 
-The first step of each side is not counted. Peak memory is what the machine's free memory falls by, so run it on a
-machine that does nothing else.
+The first step of each side is a warm-up and is not counted. Peak memory is the decrease of the machine's free memory,
+so the machine must be idle otherwise.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Row = dict[str, float]
 
 
 def config(args: argparse.Namespace, zero_advantage_groups: str) -> dict[str, Any]:
-    """Our side's run: the quickstart's task with the benchmark's sizes, without evaluation and checkpoints."""
+    """Configuration of our run: the quickstart with the benchmark's sizes, without evaluation and checkpoints."""
     return {
         "name": "benchmark",
         "steps": args.steps + 1,
@@ -59,7 +59,7 @@ def config(args: argparse.Namespace, zero_advantage_groups: str) -> dict[str, An
 
 
 def run_ours(args: argparse.Namespace, zero_advantage_groups: str = "skip") -> list[Row]:
-    """Rows by step from the run's own metrics."""
+    """One row per step from the metrics of our run."""
     from trainer.config.load import parse_config
     from trainer.loop import train
 
@@ -81,19 +81,19 @@ def run_ours(args: argparse.Namespace, zero_advantage_groups: str = "skip") -> l
 
 
 def run_every_group(args: argparse.Namespace) -> list[Row]:
-    """As `run_ours`, but groups without a difference in reward are computed too."""
+    """One row per step of our run with every group computed."""
     return run_ours(args, "take")
 
 
 def run_trl(args: argparse.Namespace) -> list[Row]:
-    """Rows by step; generation and the whole step are timed around TRL's own methods."""
+    """One row per step of TRL's run; clocks around its methods time the generation and the step."""
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
     times: list[Row] = []
 
     class Timed(GRPOTrainer):
-        """The trainer, with a clock around generation."""
+        """TRL's trainer with a clock around generation."""
 
         def _generate(self, *positional: Any, **named: Any) -> Any:
             started = time.perf_counter()
@@ -102,7 +102,7 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
             return result
 
     class Clock(TrainerCallback):
-        """Marks the ends of steps."""
+        """Times the steps."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
@@ -124,7 +124,7 @@ def run_trl(args: argparse.Namespace) -> list[Row]:
 
 
 def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The same run in TRL's words: model, prompts, reward and options."""
+    """Arguments of the same run for TRL: model, prompts, reward and options."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -135,9 +135,9 @@ def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
     from trainer.components import RunComponents
     from trainer.config.load import parse_config
 
-    parts = RunComponents(parse_config(config(args, "take")))
-    samples = parts.prompts.take(PROMPTS * (args.steps + 1))
-    rows = [{"prompt": [{"role": "user", "content": s.prompt}], "answer": str(s.answer)} for s in samples]
+    components = RunComponents(parse_config(config(args, "take")))
+    problems = components.prompts.take(PROMPTS * (args.steps + 1))
+    rows = [{"prompt": [{"role": "user", "content": p.prompt}], "answer": str(p.answer)} for p in problems]
 
     def exact(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
         return [float(reward(c[0]["content"], a, Config()) or 0.0) for c, a in zip(completions, answer, strict=True)]
@@ -163,11 +163,11 @@ def trl_arguments(args: argparse.Namespace) -> dict[str, Any]:
         shuffle_dataset=False,
     )
     return {
-        "model": AutoModelForCausalLM.from_pretrained(parts.model_path, dtype=getattr(torch, args.dtype)),
+        "model": AutoModelForCausalLM.from_pretrained(components.model_path, dtype=getattr(torch, args.dtype)),
         "reward_funcs": exact,
         "args": options,
         "train_dataset": Dataset.from_list(rows),
-        "processing_class": load_tokenizer(parts.model_path),
+        "processing_class": load_tokenizer(components.model_path),
     }
 
 
@@ -175,7 +175,7 @@ SIDES = {"ours": run_ours, "every group": run_every_group, "trl": run_trl}
 
 
 def measure(side: str, arguments: list[str]) -> Row:
-    """One side in a fresh process: the mean of its rows but the first, and its peak memory."""
+    """Run one side in a new process; returns the mean of its rows without the first, and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, *arguments, "--side", side, "--rows", str(out)]
@@ -202,7 +202,7 @@ def measure(side: str, arguments: list[str]) -> Row:
 
 
 def show(results: dict[str, Row], title: str) -> None:
-    """The table: seconds and gigabytes of each side, and how many times TRL's are ours."""
+    """Print a table with seconds and gigabytes of each side, and TRL's divided by ours."""
     table = Table(title=title)
     for heading in ("", *results, "trl / ours", "trl / every group"):
         table.add_column(heading, justify="right")
@@ -216,11 +216,11 @@ def show(results: dict[str, Row], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps after one warm-up step")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--engine", default="vllm")
     parser.add_argument("--trl-batch", type=int, default=32, help="TRL's per_device_train_batch_size")
-    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

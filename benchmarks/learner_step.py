@@ -1,16 +1,16 @@
-"""The learner's speed beside transformers and beside the machine's limit, with prompts shared in groups of 8 and not.
+"""Speed of the learner compared with transformers and the machine's limit, with shared and with repeated prompts.
 
     python benchmarks/learner_step.py [--dtype float32] [--prompt 48] [--completion 32] [--groups 16] [--out FILE.json]
 
-One update of GRPO's loss on the same tokens for everybody: forward, backward, no optimizer. Rows:
+Each row is one update of GRPO's loss on the same tokens: forward and backward without the optimizer.
 
-* `shared`: our learner as it runs: packed in microbatches, each prompt computed once for its 8 completions;
-* `repeated`: our learner with every completion carrying its prompt: what a model that cannot share would compute;
-* `transformers`: its model on padded rows, 32 at a time, with its own best attention (sdpa), log-probs gathered from
+* `shared`: our learner as it runs: packed microbatches, in which each prompt is computed once for its 8 completions;
+* `repeated`: our learner with the prompt repeated for every completion, as a model without sharing computes it;
+* `transformers`: its model on padded rows, 32 at a time, with its fastest attention (sdpa), log-probs gathered from
   logits.
 
-Tokens/s count the tokens that the data has (prompt once, each completion), so that all rows do the same job. The limit
-is the time that the model's matrix products would take at this machine's own speed, measured in the same run.
+Tokens/s count the tokens of the data (each prompt once, and each completion), so that all rows do the same work. The
+limit is the time that the model's matrix products would take at the speed of this machine, measured in the same run.
 """
 
 import argparse
@@ -40,14 +40,14 @@ TOKENS_PER_MICROBATCH, ROWS_PER_MICROBATCH = 2048, 32
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Floating-point operations by second of a product of the model's own kind of shape, by the faster library."""
+    """FLOP/s of a matrix product with a typical shape of the model, with the faster of the two libraries."""
     a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     kernels: list[Callable[[], Tensor]] = [lambda: a @ b.T, lambda: linear.product(a, b.T)]
     return 2 * 1024 * 576 * 1536 * max(rate(kernel, seconds) for kernel in kernels)
 
 
 def rate(run: Callable[[], Any], seconds: float) -> float:
-    """Calls by second."""
+    """Calls per second."""
     for _ in range(5):
         run()
     count, started = 0, time.perf_counter()
@@ -59,7 +59,7 @@ def rate(run: Callable[[], Any], seconds: float) -> float:
 
 
 def sequence_groups(groups: int, prompt: int, completion: int) -> list[SequenceGroup]:
-    """Groups of random tokens whose completions have between half the length asked for and all of it."""
+    """Groups of random tokens; the completions have between half of the given length and all of it."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> list[int]:
@@ -75,7 +75,7 @@ def sequence_groups(groups: int, prompt: int, completion: int) -> list[SequenceG
 
 
 def best_of(run: Callable[[], None], repeats: int) -> float:
-    """Seconds of the fastest of several runs, after one that is not counted."""
+    """Seconds of the fastest of several runs after a warm-up run."""
     run()
     times = []
     for _ in range(repeats):
@@ -99,7 +99,7 @@ def ours(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callable[
 
 
 def theirs(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callable[[], None]:
-    """transformers: right-padded rows, logits at the completion tokens only, as TRL computes them."""
+    """An update with transformers: right-padded rows, logits only at the completion tokens, as TRL computes them."""
     from transformers import AutoModelForCausalLM
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
@@ -125,7 +125,7 @@ def theirs(path: Path, dtype: torch.dtype, data: list[SequenceGroup]) -> Callabl
 
 
 def flops(parameters: int, head: int, tokens: int, targets: int) -> float:
-    """Of forward and backward: 6 for each weight and token; the head works for targets only (attention left out)."""
+    """FLOPs of forward and backward without attention: 6 per weight and token; the head computes only targets."""
     return 6.0 * ((parameters - head) * tokens + head * targets)
 
 

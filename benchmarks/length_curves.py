@@ -1,19 +1,20 @@
-"""How cost grows with length: sliding window, latent attention and gated delta rule, beside transformers.
+"""Cost by sequence length of sliding window, latent attention and gated delta rule, compared with transformers.
 
     python benchmarks/length_curves.py [--lengths 256 512 ...] [--threads 2] [--plot FILE.png] [--out FILE.json]
 
-One layer each, one sequence, float32; the best of several runs after one that is not counted. Ours and transformers'
-have the same weights and inputs, and their results are compared before any time is believed.
+Each is one layer on one sequence in float32, and the fastest of several runs after a warm-up run. Ours and that of
+transformers have the same weights and inputs, and the script compares their results before it measures.
 
-* sliding window: forward and backward of a Gemma 3 attention layer, beside our own layer that sees everything. Ours
-  should grow with the length once it is beyond the window, the others with its square;
-* latent attention: a decode step of a DeepSeek-V3 attention layer that has kept `length` tokens, and the bytes that are
-  kept for each. Ours attends to the latents; transformers makes keys and values of all of them again at every step;
-* gated delta rule: forward and backward of the rule in chunks, beside transformers' in chunks and token by token; and a
-  decode step after `length` tokens, which should take equally long after any.
+* Sliding window: forward and backward of a Gemma 3 attention layer, and of our layer without a window. Beyond the
+  window ours should grow linearly with the length, the others quadratically.
+* Latent attention: a decode step of a DeepSeek-V3 attention layer with `length` cached tokens, and the bytes per cached
+  token. Ours attends to the latents; transformers computes keys and values of all of them again at every step.
+* Gated delta rule: forward and backward of the rule in chunks, compared with transformers in chunks and token by token;
+  and a decode step after `length` tokens, which should take the same time after any length.
 
-Masks, index tensors, cosines and sines are made before: in a model all layers share them. In brackets: times ours. The
-exponent below each column is that of the last two doublings, log2 of the ratio of times: 1 = linear, 2 = quadratic.
+Masks, index tensors, cosines and sines are computed beforehand, because all layers of a model share them. Numbers in
+brackets are multiples of our time. The exponent below each column is that of the last two doublings, log2 of the ratio
+of times: 1 = linear, 2 = quadratic.
 """
 
 import argparse
@@ -50,27 +51,27 @@ from trainer.run.plot import COLOURS
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LONGEST_RECURRENT = 1024
-"""Tokens that are trained one by one: more take longer than all else together."""
+"""Maximum tokens for training token by token, which is too slow for more."""
 MIN_SECONDS = 0.2
-"""Short runs are repeated for so long at least: the best of three steps of a millisecond means little."""
+"""Minimum time over which short runs are repeated, because the best of three milliseconds means little."""
 LARGEST_DIFFERENCE = 1e-3
-"""Between two results, relative to the largest entry: float32 after thousands of tokens, not another formula."""
+"""Maximum difference between two results relative to the largest entry: float32 rounding over thousands of tokens."""
 
 Run = Callable[[], Tensor]
-"""Computes once; returns the output, for the comparison."""
+"""Computes once and returns the output for the comparison."""
 SAME = {"transformers": "ours", "transformers, recurrent": "ours", "transformers, step": "ours, step"}
-"""Which curve of transformers computes what which of ours does: results are compared, and times."""
+"""Our curve by the curve of transformers that computes the same."""
 Rule = Callable[..., tuple[Tensor, Tensor]]
-"""Outputs and last state."""
+"""A delta rule, which returns outputs and the last state."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """The same normal numbers each time."""
+    """Normal random numbers of a fixed seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def forward_backward(forward: Run, leaves: Sequence[Tensor]) -> Run:
-    """Output, and gradients of all leaves, which nobody keeps."""
+    """A run that computes the output and the gradients of all leaves; it returns only the output."""
 
     def run() -> Tensor:
         out = forward()
@@ -81,12 +82,12 @@ def forward_backward(forward: Run, leaves: Sequence[Tensor]) -> Run:
 
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
-    """Copy theirs into ours; both list their parts in the same order."""
+    """Copy their weights into ours; both list them in the same order."""
     ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
 
 
 def window_runs(length: int) -> dict[str, Run]:
-    """Attention of a Gemma 3 layer, 8 heads of 64 on 2, forward and backward."""
+    """Forward and backward of a Gemma 3 attention layer: 8 heads of size 64 on 2 key/value heads."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64}
     layers = {"num_hidden_layers": 2, "layer_types": [gemma3.SLIDING, gemma3.FULL], "sliding_window": 512}
     config = Gemma3TextConfig(**heads, **layers, hidden_size=512, attn_implementation="sdpa")
@@ -108,7 +109,7 @@ def window_runs(length: int) -> dict[str, Run]:
 
 
 class LatentLayers:
-    """A DeepSeek-V3 attention layer of 8 heads, ours and theirs, each with a cache that holds `length` tokens."""
+    """A DeepSeek-V3 attention layer with 8 heads, ours and theirs, each with a cache of `length` tokens."""
 
     def __init__(self, length: int) -> None:
         latent = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
@@ -125,7 +126,7 @@ class LatentLayers:
             run()
 
     def runs(self, rows: slice, context: AttentionContext) -> dict[str, Run]:
-        """The layers on some rows, which their caches take in."""
+        """Run the layers on some rows, which their caches store."""
         x, positions = self.x[rows], self.positions[rows]
         rotary, their_rotary = self.rope(positions, x.dtype), self.their_rope(x, positions[None])
         runs: dict[str, Run] = {
@@ -135,19 +136,19 @@ class LatentLayers:
         return {name: torch.inference_mode()(run) for name, run in runs.items()}
 
     def steps(self) -> dict[str, Run]:
-        """One more token, which is forgotten again."""
+        """Run the layers on one more token, which is then removed from the caches."""
         context = Decode(self.prompts, [self.length], SlotCache(1, 1), [0], [0])
         runs = self.runs(slice(self.length, None), context)
 
-        def forgotten() -> Tensor:
+        def without_trace() -> Tensor:
             out = runs["transformers"]()
             self.cache.crop(-1)
             return out
 
-        return {**runs, "transformers": forgotten}
+        return {**runs, "transformers": without_trace}
 
     def bytes_per_token(self) -> dict[str, int]:
-        """What the caches hold, and what theirs would if keys and values were kept themselves."""
+        """Bytes per token in both caches, and in a cache of full keys and values."""
         full, latents = DynamicCache(config=self.config), self.cache.layers[0]
         with torch.inference_mode():
             full.update(*self.theirs.expand_kv(latents.keys, latents.values), 0)
@@ -157,7 +158,7 @@ class LatentLayers:
 
 
 def delta_runs(length: int) -> dict[str, Run]:
-    """The rule alone, 4 heads of 128: forward and backward over `length` tokens, and one step after them."""
+    """The rule with 4 heads of size 128: forward and backward over `length` tokens, and one step after them."""
     heads, size, layout = 4, 128, Layout((length,), (-1,))
     q, k, v = (random(length + 1, heads, size, seed=i) for i in range(3))
     g, beta = -F.softplus(random(length + 1, heads)), random(length + 1, heads, seed=1).sigmoid()
@@ -165,7 +166,7 @@ def delta_runs(length: int) -> dict[str, Run]:
     seen, new = [x[:length].clone().requires_grad_() for x in whole], [x[length:] for x in whole]
 
     def ours(rule: Rule, inputs: Sequence[Tensor], last: Layout | Tensor) -> tuple[Tensor, Tensor]:
-        return rule(inputs[0] * size**-0.5, *inputs[1:], last)  # theirs scale queries inside
+        return rule(inputs[0] * size**-0.5, *inputs[1:], last)  # theirs scales queries itself
 
     def theirs(rule: Rule, inputs: Sequence[Tensor], state: Tensor | None = None) -> Tensor:
         return rule(*(x[None] for x in inputs), initial_state=state, output_final_state=state is not None)[0]
@@ -186,20 +187,20 @@ def delta_runs(length: int) -> dict[str, Run]:
 
 @dataclass
 class Mechanism:
-    """What is measured, and what was found."""
+    """A mechanism to measure, and its measured curves."""
 
     title: str
     runs: Callable[[int], dict[str, Run]]
-    """By name, for a length."""
+    """Runs by name, for a length."""
     note: str = ""
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Milliseconds by length, of each name."""
+    """Milliseconds by name and length."""
 
     def measure(self, length: int, repeats: int) -> None:
         """Add a point to each curve.
 
         Raises:
-            RuntimeError: what should compute the same does not.
+            RuntimeError: results that should be equal differ.
         """
         runs = self.runs(length)
         outputs = {name: run().flatten() for name, run in runs.items()}  # also warms up
@@ -212,21 +213,21 @@ class Mechanism:
             self.curves.setdefault(name, {})[length] = 1000 * best_of(run, repeats)
 
     def cell(self, name: str, length: int) -> str:
-        """A time, as text, with its ratio to that of ours."""
+        """A time as text, with its ratio to ours."""
         time_ms = self.curves[name].get(length)
         if time_ms is None:
             return "-"
         return f"{time_ms:.2f}" + (f" ({time_ms / self.curves[SAME[name]][length]:.2f}x)" if name in SAME else "")
 
     def exponent(self, name: str) -> str:
-        """Of the last three points: two doublings."""
+        """The exponent over the last three points, i.e. two doublings."""
         points = sorted(self.curves[name].items())[-3:]
         (shorter, before), (longer, after) = points[0], points[-1]
         return f"{math.log(after / before) / math.log(longer / shorter):.2f}" if longer > shorter else "-"
 
 
 def best_of(run: Run, repeats: int) -> float:
-    """Seconds of the fastest of several runs, of a function that is warm."""
+    """Seconds of the fastest of several runs of a function that has run before."""
     times: list[float] = []
     while len(times) < repeats or sum(times) < MIN_SECONDS:
         started = time.perf_counter()
@@ -236,7 +237,7 @@ def best_of(run: Run, repeats: int) -> float:
 
 
 def print_table(mechanism: Mechanism, lengths: Sequence[int]) -> None:
-    """Times by length, and the exponents."""
+    """Print times by length, and the exponents."""
     table = Table(title=f"{mechanism.title}, ms")
     for heading in ("length", *mechanism.curves):
         table.add_column(heading, justify="right")
@@ -248,7 +249,7 @@ def print_table(mechanism: Mechanism, lengths: Sequence[int]) -> None:
 
 
 def draw(mechanisms: Sequence[Mechanism], out: Path) -> None:
-    """A panel for each mechanism, both axes logarithmic: the slope of a curve is its exponent."""
+    """Draw a panel for each mechanism with logarithmic axes, so that the slope of a curve is its exponent."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, mechanism in zip(figure.subplots(1, len(mechanisms)), mechanisms, strict=True):

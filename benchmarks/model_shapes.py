@@ -1,6 +1,6 @@
-"""The shapes that `models.py` measures: each architecture at about 20 and 135 million parameters, as config.json.
+"""Configurations that `models.py` measures: each architecture at about 20 and 135 million parameters.
 
-Heads have sizes that vLLM's kernels for CPUs take. Weights are random: speed does not depend on them.
+vLLM's kernels for CPUs support the head sizes. Weights are random, because speed does not depend on them.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ SPARSE_SIZES: dict[str, dict[str, Any]] = {
     "135m": {"vocab_size": 32768, "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408},
 }
 EXPERTS = {"20m": (16, 128), "135m": (32, 192)}
-"""Experts, and the inner size of each."""
+"""Number of experts, and the inner size of each."""
 HEADS = {"20m": (6, 2), "135m": (9, 3)}
 SPARSE_HEADS = {"20m": (6, 2), "135m": (8, 2)}
 
@@ -89,7 +89,7 @@ SHAPES = {
     "deepseek_v3": ("DeepseekV3", _deepseek_v3),
     "qwen3_next": ("Qwen3Next", _qwen3_next),
 }
-"""Architecture file to the stem of transformers' class names and its shape at each size."""
+"""Stem of transformers' class names and configuration by size, for each architecture file."""
 
 MISSING: dict[str, dict[str, str]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-"""What transformers leaves out of config.json and vLLM needs."""
+"""Keys of config.json that vLLM needs and transformers does not write."""

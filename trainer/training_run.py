@@ -84,7 +84,7 @@ class TrainingRun:
         state = {"step": step, "source": self.source.state_dict()}
         begun = False
         try:
-            checkpoint.check_room(self.folder.checkpoints, step)
+            checkpoint.check_disk_space(self.folder.checkpoints, step)
             begun = True
             checkpoint.save(
                 self.folder.checkpoints, step, self.learners.save, state, keep_last=options.keep_last, best=best

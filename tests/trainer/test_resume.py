@@ -106,12 +106,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     interrupt_at(0)
     with caplog.at_level(logging.WARNING, "trainer"):
         runs.train(resume=run)
-    assert "step-000002 is damaged: model/model.safetensors has other content" in caplog.text
+    assert "step-000002 is damaged: the content of model/model.safetensors has changed" in caplog.text
     assert "falling back" in caplog.text
     assert_equal_runs(run, expected, 3)
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
+    with pytest.raises(CheckpointError, match="there is no complete checkpoint"):
         runs.train(resume=run)
 
 
@@ -160,7 +160,7 @@ def test_ctrl_c_at_a_terminal_costs_no_completion_its_score(runs: Runs) -> None:
 
 def test_two_runs_in_one_folder_are_an_error(runs: Runs) -> None:
     run = RunFolder(runs.train("steps=1", "optimizer.warmup_steps=0"))
-    with run.locked(), pytest.raises(RunFolderError, match="another run works in this folder"):
+    with run.locked(), pytest.raises(RunFolderError, match="another run uses this folder"):
         runs.train(resume=run.path)
 
 

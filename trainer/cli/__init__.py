@@ -1,4 +1,4 @@
-"""The commands of `llmquest-rl` and their output.
+"""The command line: commands, dry run, doctor and the tables that they print.
 
 May import every room; nothing imports it.
 """

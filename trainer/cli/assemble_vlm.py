@@ -1,4 +1,4 @@
-"""A folder with a new vision-language model, from whatever names its parts: what `llmquest-rl assemble` does."""
+"""`llmquest-rl assemble`: writes the folder of a vision-language model made of a vision model and a decoder."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ def assemble_folder(
     frozen: Sequence[str] = (),
     tokenizer: str | None = None,
 ) -> int:
-    """Write the folder, and return the image token's id.
+    """Write the folder and return the id of the image token.
 
     Args:
-        vision: a Vision Transformer: a folder, a Hub id, or a config.json for one with random weights.
-        language: a decoder, the same.
-        out: where to; made if needed.
-        image_token: the token that stands for a vision token, as the tokenizer writes it: one that texts never hold.
-        adapter: see `VLMConfig`, as `frozen`.
-        frozen: weights that will not be trained.
-        tokenizer: the model whose tokenizer is taken; None = that of `language`.
+        vision: a Vision Transformer: a model folder, a Hub id, or a config.json for random weights.
+        language: a text decoder, given in the same ways.
+        out: output folder; created if it does not exist.
+        image_token: text of the token that marks image positions; it must be a token that never occurs in texts.
+        adapter: layer between the two models; see `VLMConfig`.
+        frozen: patterns of weights that training leaves fixed; see `VLMConfig`.
+        tokenizer: a model whose tokenizer is used; None = that of `language`.
 
     Raises:
-        ValueError: `out` is not empty, a part cannot be had, the tokenizer lacks the token, or a choice is not sound.
+        ValueError: `out` is not empty, a model cannot be loaded or does not fit, or the tokenizer lacks the token.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another folder")
@@ -46,15 +46,15 @@ def assemble_folder(
         assemble(tower, decoder, out, id_, adapter, frozen, tokenizer=source)
     _, shape = read_shape(out)
     wanted = image_format(shape)
-    assert wanted is not None, "it reads images"
-    prompt_renderer(words, chat_template=PLAIN, images=image_reader(out, wanted))  # refuses what no run could use
+    assert wanted is not None, "an assembled model reads images"
+    prompt_renderer(words, chat_template=PLAIN, images=image_reader(out, wanted))  # fails if no run could use it
     if len(words) > shape.vocab_size:
-        raise ValueError(f"the tokenizer has {len(words)} tokens, and the decoder's vocabulary {shape.vocab_size}")
+        raise ValueError(f"the tokenizer has {len(words)} tokens, but the decoder's vocabulary only {shape.vocab_size}")
     return id_
 
 
 def _folder(reference: str, scratch: Path) -> Path:
-    """The folder of a model; a config.json gets one of its own."""
+    """The folder of a model; a single config.json is copied into `scratch`."""
     file = Path(reference).expanduser()
     if not file.is_file():
         return resolve_model(reference)
@@ -67,5 +67,5 @@ def _token_id(tokenizer: Tokenizer, token: str) -> int:
     id_ = tokenizer.get_vocab().get(token)
     if id_ is None:
         reserved = ", ".join(sorted(map(str, tokenizer.added_tokens_decoder.values())))
-        raise ValueError(f"the tokenizer has no token {token!r}: choose one that texts never hold, of {reserved}")
+        raise ValueError(f"the tokenizer has no token {token!r}: choose one that never occurs in texts: {reserved}")
     return int(id_)

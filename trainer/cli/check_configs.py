@@ -1,4 +1,4 @@
-"""Loads every recipe of the given folders (`python -m trainer.cli.check_configs configs`) and names what is wrong."""
+"""Loads every recipe of the given folders and prints the problems: `python -m trainer.cli.check_configs configs`."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -14,18 +14,18 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "papers/gpu": load_config,
     "papers/gpu/stages": load_config,
 }
-"""How the files of a folder below the given one are read; folders that do not exist are left out."""
+"""Loader of the files by subfolder; missing subfolders are skipped."""
 
 
 def problems(folders: Iterable[Path]) -> list[str]:
-    """What is wrong with the recipes in the folders: unsound, or without a first line that says what they show."""
+    """Problems of the recipes in the folders: invalid ones, and those that do not start with a comment."""
     found = []
     for folder, (below, load) in ((folder, item) for folder in folders for item in LOADERS.items()):
         if below != "." and not (folder / below).is_dir():
             continue
         for path, line in recipes(folder / below):
             if not line:
-                found.append(f"{path}: the first line must be a comment that says what the recipe shows")
+                found.append(f"{path}: the first line must be a comment that describes the recipe")
             try:
                 load(path)
             except ConfigError as error:

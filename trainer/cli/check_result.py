@@ -1,13 +1,14 @@
-"""What `train --dry-run` and `doctor` print line by line."""
+"""The result of one check of `train --dry-run` or `doctor`: one line of their output."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
+class CheckResult:
+    """One check with its outcome."""
 
     name: str
+    """Subject of the check, e.g. `model`."""
     text: str
-    """What was found; where it is not good, also what to do."""
+    """The outcome in words; for a failed check also the remedy."""
     passed: bool = True

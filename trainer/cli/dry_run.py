@@ -1,4 +1,4 @@
-"""`train --dry-run`: everything that can be wrong is looked at, without loading weights or starting Ray."""
+"""`train --dry-run`: checks the inputs of a run without loading weights or starting Ray."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ from llmquest_rl.types import Completion, Problem, Score
 from rewards.grader import Grader
 from rewards.types import GradeItem
 from rollout.engine import check_engine
-from trainer.cli.check_result import Finding
+from trainer.cli.check_result import CheckResult
 from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.run.tracking import check_trackers
@@ -16,123 +16,128 @@ from trainer.sources.generate_and_grade import grade_item
 from trainer.sources.reward_model_worker import check_reward_model
 
 GRADED_ROWS = 10
+"""Rows whose gold answers are graded."""
 MEASURED_ROWS = 200
+"""Rows whose lengths are measured."""
 GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>")
-"""How a right completion may end: rewards differ in the mark that they want."""
+"""Ways to write a right completion, because rewards differ in the format that they expect."""
 
 
-def dry_run(config: Config) -> Iterator[Finding]:
-    """Check one thing after the other, from the cheapest to the dearest.
+def dry_run(config: Config) -> Iterator[CheckResult]:
+    """Run the checks in order of their cost, cheapest first.
 
     Raises:
-        ValueError: something without which the run cannot start; says what and where.
+        ValueError: the run cannot start; the message names the option or file.
     """
-    parts = RunComponents(config)
-    yield _trackers(parts)
-    yield _model_files(parts)
-    yield _tokenizer(parts)
-    for check in CHECKS[parts.objective.source]:
-        yield check(parts)
+    components = RunComponents(config)
+    yield _trackers(components)
+    yield _model_files(components)
+    yield _tokenizer(components)
+    for check in CHECKS[components.objective.source]:
+        yield check(components)
 
 
-def _trackers(parts: RunComponents) -> Finding:
-    check_trackers(parts.config.tracking.trackers)
-    return Finding("trackers", ", ".join(["metrics.jsonl", *parts.config.tracking.trackers]))
+def _trackers(components: RunComponents) -> CheckResult:
+    check_trackers(components.config.tracking.trackers)
+    return CheckResult("trackers", ", ".join(["metrics.jsonl", *components.config.tracking.trackers]))
 
 
-def _model_files(parts: RunComponents) -> Finding:
-    parts.check_model()
-    parts.check_experts()
-    if parts.config.model.init == "random":
-        return Finding("model", f"{parts.model_path}: config.json only, weights are drawn at random")
-    return Finding("model", f"{parts.model_path}: every tensor is there, in its right shape")
+def _model_files(components: RunComponents) -> CheckResult:
+    components.check_model()
+    components.check_experts()
+    if components.config.model.init == "random":
+        return CheckResult("model", f"{components.model_path}: config.json only, weights are random")
+    return CheckResult("model", f"{components.model_path}: all tensors are present and have the right shape")
 
 
-def _tokenizer(parts: RunComponents) -> Finding:
-    renderer = parts.texts
+def _tokenizer(components: RunComponents) -> CheckResult:
+    renderer = components.texts
     if renderer is None:
-        return Finding("tokenizer", "none: the model reads images alone")
-    template = "with a chat template" if renderer.template else "without a chat template: prompts as they are"
-    return Finding("tokenizer", f"{len(renderer.tokenizer):,} tokens, {template}")
+        return CheckResult("tokenizer", "none: the model reads only images")
+    template = "with a chat template" if renderer.template else "no chat template: prompts stay plain text"
+    return CheckResult("tokenizer", f"{len(renderer.tokenizer):,} tokens, {template}")
 
 
-def _engine(parts: RunComponents) -> Finding:
-    section, setup = parts.config.rollout.engine, parts.engine_setup
-    check_engine(section.name, section.options, parts.model_path, setup)
-    text = f"{section.name}, {setup.context_tokens} tokens of context, {setup.dtype} ({setup.dtype_reason})"
-    return Finding("engine", text)
+def _engine(components: RunComponents) -> CheckResult:
+    section, setup = components.config.rollout.engine, components.engine_setup
+    check_engine(section.name, section.options, components.model_path, setup)
+    text = f"{section.name}, context of {setup.context_tokens} tokens, {setup.dtype} ({setup.dtype_reason})"
+    return CheckResult("engine", text)
 
 
-def _prompts(parts: RunComponents) -> Finding:
-    data = parts.config.data
-    _, check = check_task(parts.prompts, parts.renderer, MEASURED_ROWS)
-    held_out = len(parts.prompts.held_out(data.eval_size))
-    text = f"{_describe(check)} (allowed: {data.max_prompt_tokens}); {held_out} held out"
-    return Finding("prompts", text, passed=held_out > 0 or data.eval_size == 0)
+def _prompts(components: RunComponents) -> CheckResult:
+    data = components.config.data
+    _, check = check_task(components.prompts, components.renderer, MEASURED_ROWS)
+    held_out = len(components.prompts.held_out(data.eval_size))
+    text = f"{_describe(check)} (limit: {data.max_prompt_tokens}); {held_out} held out"
+    return CheckResult("prompts", text, passed=held_out > 0 or data.eval_size == 0)
 
 
-def _sequences(parts: RunComponents) -> Finding:
-    data = parts.config.data
-    _, check = check_dataset(parts.sequences, MEASURED_ROWS)
-    held_out = len(parts.sequences.validation(data.eval_size))
-    text = f"{_describe(check)} (allowed: {parts.config.batch.tokens_per_sequence}); {held_out} for validation"
-    return Finding("sequences", text, passed=held_out > 0 or data.eval_size == 0)
+def _sequences(components: RunComponents) -> CheckResult:
+    data = components.config.data
+    _, check = check_dataset(components.sequences, MEASURED_ROWS)
+    held_out = len(components.sequences.validation(data.eval_size))
+    text = f"{_describe(check)} (limit: {components.config.batch.tokens_per_sequence}); {held_out} for validation"
+    return CheckResult("sequences", text, passed=held_out > 0 or data.eval_size == 0)
 
 
 def _describe(check: DataCheck) -> str:
     lengths = check.lengths
-    left_out = ", ".join(f"{count} {cause}" for cause, count in check.counters.items() if count) or "none left out"
-    return f"{left_out}; {lengths.shortest} to {lengths.longest} tokens, {lengths.mean:.0f} on average"
+    dropped = ", ".join(f"{count} {cause}" for cause, count in check.counters.items() if count) or "none dropped"
+    return f"{dropped}; {lengths.shortest} to {lengths.longest} tokens, {lengths.mean:.0f} on average"
 
 
-def _gold_answers(parts: RunComponents) -> Finding:
-    """The gold answers of ten rows, given as completions, through the real graders: one form must be correct."""
-    config = parts.config
+def _gold_answers(components: RunComponents) -> CheckResult:
+    """Grade the gold answers of ten rows with the real graders; one form of each must count as correct."""
+    config = components.config
     if not config.rewards:
-        return Finding("rewards", "none: reward models alone judge")
-    problems, _ = check_task(parts.prompts, parts.renderer, GRADED_ROWS)
+        return CheckResult("rewards", "none: only reward models score completions")
+    problems, _ = check_task(components.prompts, components.renderer, GRADED_ROWS)
     with Grader(config.rewards, config.graders) as grader:
         grader.check(problems[0].columns)
-        scores = grader.grade([_as_completion(problem, form, parts) for problem in problems for form in GOLD_FORMS])
-    judge, threshold = config.correct_if
-    if judge not in {reward.name for reward in config.rewards}:
-        return Finding("rewards", f"their arguments are there; the reward model {judge} decides what is correct")
+        scores = grader.grade(
+            [_as_completion(problem, form, components) for problem in problems for form in GOLD_FORMS]
+        )
+    deciding, threshold = config.correct_if
+    if deciding not in {reward.name for reward in config.rewards}:
+        return CheckResult("rewards", f"their arguments are available; the reward model {deciding} decides correctness")
     best = [
-        max(scores[i : i + len(GOLD_FORMS)], key=lambda score: is_correct(score, judge, threshold))
+        max(scores[i : i + len(GOLD_FORMS)], key=lambda score: is_correct(score, deciding, threshold))
         for i in range(0, len(scores), len(GOLD_FORMS))
     ]
     wrong = [
-        f"{problem.id}: the answer {problem.answer!r} gave {_explain(score)}"
+        f"{problem.id}: the answer {problem.answer!r} gives {_explain(score)}"
         for problem, score in zip(problems, best, strict=True)
-        if not is_correct(score, judge, threshold)
+        if not is_correct(score, deciding, threshold)
     ]
     if wrong:
-        text = f"{judge}: the gold answers of {len(wrong)} in {len(problems)} rows do NOT score as correct: {wrong[0]}"
-        return Finding("rewards", text, passed=False)
-    text = f"{judge}: the gold answers of {len(problems)} rows score as correct, e.g. {_explain(best[0])}"
-    return Finding("rewards", text)
+        counts = f"{len(wrong)} of {len(problems)}"
+        text = f"{deciding}: the gold answers of {counts} rows do NOT score as correct: {wrong[0]}"
+        return CheckResult("rewards", text, passed=False)
+    text = f"{deciding}: the gold answers of {len(problems)} rows score as correct, e.g. {_explain(best[0])}"
+    return CheckResult("rewards", text)
 
 
-def _reward_models(parts: RunComponents) -> Finding:
-    for setup in parts.reward_model_setups:
+def _reward_models(components: RunComponents) -> CheckResult:
+    for setup in components.reward_model_setups:
         check_reward_model(setup)
-    found = [f"{setup.config.name}: {setup.model_path}, {setup.dtype}" for setup in parts.reward_model_setups]
-    return Finding("reward models", "; ".join(found) or "none")
+    found = [f"{setup.config.name}: {setup.model_path}, {setup.dtype}" for setup in components.reward_model_setups]
+    return CheckResult("reward models", "; ".join(found) or "none")
 
 
-def _as_completion(problem: Problem, form: str, parts: RunComponents) -> GradeItem:
+def _as_completion(problem: Problem, form: str, components: RunComponents) -> GradeItem:
     text = form.replace("ANSWER", str(problem.answer))
-    token_ids = parts.renderer.encode(text)
+    token_ids = components.renderer.encode(text)
     return grade_item(problem, Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0))
 
 
 def _explain(score: Score) -> str:
-    parts = ", ".join(f"{name} {value}" for name, value in score.parts.items())
-    return f"{score.failure}: {score.detail}" if score.failure else f"{parts}; total {score.value}"
+    rewards = ", ".join(f"{name} {value}" for name, value in score.parts.items())
+    return f"{score.failure}: {score.detail}" if score.failure else f"{rewards}; total {score.value}"
 
 
-CHECKS: dict[str, tuple[Callable[[RunComponents], Finding], ...]] = {
+CHECKS: dict[str, tuple[Callable[[RunComponents], CheckResult], ...]] = {
     "rollout": (_prompts, _engine, _gold_answers, _reward_models),
     "dataset": (_sequences,),
 }
-"""By where the objective's batches come from."""
+"""Further checks by the source of the objective's batches."""

@@ -1,4 +1,4 @@
-"""The command line: commands parse, and call one function each. Whatever is heavy is imported inside a command."""
+"""The command line. Each command parses its arguments and calls one function; heavy imports stay inside commands."""
 
 import json
 import logging
@@ -12,18 +12,22 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from trainer.cli.tools import printed, tools
+from trainer.cli.tools import all_passed, tools
 
 if TYPE_CHECKING:
     from trainer.config.schema import Config
 
 PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
 USER_ERROR = 2
+"""Exit code after an error that the user can fix."""
+PANEL = "Train and use models"
+"""Heading of these commands in `--help`."""
 LAST_LINE = {"eval/accuracy": "held-out accuracy", "eval/loss": "held-out loss"}
-"""The metric whose first and last value end a run's output: the first of these that the run has."""
+"""Metric to label. The output of `train` ends with the first and last value of the first metric that the run has."""
 console = Console()
 app = typer.Typer(
-    help="Reinforcement learning of language models, on one loop that also does pretraining and SFT.",
+    help="Train language models with reinforcement learning, pretraining or supervised fine-tuning.",
+    epilog="Start with: llmquest-rl train configs/quickstart.yaml. `llmquest-rl COMMAND --help` explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,62 +35,77 @@ app = typer.Typer(
 )
 app.add_typer(tools)
 
-ConfigFile = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml; `configs` lists them.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For instance optimizer.lr=1e-5")]
-Source = Annotated[Path, typer.Argument(help="A recipe, or a run: its configuration with the model that it trained.")]
-Checkpoint = Annotated[str, typer.Option(help="Of a run: latest, best, or the number of a step.")]
-RunReference = Annotated[str, typer.Argument(help="A run folder, runs/NAME for its newest run, or runs/latest.")]
+Recipe = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A recipe (YAML), e.g. configs/quickstart.yaml; `configs` lists them."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Options that replace those of the file, e.g. optimizer.lr=1e-5"),
+]
+Source = Annotated[
+    Path,
+    typer.Argument(help="A recipe (YAML), or a run folder: its configuration with the model that the run trained."),
+]
+Checkpoint = Annotated[str, typer.Option(help="Checkpoint of the run: latest, best, or the number of a step.")]
+RunReference = Annotated[
+    str, typer.Argument(help="A run folder, runs/NAME for the newest run of that name, or runs/latest.")
+]
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def train(
-    config: ConfigFile,
+    recipe: Recipe,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest run of this name.")] = False,
-    resume_from: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; load and start nothing.")] = False,
-    replay: Annotated[Path | None, typer.Option(help="Train on rollouts saved in this folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest run with this recipe's name.")] = False,
+    resume_from: Annotated[str | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check configuration, model files, data and rewards, then exit.")
+    ] = False,
+    replay: Annotated[
+        Path | None, typer.Option(help="Train on the rollouts saved in this folder instead of sampling.")
+    ] = None,
 ) -> None:
-    """Train as a recipe says; the last line printed is what it led to."""
+    """Train a model with a recipe; writes to runs/NAME/START and prints the held-out result at the end."""
     from trainer.config.sizes import sizes_table
 
-    settings = _load(config, overrides)
-    console.print(sizes_table(settings))
+    config = _load(recipe, overrides)
+    console.print(sizes_table(config))
     if dry_run:
-        _print_checks(settings)
+        _print_checks(config)
         return
     from trainer.loop import train as run_training
     from trainer.run.folder import RunFolder
 
-    resume_path = RunFolder.open(resume_from or f"runs/{settings.name}").path if resume or resume_from else None
-    _report(run_training(settings, resume_path, replay))
+    resume_path = RunFolder.open(resume_from or f"runs/{config.name}").path if resume or resume_from else None
+    _report(run_training(config, resume_path, replay))
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=PANEL)
 def evaluate(
     source: Source,
     overrides: Overrides = None,
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Accuracy, mean@k and pass@k on held-out data, with 95 % confidence intervals."""
+    """Evaluate a model on held-out data: accuracy, mean@k and pass@k with 95 % confidence intervals."""
     from trainer.inference import evaluate as run_evaluation
 
     metrics, groups = run_evaluation(_load_for_sampling(source, checkpoint, overrides))
     for key in sorted(key for key in metrics if not key.endswith(("_low", "_high"))):
         interval = f"  [{metrics[f'{key}_low']:.4f}, {metrics[f'{key}_high']:.4f}]" if f"{key}_low" in metrics else ""
         console.print(Text(f"{key.removeprefix('eval/')}: {metrics[key]:.4f}{interval}"))
-    console.print(f"problems asked: {len(groups)}")
+    console.print(f"held-out problems: {len(groups)}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def generate(
     source: Source,
-    prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")],
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Completions of each prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Number of completions of each prompt.")] = 1,
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Answer prompts with a recipe's or a run's model, as `rollout.sampling` says."""
+    """Answer prompts with the model of a recipe or a run; `rollout.sampling` sets temperature and length."""
     from trainer.inference import answer_prompts
 
     for question, answers in zip(
@@ -96,15 +115,15 @@ def generate(
             console.print(Text(f"{question}\n", "dim"), Text(answer), soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def rollout(
     source: Source,
-    out: Annotated[Path, typer.Option(help="Folder for the rollouts; `train --replay` reads it.")],
+    out: Annotated[Path, typer.Option(help="Output folder; `train --replay` reads it.")],
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Steps' worth of prompts.")] = 1,
+    steps: Annotated[int, typer.Option(help="Number of steps; each samples batch.prompts_per_step prompts.")] = 1,
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Sample and grade without training, and keep the rollouts."""
+    """Sample and grade completions without training, and save them as rollouts."""
     from trainer.inference import generate_rollouts
 
     for step, groups in generate_rollouts(_load_for_sampling(source, checkpoint, overrides), steps, out):
@@ -114,26 +133,30 @@ def rollout(
     console.print(Text(f"rollouts: {out}"), soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def export(
     run: RunReference,
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    out: Annotated[Path, typer.Argument(help="Output folder; it must be new or empty.")],
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Copy a trained model out of its run, as a folder that transformers, vLLM and the Hub take."""
+    """Copy the trained model of a run into a folder that transformers, vLLM and the Hub can load."""
     from trainer.inference import export as export_model
 
     console.print(Text(f"model: {export_model(run, out, checkpoint)}"), soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def plot(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or runs/NAME for the newest of a name.")],
-    metric: Annotated[list[str] | None, typer.Option(help="Keys of metrics.jsonl; may be given several times.")] = None,
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or runs/NAME for the newest run of a name.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="A key of metrics.jsonl, e.g. reward/mean; may be repeated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A .png or .svg file; default: plot.png in the first run.")] = None,
-    group_seeds: Annotated[bool, typer.Option(help="Runs that differ in their seed only become one band.")] = False,
+    group_seeds: Annotated[
+        bool, typer.Option(help="Draw runs that differ only in the seed as one curve with a band.")
+    ] = False,
 ) -> None:
-    """Draw curves of one or several runs."""
+    """Draw the metrics of one or several runs over their steps."""
     from trainer.run.plot import plot_runs
 
     console.print(f"plot: {plot_runs(runs, metric or (), out, group_seeds)}", soft_wrap=True)
@@ -146,7 +169,7 @@ def _load(path: Path, overrides: Iterable[str] | None) -> "Config":
 
 
 def _load_for_sampling(source: Path, checkpoint: str, overrides: Iterable[str] | None) -> "Config":
-    """A recipe as it is; of a run, its saved configuration around the model that it trained."""
+    """The configuration of a recipe, or of a run with the model that the run trained."""
     if source.suffix in (".yaml", ".yml"):
         return _load(source, overrides)
     from trainer.inference import trained_model
@@ -159,13 +182,13 @@ def _load_for_sampling(source: Path, checkpoint: str, overrides: Iterable[str] |
 def _print_checks(config: "Config") -> None:
     from trainer.cli.dry_run import dry_run
 
-    if not all(list(printed(dry_run(config)))):
+    if not all_passed(dry_run(config)):
         raise typer.Exit(1)
-    console.print("dry run: the configuration, the files, the data and the rewards are sound")
+    console.print("dry run: configuration, model files, data and rewards are fine")
 
 
 def _report(folder: Path) -> None:
-    """The curve, and as the last line what training led to on held-out data."""
+    """Draw the curves of a run and print, as the last line, its first and last held-out result."""
     from trainer.run.plot import plot_runs
     from trainer.run.tracking import JsonLines
 
@@ -189,13 +212,13 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Errors that name what to change: of bad input, of files, and those that our packages define."""
+    """Whether the message alone tells the user what to change: bad input, files, and errors of our own packages."""
     own = type(error).__module__.split(".")[0] in PACKAGES
     return own or isinstance(error, ValueError | OSError | ImportError)
 
 
 def main() -> None:
-    """Entry point. Errors of users are one message and exit code 2; `--debug` anywhere shows where they arose."""
+    """Run the command line. A user's error prints one message and exits with 2; `--debug` adds its traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     _set_up_logging(debug)
@@ -206,7 +229,8 @@ def main() -> None:
     except Exception as error:
         if debug or not _is_for_the_user(error):
             raise
-        Console(stderr=True).print(Text(f"error: {error}"), Text("(--debug shows where)", "dim"), soft_wrap=True)
+        hint = Text("(--debug shows the traceback)", "dim")
+        Console(stderr=True).print(Text(f"error: {error}"), hint, sep="\n", soft_wrap=True)
         sys.exit(USER_ERROR)
 
 

@@ -1,4 +1,4 @@
-"""A few seconds of the real thing on a tiny model: sample, grade, learn, and move the weights to the sampler."""
+"""Self-test of `doctor` with a tiny model: samples, grades, learns and syncs the weights, in a few seconds."""
 
 import json
 import math
@@ -21,18 +21,18 @@ PROMPT = [5, 6, 7, 8]
 SAMPLES = 8
 SAMPLING = Sampling(max_tokens=8)
 LARGEST_GAP = 1e-3
-"""Nats per token by which engine and learner may differ on the same weights in float32."""
+"""Maximum difference between log-probs of engine and learner with equal float32 weights, in nats per token."""
 
 
 def generate_and_learn(folder: Path) -> str:
-    """Sample with the native engine, take one GRPO step, load the new weights into the engine and compare log-probs.
+    """Sample with the native engine, take one GRPO step, and load the new weights into the engine.
 
     Raises:
-        RuntimeError: the parts work, but not together.
+        RuntimeError: the log-probs of engine and learner differ, or the gradient is zero or not finite.
     """
     write_tiny_model(folder)
-    room = EngineSetup(context_tokens=32, max_sequences=SAMPLES)
-    engine = open_engine("native", engine_config("native")(), folder, room)
+    engine_setup = EngineSetup(context_tokens=32, max_sequences=SAMPLES)
+    engine = open_engine("native", engine_config("native")(), folder, engine_setup)
     algorithm = resolve("grpo", {"beta": 0.0})
     objective = policy.build(policy.Config(), algorithm, SAMPLING)
     setup = LearnerSetup(
@@ -56,34 +56,34 @@ def generate_and_learn(folder: Path) -> str:
         engine.close()
     gap, norm = metrics["policy/logp_gap"], metrics["learner/grad_norm"]
     if gap > LARGEST_GAP or not math.isfinite(norm) or norm == 0:
-        raise RuntimeError(f"engine and learner differ by {gap:.2g} nats per token, the gradient's norm is {norm:.3g}")
+        raise RuntimeError(f"engine and learner differ by {gap:.2g} nats per token; the gradient norm is {norm:.3g}")
     return f"engine and learner agree to {gap:.1e} nats per token, gradient norm {norm:.2f}"
 
 
 def write_tiny_model(folder: Path) -> None:
-    """A config.json of the smallest model, without weights or tokenizer."""
+    """Write config.json of a tiny Llama, without weights or tokenizer."""
     values = {**LlamaConfig.tiny().to_hf(), "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(values))
 
 
 def _graded(engine: RolloutEngine) -> Group:
-    """One prompt's completions, with a made-up reward that differs between them: how many even tokens there are."""
+    """Completions of one prompt; the reward is the fraction of even tokens, so that it differs between them."""
     completions = engine.generate([Request(PROMPT, SAMPLES, seed=0)], SAMPLING)[0]
-    return Group(Problem("self-test", "", PROMPT, None), completions, [Score(_share_of_even(c)) for c in completions])
+    return Group(Problem("self-test", "", PROMPT, None), completions, [Score(_even_fraction(c)) for c in completions])
 
 
-def _share_of_even(completion: Completion) -> float:
+def _even_fraction(completion: Completion) -> float:
     return sum(token % 2 == 0 for token in completion.token_ids) / max(1, len(completion.token_ids))
 
 
 def grade_one() -> str:
-    """One right and one wrong answer through a real worker process.
+    """Grade a right and a wrong answer in a real worker process.
 
     Raises:
-        RuntimeError: they did not come back as 1 and 0.
+        RuntimeError: the scores are not 1 and 0.
     """
     with Grader([RewardConfig(name="exact_number", function="exact_number")], GraderConfig(processes=1)) as grader:
         scores = grader.grade([GradeItem("1 + 1", "2", "2", {}), GradeItem("1 + 1", "3", "2", {})])
     if [score.value for score in scores] != [1.0, 0.0]:
-        raise RuntimeError(f"the answers 2 and 3 to 1 + 1 were graded {scores}")
-    return "a right and a wrong answer were told apart by a worker process"
+        raise RuntimeError(f"the answers 2 and 3 to 1 + 1 got the scores {scores}")
+    return "a worker process graded a right answer 1 and a wrong answer 0"

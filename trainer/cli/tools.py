@@ -1,7 +1,7 @@
-"""The commands beside training: rewards, models, recipes, papers' curves, the installation."""
+"""Commands other than training: rewards, models, recipes, papers' curves and the check of the installation."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,38 +11,44 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from trainer.cli.check_result import Finding
+    from trainer.cli.check_result import CheckResult
 
+CHECKS, LISTS = "Check rewards, models and the installation", "Recipes, algorithms and papers"
+"""Headings of these commands in `--help`."""
 console = Console()
 tools = typer.Typer()
 
 
-@tools.command()
+@tools.command(rich_help_panel=CHECKS)
 def grade(
-    file: Annotated[Path, typer.Argument(help="JSONL with `completion`, `answer` and any further columns.")],
+    file: Annotated[Path, typer.Argument(help="JSONL file with the columns `completion`, `answer` and any others.")],
     reward: Annotated[
-        list[str], typer.Option(help="A built-in, module:function or path.py:function; options after commas.")
+        list[str],
+        typer.Option(
+            help="A built-in reward, module:function or path.py:function; options follow after commas, "
+            "e.g. exact_number,tolerance=0.01. May be repeated."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="JSONL to write: score, scores by name, failure, seconds.")],
-    timeout_s: Annotated[float, typer.Option(help="Limit for one reward of one row, in seconds.")] = 5.0,
-    memory_mb: Annotated[int, typer.Option(help="Limit for one row, in MiB.")] = 1024,
-    processes: Annotated[int, typer.Option(help="Worker processes.")] = 2,
+    out: Annotated[Path, typer.Option(help="JSONL file to write: score, scores by name, failure, seconds.")],
+    timeout_s: Annotated[float, typer.Option(help="Time limit in seconds for one reward on one row.")] = 5.0,
+    memory_mb: Annotated[int, typer.Option(help="Memory limit in MiB for one row.")] = 1024,
+    processes: Annotated[int, typer.Option(help="Number of worker processes.")] = 2,
 ) -> None:
-    """Run rewards over a file: try a reward before it trains anything."""
+    """Grade the completions in a file, to try a reward before training with it."""
     from rewards.config import GraderConfig
     from rewards.grade_file import grade_file, parse_reward
 
     limits = GraderConfig(timeout_s=timeout_s, memory_mb=memory_mb, processes=processes)
     summary = grade_file([parse_reward(text) for text in reward], file, out, limits)
-    console.print(Text(f"{summary}\nwritten: {out}"), soft_wrap=True)
+    console.print(Text(f"{summary}\nscores: {out}"), soft_wrap=True)
 
 
-@tools.command()
+@tools.command(rich_help_panel=CHECKS)
 def parity(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or smollm2-135m-instruct.")],
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit that passes.")] = 1e-3,
+    path: Annotated[str, typer.Argument(help="A model folder, a Hub id, or smollm2-135m-instruct.")],
+    tolerance: Annotated[float, typer.Option(help="Maximum difference of a logit.")] = 1e-3,
 ) -> None:
-    """Compare our float32 logits with transformers'; exit code 1 above the tolerance."""
+    """Compare our float32 logits with those of transformers; exit code 1 above the tolerance."""
     from llmquest_rl.models.checkpoint.hub import resolve_model
     from llmquest_rl.models.checkpoint.parity import parity as compare
 
@@ -52,17 +58,17 @@ def parity(
         f"largest difference: {report.max_abs_diff:.2e}, with a shared prompt: {report.max_abs_diff_shared:.2e}"
     )
     if not report.worst <= tolerance:  # also when it is NaN
-        console.print(f"that is above the tolerance of {tolerance:g}")
+        console.print(f"the difference is above the tolerance of {tolerance:g}")
         raise typer.Exit(1)
 
 
-@tools.command()
+@tools.command(rich_help_panel=CHECKS)
 def models(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="config.json files or folders; default: configs/models.")
+        list[Path] | None, typer.Argument(help="config.json files, or folders with them; default: configs/models.")
     ] = None,
 ) -> None:
-    """List the architectures, and the parameters that configurations mean, without allocating one."""
+    """List the architectures and count the parameters of model configurations, without allocating them."""
     from llmquest_rl.models.checkpoint.count import config_files, count_parameters
     from llmquest_rl.models.checkpoint.load_save import architectures
 
@@ -77,64 +83,71 @@ def models(
     console.print(files, "", counts, width=max(console.width, 120), crop=False)
 
 
-@tools.command()
+@tools.command(rich_help_panel=CHECKS)
 def assemble(
-    vision: Annotated[str, typer.Argument(help="A Vision Transformer: a folder, a Hub id, or a config.json.")],
-    language: Annotated[str, typer.Argument(help="A decoder, the same; without weights a part's are random.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    image_token: Annotated[str, typer.Option(help="A reserved token of the tokenizer, e.g. '<empty_output>'.")],
-    adapter: Annotated[str, typer.Option(help="Between the parts: linear or mlp.")] = "mlp",
+    vision: Annotated[
+        str, typer.Argument(help="Vision Transformer: a model folder, a Hub id, or a config.json for random weights.")
+    ],
+    language: Annotated[
+        str, typer.Argument(help="Text decoder: a model folder, a Hub id, or a config.json for random weights.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Output folder; it must be new or empty.")],
+    image_token: Annotated[
+        str, typer.Option(help="A reserved token of the tokenizer that marks image positions, e.g. '<empty_output>'.")
+    ],
+    adapter: Annotated[str, typer.Option(help="Layer between vision model and decoder: linear or mlp.")] = "mlp",
     frozen: Annotated[
-        list[str] | None, typer.Option(help="Weights that will not be trained, e.g. 'vision.*'; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Weights to keep fixed in training, e.g. 'vision.*'; may be repeated."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A model whose tokenizer is taken; default: LANGUAGE's.")
+        str | None, typer.Option(help="A model whose tokenizer is used; default: that of LANGUAGE.")
     ] = None,
 ) -> None:
-    """Make a vision-language model of two models, or of their configurations."""
+    """Combine a Vision Transformer and a text decoder into a vision-language model."""
     from llmquest_rl.models.checkpoint.count import count_parameters
     from trainer.cli.assemble_vlm import assemble_folder
 
     id_ = assemble_folder(vision, language, out, image_token, adapter, frozen or (), tokenizer)
     count = count_parameters(out)
     console.print(
-        Text(f"written: {out}, {count.total:,} parameters; {image_token} (id {id_}) stands for a vision token"),
+        Text(f"model: {out}, {count.total:,} parameters; {image_token} (id {id_}) marks each vision token"),
         soft_wrap=True,
     )
 
 
-@tools.command()
+@tools.command(rich_help_panel=LISTS)
 def algorithms() -> None:
-    """List the policy-gradient algorithms by their cells, each with its paper."""
+    """List the policy-gradient algorithms with their settings and papers."""
     from trainer.cli.algorithm_table import TABLE_WIDTH, algorithm_table
 
     Console(width=max(console.width, TABLE_WIDTH)).print(algorithm_table())
 
 
-@tools.command()
-def configs(folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs")) -> None:
-    """List the recipes, each with what it shows."""
+@tools.command(rich_help_panel=LISTS)
+def configs(folder: Annotated[Path, typer.Argument(help="Folder with recipes.")] = Path("configs")) -> None:
+    """List the recipes with a one-line description of each."""
     from trainer.config.recipes import recipes
 
-    table = Table("recipe", "what it shows", box=None)
+    table = Table("recipe", "description", box=None)
     for path, line in recipes(folder):
         table.add_row(Text(str(path)), Text(line))
     console.print(table)
 
 
-@tools.command()
+@tools.command(rich_help_panel=LISTS)
 def reproduce(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe of configs/papers, or a file; none lists them.")
+        str | None, typer.Argument(help="A name in configs/papers, or a file; without one, the command lists them.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs (seeds) of each compared setting.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for figure and numbers; default: runs/papers/RECIPE.")
+        Path | None, typer.Option(help="Folder for the figure and the numbers; default: runs/papers/RECIPE.")
     ] = None,
 ) -> None:
-    """Redraw a paper's curve at a small scale and check its claims; exit code 1 if one does not hold.
+    """Redraw a paper's curve with small models and check its claims; exit code 1 if one does not hold.
 
-    Runs that ended are kept in runs/papers and not run again.
+    Finished runs are kept in runs/papers and are not repeated.
     """
     from trainer.papers.recipe import FOLDER, find_recipe
     from trainer.papers.reproduce import reproduce as run_recipe
@@ -150,26 +163,27 @@ def reproduce(
         console.print(mark, Text(f"{verdict.says}\n    {verdict.numbers}"), soft_wrap=True)
     console.print(Text(f"figure: {report.figure}\nnumbers: {report.numbers}"), soft_wrap=True)
     if seeds < 3:
-        console.print("fewer than three seeds: that an arm is above another one may well be chance")
+        console.print("fewer than three seeds: a difference between two settings may be chance")
     if not report.holds:
         failed = sum(not verdict.holds for verdict in report.verdicts)
         console.print(f"{failed} of {len(report.verdicts)} claims do not hold")
         raise typer.Exit(1)
 
 
-@tools.command()
+@tools.command(rich_help_panel=CHECKS)
 def doctor() -> None:
-    """What is installed, which engine and dtype would be used and why, and a self-test of about ten seconds."""
-    from trainer.cli.doctor import examine
+    """Check the installation: packages, engine and dtype that would be used, and a self-test of ten seconds."""
+    from trainer.cli.doctor import run_checks
 
-    findings = list(printed(examine()))
-    if not all(findings):
+    if not all_passed(run_checks()):
         raise typer.Exit(1)
 
 
-def printed(findings: Iterable["Finding"]) -> Iterator[bool]:
-    """Print each finding when it is made; yields whether it is good."""
-    for finding in findings:
-        mark = Text("ok  ", "green") if finding.passed else Text("FAIL", "bold red")
-        console.print(mark, Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
-        yield finding.passed
+def all_passed(results: Iterable["CheckResult"]) -> bool:
+    """Print each result as soon as its check is done; returns whether all checks passed."""
+    passed = True
+    for result in results:
+        mark = Text("ok  ", "green") if result.passed else Text("FAIL", "bold red")
+        console.print(mark, Text(f"{result.name}: {result.text}"), soft_wrap=True)
+        passed &= result.passed
+    return passed

@@ -1,4 +1,4 @@
-"""The configuration: its typed tree, reading it from YAML, and its rules.
+"""The configuration of a run: its typed tree, the loading of YAML files, and the rules between options.
 
-May import `trainer.run` (names of run folders) and everything below `trainer`; every other room may import it.
+May import `trainer.run.folder` and everything below `trainer`; every other room of `trainer` may import it.
 """

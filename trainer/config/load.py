@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a `Config`, or to one message that lists every problem at once."""
+"""Loads a `Config` from YAML files and overrides, or raises one error that lists every problem."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,13 +18,14 @@ __all__ = ["ConfigError", "dump", "load_config", "parse_config"]
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
-    """Read, inherit, override and validate a configuration file. Nothing is started, no weight is loaded.
+    """Read and validate a configuration file, with its parent and overrides. No process starts and no weight is loaded.
 
     Args:
-        overrides: `a.b.c=value` each, the value in YAML; a number in the key is an item of a list.
+        path: a YAML file.
+        overrides: `a.b.c=value` each, with the value in YAML; a number in the key selects an item of a list.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: the configuration is invalid; the message lists every problem.
     """
     tree = ConfigTree.read(Path(path))
     problems = [problem for text in overrides if (problem := tree.override(text))]
@@ -34,16 +35,20 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(values: dict[str, Any], origin: str = "configuration") -> Config:
-    """Validate plain values; `origin` is what messages call the place they come from.
+    """Validate plain values.
+
+    Args:
+        values: the nested keys and values of a configuration.
+        origin: name of their source in error messages.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: the configuration is invalid; the message lists every problem.
     """
     return _validated(ConfigTree(values, origin))
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML: every value, defaults included; enough to run again."""
+    """The resolved configuration as YAML: every value, including defaults. It is enough to repeat the run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -59,7 +64,7 @@ def _validated(tree: ConfigTree) -> Config:
 
 
 def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
-    """One problem: where, which key, which value, and what was expected."""
+    """The message of one problem: origin, key, expected value and given value."""
     path = tuple(error["loc"])
     place = f"{tree.origin(path)}: {'.'.join(map(str, path))}"
     found = describe_value(error["input"])
@@ -68,19 +73,19 @@ def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
             return f"{place}: this key is now called {new}"
         return f"{place}: unknown key{neighbours(str(path[-1]), _known_keys(path[:-1], tree))}"
     if error["type"] == "missing":
-        return f"{place}: must be given"
+        return f"{place}: required key is missing"
     if error["type"] in ("component", "value_error") and isinstance(error["input"], dict | list):
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] in ("model_type", "dict_type"):
         return f"{place}: expected a section of keys, found {found}"
     expected = error["msg"].removeprefix("Value error, ").split(", unable to")[0]
-    expected = expected.replace("Input should be", "expected").replace("a valid integer", "a whole number")
+    expected = expected.replace("Input should be", "expected").replace("a valid integer", "an integer")
     expected = expected.replace("a valid ", "a ")
     return f"{place}: {expected}, found {found}"
 
 
 def _known_keys(path: KeyPath, tree: ConfigTree) -> list[str]:
-    """The keys of the section at `path`."""
+    """All valid keys of the section at `path`."""
     model: type[BaseModel] = Config
     values: Any = tree.values
     for part in path:

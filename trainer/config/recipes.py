@@ -1,4 +1,4 @@
-"""The recipes in `configs/`: each begins with a comment that says what it shows."""
+"""Lists the recipes in `configs/`. The first line of each is a comment that describes it."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ def recipes(folder: Path) -> list[tuple[Path, str]]:
     """Every recipe with the first line of its comment, sorted by name.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has no recipes.
     """
     paths = sorted(folder.glob("*.yaml"))
     if not paths:
         raise ValueError(
-            f"there are no recipes in {folder.absolute()}: run this where the repository is, or give a folder"
+            f"no recipes in {folder.absolute()}: run the command in the repository's folder, or give another folder"
         )
     return [(path, first_comment(path)) for path in paths]
 
 
 def first_comment(path: Path) -> str:
-    """The first line of the comment at the top of a file, or nothing."""
+    """The first line of a file if it is a comment, without its `#`; otherwise an empty string."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

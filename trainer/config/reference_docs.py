@@ -17,21 +17,21 @@ from trainer.config.sections import Component, component_names, section_class
 
 INTRODUCTION = """# Configuration reference
 
-Made from the typed tree by `make docs`: the texts are the docstrings of `trainer/config/schema.py` and of the
-components.
+This page is generated from the code by `make docs`. The texts are the docstrings of `trainer/config/schema.py` and of
+the components.
 
-A recipe is a YAML file. It may have one `inherit: other.yaml`, relative to itself: sections merge key by key; lists,
-and components of another `name`, are replaced as a whole. On the command line `a.b.c=value` overrides a key
-(`rewards.0.weight=0.5` an item of a list); the value is YAML. Unknown keys are errors, and everything is checked before
-any process starts. `llmquest-rl train CONFIG --dry-run` checks the data, the files and the rewards as well.
+A recipe is a YAML file. It may have one `inherit: other.yaml`, relative to itself. Sections merge key by key; lists and
+components with another `name` are replaced as a whole. On the command line `a.b.c=value` overrides a key, and
+`rewards.0.weight=0.5` a key of a list's item; values are YAML. Unknown keys are errors. Every option is checked before
+any process starts; `llmquest-rl train CONFIG --dry-run` checks the data, the model files and the rewards as well.
 
-A run's resolved configuration, with every value, is `config.yaml` in its run folder, and is a recipe itself.
+The run folder holds the resolved configuration with every value as `config.yaml`. That file is a recipe, too.
 """
 PACKAGES = {"task": "llmquest_rl.data.tasks", "dataset": "llmquest_rl.data.datasets"}
 
 
 def reference() -> str:
-    """The whole document."""
+    """The complete Markdown document."""
     lines = [INTRODUCTION, "## The run", "", *_table(Config, scalars_only=True)]
     for key, field in Config.model_fields.items():
         model = section_class(field)
@@ -42,7 +42,7 @@ def reference() -> str:
 
 
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
-    """A section and the sections in it."""
+    """The lines of a section and of its subsections."""
     if issubclass(model, Component):
         return
     yield from ("", f"## {path}", "", _sentence(model), "", *_table(model))
@@ -53,7 +53,7 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _components() -> Iterator[str]:
-    """The options of every file that a `name` can point to."""
+    """The options of every built-in component: tasks, data sets, objectives, engines and rewards."""
     for key, package in (*PACKAGES.items(), ("objective", "llmquest_rl.objectives"), ("engine", "rollout.engines")):
         for name in component_names(package):
             yield from _component(f"{key}: {{name: {name}}}", f"{package}.{name}")
@@ -110,5 +110,5 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line that does not end the table's cell."""
+    """Text on one line, with the table's separator escaped."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Keys that had another name in an earlier version: a configuration that uses one is told the new name."""
+"""Keys that earlier versions called differently. The error for an old key names the new one."""
 
 RENAMED: dict[str, str] = {
     "algorithm.entropy_share": "algorithm.top_entropy_fraction",
@@ -15,4 +15,4 @@ RENAMED: dict[str, str] = {
     "rollout.gap_limit": "rollout.max_logprob_gap",
     "rollout.push_every": "rollout.weight_sync_interval",
 }
-"""Old key to new key."""
+"""New key by old key."""

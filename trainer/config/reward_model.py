@@ -1,4 +1,4 @@
-"""What the user configures of a reward model that judges rollouts."""
+"""Options of a reward model that scores rollouts."""
 
 from typing import Literal
 
@@ -11,25 +11,25 @@ class RewardModelConfig(Options):
     """One model that scores completions: `{name: helpful, path: runs/helpful/model, weight: 1.0}`."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    """The label in logs, different from those of `rewards` and of other reward models."""
+    """Label in logs; it must differ from the names of `rewards` and of other reward models."""
     path: str
-    """A folder in the Hub's layout, or a Hub id, of a sequence classifier with one label: what training with the
-    objective `reward_model` exports."""
+    """A folder in the Hub's layout, or a Hub id, of a sequence classifier with one label. `llmquest-rl export` writes
+    such a folder from a run with the objective `reward_model`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of its score in the total; 0 = only logged."""
+    """Factor of the score in the total reward; 0 = the score is only logged."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of its weights and arithmetic; `auto` as for the model that is trained."""
+    """Data type of the weights and arithmetic; `auto` as for `model.dtype`."""
     workers: PositiveInt = 1
-    """Processes that each hold the whole model; the completions of a step are shared out among them."""
+    """Number of processes. Each holds the complete model; they divide the completions of a step."""
     system_prompt: str | None = None
-    """As `data.system_prompt` of its training."""
+    """System message in front of every prompt; use the `data.system_prompt` that the model was trained with."""
     chat_template: str | None = None
-    """As `data.chat_template` of its training: a Jinja template or a file with one, `none` for texts as they are; null
-    = its tokenizer's own."""
+    """The `data.chat_template` that the model was trained with: a Jinja template, a file that holds one, or `none` for
+    plain text; null = the tokenizer's own."""
     max_tokens: PositiveInt | None = None
-    """Longest prompt and completion together, in tokens, that it judges: a longer one is unscored (`invalid`); null =
-    as many as it knows positions."""
+    """Maximum tokens of prompt and completion together. Longer ones stay unscored (`invalid`); null = the number of
+    positions of the model."""
     tokens_per_batch: PositiveInt = 8192
-    """Most tokens of one forward pass; a memory knob only."""
+    """Maximum tokens in one forward pass. It sets memory use, not results."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for the scores of one step, in seconds."""
+    """Time limit in seconds for the scores of one step."""

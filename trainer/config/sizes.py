@@ -1,4 +1,4 @@
-"""The numbers that follow from the configured sizes."""
+"""Sizes of a run that follow from the configured ones, e.g. completions per step and updates in the run."""
 
 from rich.table import Table
 
@@ -7,21 +7,27 @@ from trainer.config.schema import Config
 
 
 def sizes(config: Config) -> list[tuple[str, str, str]]:
-    """(what, how many, from what) of every number that follows from the configured sizes."""
+    """Derived sizes of a run as rows (name, value, explanation)."""
     batch, learners = config.batch, config.learner.processes
     updates = minibatches_per_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
-    cluster, scorers = config.cluster, sum(model.workers for model in config.reward_models)
-    sampling_gpus = config.rollout.workers * cluster.gpus_per_rollout_worker + scorers * cluster.gpus_per_reward_model
+    cluster, reward_models = config.cluster, sum(model.workers for model in config.reward_models)
+    sampling_gpus = (
+        config.rollout.workers * cluster.gpus_per_rollout_worker + reward_models * cluster.gpus_per_reward_model
+    )
     total_gpus = learners * cluster.gpus_per_learner + sampling_gpus * from_rollouts(config)
-    update = f"{batch.minibatches_per_step} minibatch(es) x {batch.epochs_per_step} pass(es)"
+    update = f"{batch.minibatches_per_step} minibatch(es) x {batch.epochs_per_step} epoch(s)"
     return [
         *rows,
         ("optimizer updates per step", f"{updates:,}", update),
         ("optimizer updates in the run", f"{optimizer_updates(config):,}", f"{config.steps:,} steps x {updates:,}"),
-        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of one learner; memory only"),
+        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of each learner; sets memory use only"),
         ("learner processes", f"{learners:,}", f"ZeRO stage {config.learner.zero_stage}"),
-        ("GPUs", f"{total_gpus:g}", "rollout workers, reward models and learners" if total_gpus else "all on CPUs"),
+        (
+            "GPUs",
+            f"{total_gpus:g}",
+            "rollout workers, reward models and learners" if total_gpus else "everything runs on CPUs",
+        ),
     ]
 
 
@@ -32,29 +38,31 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     computed = prompts * config.data.max_prompt_tokens + completions * longest
     groups = prompts // batch.minibatches_per_step
     grading = graders.workers * graders.processes if config.rewards else 0
+    scoring = sum(model.workers for model in config.reward_models)
+    asked, dynamic = _most_prompts(config), config.algorithm.dynamic_sampling
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
         (
             "prompts asked per step",
-            f"<= {_most_prompts(config):,}",
-            "more than a step trains on with dynamic sampling only",
+            f"<= {asked:,}",
+            f"at most {config.batch.max_rounds} rounds" if dynamic else "one round",
         ),
-        (
-            "sampled tokens per step",
-            f"<= {_most_prompts(config) * samples * longest:,}",
-            f"{longest} tokens each at most",
-        ),
-        ("tokens computed per pass", f"<= {computed:,}", "completions, and each prompt once"),
-        ("completions per update", f"{groups * samples:,}", f"{groups} whole groups"),
+        ("sampled tokens per step", f"<= {asked * samples * longest:,}", f"at most {longest} tokens each"),
+        ("tokens computed per epoch", f"<= {computed:,}", "completions, and each prompt once"),
+        ("completions per update", f"{groups * samples:,}", f"{groups} complete groups"),
         ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
         ("rollout workers", f"{config.rollout.workers:,}", f"engine {config.rollout.engine.name}"),
-        ("grader processes", f"{grading:,}", f"{graders.workers} x {graders.processes}" if grading else "no rewards"),
-        ("reward model processes", f"{sum(m.workers for m in config.reward_models):,}", "each holds a whole model"),
+        (
+            "grader processes",
+            f"{grading:,}",
+            f"{graders.workers} graders x {graders.processes}" if grading else "no rewards",
+        ),
+        ("reward model processes", f"{scoring:,}", "each holds a complete model" if scoring else "no reward models"),
     ]
 
 
 def _most_prompts(config: Config) -> int:
-    """That a step asks: with dynamic sampling, when no round brings a usable group."""
+    """Maximum prompts in a step. Dynamic sampling asks this many when no round gives a usable group."""
     batch = config.batch
     if not config.algorithm.dynamic_sampling:
         return batch.prompts_per_step
@@ -68,17 +76,17 @@ def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:
     per_update = batch.sequences_per_step // batch.minibatches_per_step
     return [
         ("tokens per step", f"<= {tokens:,}", shape),
-        ("sequences per update", f"{per_update:,}", f"{batch.minibatches_per_step} updates share a step's sequences"),
+        ("sequences per update", f"{per_update:,}", f"a step's sequences / {batch.minibatches_per_step} minibatch(es)"),
         ("tokens in the run", f"<= {tokens * config.steps:,}", f"{config.steps:,} steps"),
     ]
 
 
 def sizes_table(config: Config) -> Table:
-    """`sizes` as a table to print before the start."""
-    table = Table(title=f"{config.name}: what follows from the configured sizes", title_justify="left")
-    table.add_column("what")
-    table.add_column("how many", justify="right")
-    table.add_column("from", style="dim")
+    """The derived sizes as a table, which `train` prints before it starts."""
+    table = Table(title=f"{config.name}: sizes of the run", title_justify="left")
+    table.add_column("size")
+    table.add_column("value", justify="right")
+    table.add_column("explanation", style="dim")
     for row in sizes(config):
         table.add_row(*row)
     return table

@@ -1,7 +1,7 @@
-"""Plain YAML values on their way to a `Config`: read, inherit, override, and remember where each came from.
+"""YAML values before they are validated: reading, inheriting, overriding, and the origin of each value.
 
-A file may have one `inherit: other.yaml`, relative to itself. Sections merge key by key; lists, and components of
-another `name`, are replaced as a whole.
+A file may have one `inherit: other.yaml`, relative to itself. Sections merge key by key; lists and components with
+another `name` are replaced as a whole.
 """
 
 import re
@@ -17,7 +17,7 @@ COMMAND_LINE = "command line"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists every problem with its file and key."""
+    """A configuration is invalid; the message lists every problem with its file and key."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -41,7 +41,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.012
 
 
 class ConfigTree:
-    """Nested plain values, with the file or command line that each came from."""
+    """Nested plain values, each with its origin: a file or the command line."""
 
     def __init__(self, values: dict[str, Any], origin: str) -> None:
         self.values: dict[str, Any] = {}
@@ -51,10 +51,10 @@ class ConfigTree:
 
     @classmethod
     def read(cls, path: Path) -> "ConfigTree":
-        """A file over the file that it inherits from.
+        """Read a file, merged over the file that it inherits from.
 
         Raises:
-            ConfigError: a file is missing, is no YAML, or inherits more than one level deep.
+            ConfigError: a file is missing, is not YAML, or inherits more than one level deep.
         """
         values = read_yaml(path)
         parent_name = values.pop("inherit", None)
@@ -65,26 +65,26 @@ class ConfigTree:
         parent = path.parent / parent_name
         base = read_yaml(parent)
         if "inherit" in base:
-            raise ConfigError([f"{path}: inherit: {parent} inherits itself; only one level is allowed"])
+            raise ConfigError([f"{path}: inherit: {parent} has an `inherit` as well; only one level is allowed"])
         tree = cls(base, str(parent))
         tree.merge(values, str(path))
         return tree
 
     def merge(self, values: dict[str, Any], origin: str) -> None:
-        """Lay `values` over what is there."""
+        """Merge `values` over the present ones; `origin` is the file that they came from."""
         self._origin = origin
         self.values = self._merged(self.values, values, (), origin)
 
     def override(self, text: str) -> str | None:
-        """Lay one `a.b.c=value` over what is there; returns a problem, or None."""
+        """Apply one override `a.b.c=value`; returns the problem with it, or None."""
         key, equals, raw = text.partition("=")
         path = parse_key(key)
         if not equals or "" in path:
-            return f"{COMMAND_LINE}: {text!r}: expected key=value, for instance optimizer.lr=1e-5"
+            return f"{COMMAND_LINE}: {text!r}: expected KEY=VALUE, for instance optimizer.lr=1e-5"
         try:
             value = yaml.load(raw, Loader=_Loader)
         except yaml.YAMLError as error:
-            return f"{COMMAND_LINE}: {key}: {raw!r} cannot be read as YAML: {error}"
+            return f"{COMMAND_LINE}: {key}: {raw!r} is not valid YAML: {error}"
         node: Any = self.values
         for i, part in enumerate(path[:-1]):
             node = _enter(node, part)
@@ -94,7 +94,7 @@ class ConfigTree:
         return self._set(node, path, value)
 
     def origin(self, path: KeyPath) -> str:
-        """The file, or the command line, that the value at `path` came from."""
+        """The origin of the value at `path`: a file, or the command line."""
         while path and path not in self._origins:
             path = path[:-1]
         return self._origins.get(path, self._origin)
@@ -104,7 +104,7 @@ class ConfigTree:
         if isinstance(node, list):
             if not isinstance(last, int) or last >= len(node):
                 return (
-                    f"{COMMAND_LINE}: {'.'.join(map(str, path))}: the list has items 0 to {len(node) - 1}, no {last!r}"
+                    f"{COMMAND_LINE}: {'.'.join(map(str, path))}: the list has items 0 to {len(node) - 1}, not {last!r}"
                 )
             node[last] = self._merged(None, value, path, COMMAND_LINE)
             return None
@@ -131,7 +131,7 @@ def _is_other_component(base: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _enter(node: Any, part: str | int) -> Any:
-    """The section or list below `node`, made when it is missing; None when there cannot be one."""
+    """The section or list at `part` of `node`, created if it is missing; None if the value there is neither."""
     if isinstance(node, list):
         below = node[part] if isinstance(part, int) and part < len(node) else None
     else:
@@ -142,15 +142,15 @@ def _enter(node: Any, part: str | int) -> Any:
 
 
 def parse_key(text: str) -> KeyPath:
-    """`rewards.0.weight` as ("rewards", 0, "weight")."""
+    """Split a dotted key: `rewards.0.weight` becomes ("rewards", 0, "weight")."""
     return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or is no mapping.
+        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -159,20 +159,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = neighbours(str(path), sorted(str(sibling) for sibling in folder.glob("*.yaml")))
         raise ConfigError([f"{path}: there is no such file{near}"]) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
+        raise ConfigError([f"{path}: not a valid YAML file: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected lines of `key: value`, found {describe_value(values)}"])
     return values
 
 
 def describe_value(value: Any) -> str:
-    """A value as an error message shows it."""
+    """Text that names a value in an error message."""
     kinds = {dict: "a section", list: "a list", type(None): "null"}
     return kinds.get(type(value), repr(value))
 
 
 def neighbours(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: what was probably meant, or what there is."""
+    """The end of a message about an unknown word: similar known words, or else all of them."""
     near = get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"

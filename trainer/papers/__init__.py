@@ -1,4 +1,4 @@
-"""The recipes of `llmquest-rl reproduce`, which redraw curves of papers and check their claims.
+"""Recipes that redraw curves of papers and check their claims: `llmquest-rl reproduce`.
 
-May import every room but `trainer.cli`, which imports it.
+May import the other rooms of `trainer` except `trainer.cli`, which alone imports it.
 """

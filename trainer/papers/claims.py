@@ -1,7 +1,7 @@
-"""Claims that a recipe checks by itself: statements on a metric of its arms, decided seed by seed.
+"""Claims of a recipe: statements about a metric of its arms, which are checked seed by seed.
 
-Arms are compared by the exact permutation test in its plainest form: every seed of the one lies above every seed of the
-other. With three seeds each that happens by chance once in C(6, 3) = 20 times, with five once in 252.
+Two arms are compared by the simplest exact permutation test: every seed of one arm lies above every seed of the other.
+With three seeds per arm this happens by chance once in C(6, 3) = 20 times, with five once in 252.
 """
 
 from collections.abc import Callable
@@ -13,50 +13,50 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from llmquest_rl.options import Options
-from trainer.papers.series import Results, Window, statistic
+from trainer.papers.series import Results, Window, window_mean
 
 
 class _Claim(Options):
-    """What every claim has."""
+    """Fields of every claim."""
 
     says: str
-    """The claim in words, as the paper makes it."""
+    """The claim in words."""
     metric: str
     over: Window = (0.8, 1.0)
-    """The share of each run over which the metric is averaged."""
+    """Start and end of the part of each run over which the metric is averaged, as fractions of its steps."""
 
 
 class _Change(_Claim):
-    """What claims on a change have, from the run's beginning to `over`."""
+    """Fields of claims about the change of a metric from the beginning of the run to `over`."""
 
     arm: str
     start: Window = (0.0, 0.1)
-    """The share of the run that counts as its beginning."""
+    """Start and end of the part of the run that counts as its beginning, as fractions of its steps."""
 
 
 class Rises(_Change):
-    """In every seed the metric rises by at least `by`."""
+    """The metric rises by at least `by` in every seed."""
 
     kind: Literal["rises"]
     by: NonNegativeFloat
 
 
 class Falls(_Change):
-    """In every seed the metric falls by at least `by`; a negative one: it rises by no more than that."""
+    """The metric falls by at least `by` in every seed. A negative `by` allows it to rise by that much."""
 
     kind: Literal["falls"]
     by: float
 
 
 class Stays(_Change):
-    """In every seed the metric changes by at most `within`."""
+    """The metric changes by at most `within` in every seed."""
 
     kind: Literal["stays"]
     within: NonNegativeFloat
 
 
 class Above(_Claim):
-    """Every seed of `arm` lies above every seed of `than`, and the mean by at least `by`, or `times` as high."""
+    """Every seed of `arm` lies above every seed of `than`, its mean by at least `by` and a factor of `times`."""
 
     kind: Literal["above"]
     arm: str
@@ -75,7 +75,7 @@ class Close(_Claim):
 
 
 class Inside(_Claim):
-    """Every seed of `arm` lies between two bounds, of which one may be left out."""
+    """Every seed of `arm` lies between the bounds `low` and `high`; one of them may be omitted."""
 
     kind: Literal["inside"]
     arm: str
@@ -85,7 +85,7 @@ class Inside(_Claim):
     @model_validator(mode="after")
     def _bounds_something(self) -> Self:
         if not self.low < self.high or self.low == -self.high == float("-inf"):
-            raise ValueError(f"give a `low` or a `high`, or a low below high, not {self.low:g} and {self.high:g}")
+            raise ValueError(f"set `low`, `high`, or both with low < high; they are {self.low:g} and {self.high:g}")
         return self
 
 
@@ -94,7 +94,7 @@ Claim = Annotated[Rises | Falls | Stays | Above | Close | Inside, Field(discrimi
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a claim holds, and the numbers."""
+    """The result of one claim: whether it holds, and the numbers."""
 
     says: str
     holds: bool
@@ -102,20 +102,20 @@ class Verdict:
 
 
 def check(claim: Claim, results: Results) -> Verdict:
-    """Decide one claim.
+    """Check one claim.
 
     Raises:
         ValueError: an arm or a metric does not exist.
     """
-    holds, numbers = _DECIDE[claim.kind](claim, results)
+    holds, numbers = _CHECKS[claim.kind](claim, results)
     return Verdict(claim.says, holds, f"{claim.metric}: {numbers}")
 
 
 def _values(claim: _Claim, arm: str, results: Results, window: Window | None = None) -> list[float]:
-    """The statistic of each seed."""
+    """The mean of the metric over the window, for each seed."""
     if arm not in results:
-        raise ValueError(f"a claim is on {arm!r}, but there are only: {', '.join(results)}")
-    return [statistic(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
+        raise ValueError(f"a claim names the arm {arm!r}, which does not exist; there are: {', '.join(results)}")
+    return [window_mean(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
 
 
 def _changes(claim: _Change, results: Results) -> tuple[list[float], str]:
@@ -170,11 +170,11 @@ def _inside(claim: Inside, results: Results) -> tuple[bool, str]:
 
 
 def _range(values: list[float]) -> str:
-    """Mean, lowest and highest."""
+    """Mean, minimum and maximum as text."""
     return f"{fmean(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
-_DECIDE: dict[str, Callable[..., tuple[bool, str]]] = {
+_CHECKS: dict[str, Callable[..., tuple[bool, str]]] = {
     "rises": _rises,
     "falls": _falls,
     "stays": _stays,

@@ -1,4 +1,4 @@
-"""A recipe's figure: one panel for each metric, one line for each arm, the mean of its seeds within their range."""
+"""Draws a recipe's figure: one panel per metric, one line per arm with the mean and range of its seeds."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -14,32 +14,32 @@ from pydantic import PositiveInt
 
 from llmquest_rl.options import Options
 from trainer.papers.series import Results, Rows, points, smooth
-from trainer.run.plot import COLOURS, Curve, draw, dress, legend, save
+from trainer.run.plot import COLOURS, Curve, draw, legend, save, style_axes
 
 SMALL = 0.3
-"""Shares below this are not drawn on an axis from 0 to 1."""
+"""Values that stay below this are not drawn on an axis from 0 to 1."""
 
 
 class Panel(Options):
-    """One panel."""
+    """One panel of a figure."""
 
     metric: str
     title: str
     x: str = "step"
-    """The abscissa: `step`, `generated tokens`, or a key that a measure gave."""
+    """Key of the x axis: `step`, `generated tokens`, or a key of a measure's rows."""
     arms: tuple[str, ...] = ()
-    """Those drawn; none = all that have the metric."""
+    """Arms to draw; empty = all that have the metric."""
     smooth: PositiveInt = 1
-    """Values averaged with those before: training metrics jump."""
+    """Number of consecutive values averaged into each point, because training metrics are noisy."""
     scale: Literal["linear", "log"] = "linear"
-    """Of the ordinate."""
+    """Scale of the y axis."""
 
 
 def draw_figure(panels: Sequence[Panel], results: Results, columns: int, out: Path) -> Path:
-    """Draw and write the figure; returns its file.
+    """Draw the figure and write it to `out`; returns `out`.
 
     Raises:
-        ValueError: no arm has a panel's metric.
+        ValueError: no arm has the metric of a panel.
     """
     rows = -(-len(panels) // columns)
     columns = min(columns, len(panels))
@@ -59,10 +59,10 @@ def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str
     chosen = {arm: seeds for arm, seeds in results.items() if not panel.arms or arm in panel.arms}
     curves = [curve for arm, seeds in chosen.items() if (curve := _curve(arm, seeds, panel)) is not None]
     if not curves:
-        raise ValueError(f"a panel shows {panel.metric} over {panel.x}, which no arm has")
+        raise ValueError(f"panel {panel.title!r}: no arm has {panel.metric} over {panel.x}")
     for curve in curves:
         draw(axes, curve, colours[curve.label], crowded=False)
-    dress(axes, panel.title, curves, panel.x)
+    style_axes(axes, panel.title, curves, panel.x)
     if panel.x != "step":
         axes.xaxis.set_major_locator(AutoLocator())
     _scale(axes, panel, curves)
@@ -79,7 +79,7 @@ def _scale(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
 
 
 def _curve(arm: str, seeds: Mapping[int, Rows], panel: Panel) -> Curve | None:
-    """The mean over seeds at the abscissas that all have; sums differ by seed, so they are averaged by position."""
+    """The mean over seeds, at the steps that all have. Other x values differ by seed and are averaged by position."""
     runs = [[(x, y) for x, y in points(rows, panel.metric, panel.x) if isfinite(y)] for rows in seeds.values()]
     if not all(runs):
         return None

@@ -1,7 +1,7 @@
-"""A recipe: a start model, the arms that are compared, the figure, and the claims that must hold.
+"""Recipes of papers: a start model, the arms to compare, a figure, and the claims to check.
 
-`configs/papers/<name>.yaml`, which may `inherit` from another file: `run` is a run configuration, and each arm changes
-some of its keys. The first lines say what the paper shows and what the small version shows.
+A recipe is a file `configs/papers/<name>.yaml`, which may `inherit` from another file. `run` is a run configuration,
+and each arm changes some of its keys. The first lines describe the paper's result and that of the small version.
 """
 
 import pkgutil
@@ -24,64 +24,66 @@ from trainer.papers.measures import Labels
 FOLDER = Path("configs/papers")
 MEASURES = tuple(info.name for info in pkgutil.iter_modules(measures.__path__))
 START = "start"
-"""Name of the runs that make start models."""
+"""Name of the runs that pretrain start models."""
 
 
 class StartModel(Options):
-    """The shape of a start model."""
+    """Architecture and tokenizer of a start model."""
 
     config: dict[str, Any]
-    """As config.json of the architecture; the vocabulary's size and the end token are filled in."""
+    """Contents of config.json; the size of the vocabulary and the end token are filled in."""
     characters: str = "0123456789+=;.?# "
-    """The tokenizer's vocabulary: one token a character."""
+    """Vocabulary of the tokenizer: each character is a token."""
 
 
 class Start(Options):
-    """How the model that all arms start from is made: once, kept for the next time."""
+    """The model that all arms start from. It is pretrained once and kept for later runs."""
 
     model: StartModel
     run: dict[str, Any]
-    """A run configuration without `model`: pretraining from random weights."""
+    """Run configuration of the pretraining from random weights, without `model`."""
 
 
 class Recipe(Options):
-    """One paper's claim at a size that two CPU cores run."""
+    """The claims of one paper at a size that two CPU cores can train."""
 
     paper: str
-    """Title, arXiv number, figure or table."""
+    """Title, arXiv number, and figure or table."""
     start: Start
     run: dict[str, Any]
-    """A run configuration without `name`, `seed` and `model.path`: what all arms have in common."""
+    """Run configuration that all arms share, without `name`, `seed` and `model.path`."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """Label to what is laid over `run`."""
+    """Keys that each arm changes in `run`, by label."""
     measure: str | None = None
-    """A file of `trainer/papers/measures/`: what is computed on the models once the arms are trained."""
+    """A file of `trainer/papers/measures/`, which computes numbers from the trained models."""
     panels: Annotated[tuple[Panel, ...], Field(min_length=1)]
-    """The figure, from left to right."""
+    """Panels of the figure, from left to right."""
     columns: PositiveInt = 3
-    """Panels in one row."""
+    """Number of panels in one row."""
     claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _names_what_there_is(self) -> Self:
+    def _check_names(self) -> Self:
         if self.measure is not None and self.measure not in MEASURES:
-            raise ValueError(f"measure: there is no {self.measure!r}; there are: {', '.join(MEASURES)}")
+            raise ValueError(f"measure: {self.measure!r} does not exist; there are: {', '.join(MEASURES)}")
         named = {arm for panel in self.panels for arm in panel.arms}
         named |= {arm for claim in self.claims for arm in (claim.arm, getattr(claim, "than", claim.arm))}
         known = set(self.arms) | self._measured()
         if named - known:
-            unknown, there_is = (", ".join(sorted(labels)) for labels in (named - known, known))
-            raise ValueError(f"claims and panels name {unknown}, which is no arm; there are: {there_is}")
+            unknown, existing = (", ".join(sorted(labels)) for labels in (named - known, known))
+            raise ValueError(f"claims and panels name {unknown}, which is not an arm; there are: {existing}")
         return self
 
     @model_validator(mode="after")
-    def _leaves_what_is_set(self) -> Self:
+    def _check_reserved_keys(self) -> Self:
         for place, values in (("run", self.run), *((f"arms.{arm}", values) for arm, values in self.arms.items())):
             model = values.get("model")
             path = {"model.path"} if isinstance(model, dict) and "path" in model else set()
             own = ({"name", "seed"} & set(values)) | path
             if own:
-                raise ValueError(f"{place}: {', '.join(sorted(own))} follows from the recipe, the arm and the seed")
+                raise ValueError(
+                    f"{place}: remove {', '.join(sorted(own))}; the recipe, the arm and the seed determine it"
+                )
         return self
 
     def _measured(self) -> set[str]:
@@ -95,7 +97,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe and check every run configuration in it.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: the recipe is invalid; the message lists every problem.
     """
     try:
         recipe = Recipe(**ConfigTree.read(path).values)
@@ -110,10 +112,10 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def find_recipe(name: str, folder: Path = FOLDER) -> Path:
-    """The file of a recipe: its name, or a path.
+    """The file of a recipe, given by name or path.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: the recipe does not exist; the message lists those that do.
     """
     path = Path(name)
     if path.suffix == ".yaml" and path.is_file():
@@ -125,7 +127,7 @@ def find_recipe(name: str, folder: Path = FOLDER) -> Path:
 
 
 def start_config(recipe: Recipe, model: Path, origin: str) -> Config:
-    """The run that makes the start model out of the random one in folder `model`."""
+    """Configuration of the run that pretrains the start model from the shape in folder `model`."""
     tree = ConfigTree(recipe.start.run, f"{origin}: start.run")
     own = {"name": START, "model": {"path": str(model), "init": "random"}, "objective": {"name": "next_token"}}
     tree.merge(own, origin)
@@ -133,7 +135,7 @@ def start_config(recipe: Recipe, model: Path, origin: str) -> Config:
 
 
 def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str) -> Config:
-    """The run of one arm and seed from the start model in folder `model`."""
+    """Configuration of the run of one arm and seed, which starts from the model in folder `model`."""
     tree = ConfigTree(recipe.run, f"{origin}: run")
     tree.merge(recipe.arms[arm], f"{origin}: arms.{arm}")
     tree.merge({"name": f"arm-{slug(arm)}", "seed": seed, "model": {"path": str(model)}}, origin)
@@ -141,12 +143,12 @@ def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str) ->
 
 
 def slug(label: str) -> str:
-    """A label as part of a folder's name."""
+    """Convert a label to a part of a folder's name."""
     return "".join(letter if letter.isalnum() else "-" for letter in label).strip("-")
 
 
 def jobs(recipe: Recipe, seeds: int) -> Iterator[tuple[str, int]]:
-    """(arm, seed) of every run, one seed after the other, so that an interrupted recipe has whole seeds."""
+    """(arm, seed) of every run, ordered by seed, so that an interrupted recipe has complete seeds."""
     for seed in range(seeds):
         for arm in recipe.arms:
             yield arm, seed

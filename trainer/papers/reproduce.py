@@ -1,4 +1,4 @@
-"""One command from a recipe to its figure, its numbers and a verdict."""
+"""Runs a recipe: trains the arms, draws the figure, writes the numbers and checks the claims."""
 
 import json
 from collections import defaultdict
@@ -13,17 +13,17 @@ from trainer.papers.figure import draw_figure
 from trainer.papers.measures import Measure, Trained
 from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
 from trainer.papers.runs import run_all
-from trainer.papers.series import Results, summary, with_sums
+from trainer.papers.series import Results, summary, with_cumulative_sums
 from trainer.papers.start import start_model
 from trainer.run.tracking import JsonLines
 
 WORK = Path("runs/papers")
-"""Where start models and the runs of arms are kept."""
+"""Folder in which start models and runs are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out."""
+    """The results of a recipe."""
 
     verdicts: list[Verdict]
     figure: Path
@@ -35,19 +35,19 @@ class Report:
 
 
 def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], None], work: Path = WORK) -> Report:
-    """Run what is missing of a recipe, measure, draw, and check its claims.
+    """Train the missing runs of a recipe, measure, draw, and check its claims.
 
     Args:
         path: the recipe.
-        seeds: runs of each arm, with seeds 0, 1, ...
-        out: folder for `<name>.png` and `<name>.json`; None = `work`/<name>.
-        report: called with a line for each run that is there.
-        work: folder for start models and runs; what lies there is used again.
+        seeds: number of runs of each arm; their seeds are 0, 1, ...
+        out: output folder of `<name>.png` and `<name>.json`; None = `work`/<name>.
+        report: called with one line for each finished run.
+        work: folder for start models and runs; finished ones are used again.
 
     Raises:
-        ConfigError: the recipe is unsound.
+        ConfigError: the recipe is invalid.
         ArmError: a run failed.
-        ValueError: a claim or a panel names what no arm has.
+        ValueError: a claim or a panel names a metric that no arm has.
     """
     recipe, origin = load_recipe(path), str(path)
     out = out or work / path.stem
@@ -67,13 +67,13 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
 def _with_runs(
     recipe: Recipe, seeds: int, start: Path, folder: Path, origin: str, report: Callable[[str], None]
 ) -> Results:
-    """Train every arm and seed, and measure."""
+    """Train every arm with every seed, and run the measure."""
     configs = {(arm, seed): arm_config(recipe, arm, seed, start, origin) for arm, seed in jobs(recipe, seeds)}
     names = {job: f"{job[0]}, seed {job[1]}" for job in configs}
     by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
     results: Results = defaultdict(dict)
     for (arm, seed), name in names.items():
-        results[arm][seed] = with_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
+        results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
     if recipe.measure is not None:
         measure: Measure = import_module(f"trainer.papers.measures.{recipe.measure}").measure
         for seed in range(seeds):
@@ -86,7 +86,7 @@ def _with_runs(
 
 
 def _json(content: dict[str, Any]) -> str:
-    """Indented, but each curve on a line of its own: a file that a person can read and a diff can show."""
+    """Indented JSON with one line per curve, so that the file and its diffs are readable."""
     curves = content.pop("curves")
     lines = [
         f"    {json.dumps(metric)}: {{\n"

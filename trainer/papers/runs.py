@@ -1,4 +1,4 @@
-"""Runs side by side: each in a worker process with one thread, because small models gain nothing from more."""
+"""Trains runs in parallel, each in a process with one thread, because small models gain nothing from more."""
 
 import os
 import sys
@@ -19,21 +19,23 @@ from trainer.run.tracking import JsonLines
 
 
 class ArmError(RuntimeError):
-    """A run of a recipe failed; the message names it and its log."""
+    """A run of a recipe failed; the message names the run and its log file."""
 
 
 def run_training(config: Config, folder: Path, log: Path) -> Path:
-    """Train in this process, below `folder`, printing into the file `log`; returns the run folder.
+    """Train in this process with `folder` as the working directory and `log` as output; returns the run folder.
 
     Raises:
-        ArmError: it was stopped before its end, by Ctrl-C or SIGTERM.
+        ArmError: Ctrl-C or SIGTERM stopped the run before its last step.
     """
     from trainer.loop import train
 
-    with _printing_into(log), chdir(folder):
+    with _output_to(log), chdir(folder):
         run = train(config)
     if not _ended(run, config):
-        raise ArmError(f"stopped before step {config.steps}: run the command again, this run then begins anew")
+        raise ArmError(
+            f"stopped before step {config.steps}: repeat the command, which starts this run from the beginning"
+        )
     return run
 
 
@@ -43,8 +45,8 @@ def _ended(run: Path, config: Config) -> bool:
 
 
 @contextmanager
-def _printing_into(log: Path) -> Iterator[None]:
-    """Let this process and what it starts (graders, compilers) write to a file instead of the terminal."""
+def _output_to(log: Path) -> Iterator[None]:
+    """Redirect the output of this process and its children (graders, compilers) from the terminal to a file."""
     with log.open("ab") as file, ExitStack() as stack:
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
@@ -56,8 +58,8 @@ def _printing_into(log: Path) -> Iterator[None]:
         yield
 
 
-def finished(config: Config, folder: Path) -> Path | None:
-    """The run folder of an equal run that went to its end below `folder`, or None."""
+def finished_run(config: Config, folder: Path) -> Path | None:
+    """The folder of a finished run with the same configuration below `folder`, or None."""
     try:
         run = RunFolder.open(folder / "runs" / config.name)
     except RunFolderError:
@@ -65,38 +67,42 @@ def finished(config: Config, folder: Path) -> Path | None:
     return run.path if _ended(run.path, config) and run.config.read_text() == dump(config) else None
 
 
-def place_of(config: Config, folder: Path) -> Path:
-    """Where runs of this very configuration lie: they are found again, and those of another do not mix in."""
+def folder_of(config: Config, folder: Path) -> Path:
+    """Folder of the runs of this configuration. A hash of the configuration keeps others apart."""
     return folder / f"{config.name}-seed{config.seed}-{blake2b(dump(config).encode(), digest_size=4).hexdigest()}"
 
 
 def run_all(configs: dict[str, Config], folder: Path, report: Callable[[str], None]) -> dict[str, Path]:
-    """Train every configuration that was not trained before; name to run folder.
+    """Train every configuration that has no finished run; returns run folders by name.
 
     Args:
-        report: called with a name when its run is there, and whether it was kept.
+        configs: configurations by name.
+        folder: parent of the run folders.
+        report: called with the name of each finished run, marked "(kept)" if it was trained before.
 
     Raises:
-        ArmError: a run failed. Those that ended stay and are not run again.
+        ArmError: a run failed. Finished runs are kept and not repeated.
     """
-    places = {name: place_of(config, folder) for name, config in configs.items()}
-    done = {name: run for name, config in configs.items() if (run := finished(config, places[name])) is not None}
+    places = {name: folder_of(config, folder) for name, config in configs.items()}
+    done = {name: run for name, config in configs.items() if (run := finished_run(config, places[name])) is not None}
     for name in done:
         report(f"{name} (kept)")
     waiting = [name for name in configs if name not in done]
-    for name, run in _in_processes(waiting, configs, places):
+    for name, run in _train_parallel(waiting, configs, places):
         report(name)
         done[name] = run
     return {name: done[name] for name in configs}
 
 
-def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+def _train_parallel(
+    names: list[str], configs: dict[str, Config], places: dict[str, Path]
+) -> Iterator[tuple[str, Path]]:
     if not names:
         return
     for name in names:
         places[name].mkdir(parents=True, exist_ok=True)
-    # Spawned, not forked: threads of torch do not survive a fork.
-    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _begin_worker)
+    # Spawn instead of fork, because the threads of torch do not survive a fork.
+    pool = ProcessPoolExecutor(min(available_cores(), len(names)), get_context("spawn"), _init_worker)
     with pool:
         futures = {pool.submit(run_training, configs[n], places[n], places[n].resolve() / "log.txt"): n for n in names}
         try:
@@ -105,7 +111,7 @@ def _in_processes(names: list[str], configs: dict[str, Config], places: dict[str
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 for worker in active_children():
-                    worker.terminate()  # ends its run with this step
+                    worker.terminate()  # its run ends after the current step
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -121,13 +127,13 @@ def _result(future: "Future[Path]", name: str, places: dict[str, Path]) -> Path:
         raise ArmError(f"{name}: {type(error).__name__}: {error}; log: {places[name] / 'log.txt'}") from error
 
 
-def _begin_worker() -> None:
+def _init_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """However it ends: nobody would read what this process computes, and the next try would run beside it."""
+def _exit_with_parent() -> None:
+    """End this process with its parent: its results would be lost, and it would slow down the next attempt."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Numbers by arm and seed: what figures are drawn from and claims are checked on."""
+"""Metrics by arm and seed, from which figures are drawn and claims are checked."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,27 +9,27 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 Rows = list[dict[str, Any]]
-"""Of one run: its metrics by step; or what a measure gave, with `step` or another key as the abscissa."""
+"""Metrics of one run by step, or the rows of a measure, with `step` or another key as the x value."""
 Results = dict[str, dict[int, Rows]]
-"""Arm to seed to rows."""
+"""Rows by arm and seed."""
 
 
 def _in_order(window: tuple[float, float]) -> tuple[float, float]:
     low, high = window
     if not 0 <= low < high <= 1:
-        raise ValueError(f"a share of a run goes up, from 0 at the earliest to 1, not from {low:g} to {high:g}")
+        raise ValueError(f"expected two fractions of a run, 0 <= start < end <= 1, found {low:g} and {high:g}")
     return window
 
 
 Window = Annotated[tuple[float, float], AfterValidator(_in_order)]
-"""Which share of a run, e.g. (0.8, 1.0): its last fifth."""
+"""Start and end of a part of a run as fractions of its steps; (0.8, 1.0) is its last fifth."""
 
 SUMS = {"generated tokens": "rollout/tokens"}
-"""Abscissas that add up a metric over the steps."""
+"""Metric by the name of the x value that sums it over the steps."""
 
 
-def with_sums(rows: Rows) -> Rows:
-    """The rows with every abscissa of `SUMS`."""
+def with_cumulative_sums(rows: Rows) -> Rows:
+    """The rows with every x value of `SUMS` added."""
     for name, key in SUMS.items():
         totals = accumulate(row.get(key) or 0.0 for row in rows)
         rows = [row | {name: total} for row, total in zip(rows, totals, strict=True)]
@@ -37,35 +37,36 @@ def with_sums(rows: Rows) -> Rows:
 
 
 def points(rows: Rows, metric: str, x: str = "step") -> list[tuple[float, float]]:
-    """(abscissa, value) where both exist; a value may be infinite."""
+    """(x, value) of the rows that have both; a value may be infinite."""
     pairs = ((row.get(x), row.get(metric)) for row in rows)
     return [(float(a), float(b)) for a, b in pairs if a is not None and b is not None and not math.isnan(b)]
 
 
-def statistic(rows: Rows, metric: str, window: Window) -> float:
-    """The mean of a metric over a share of the run's steps.
+def window_mean(rows: Rows, metric: str, window: Window) -> float:
+    """The mean of a metric over a window of the run's steps.
 
     Raises:
-        ValueError: it has no value there.
+        ValueError: the metric has no value in the window.
     """
     first, last = rows[0]["step"], rows[-1]["step"]
     low, high = (first + share * (last - first) for share in window)
     values = [value for step, value in points(rows, metric) if low <= step <= high]
     if not values:
-        raise ValueError(f"{metric} has no value between step {low:g} and {high:g}: is it measured in this recipe?")
+        raise ValueError(f"{metric} has no value between step {low:g} and {high:g}: does this recipe record it?")
     return fmean(values)
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """The mean of each value and up to `width - 1` before it."""
+    """Moving average: the mean of each value and up to `width - 1` values before it."""
     return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 def summary(results: Mapping[str, Mapping[int, Rows]], curves: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Curves by metric (`metric over x` where the abscissa is not the step), arm and seed, rounded to six figures.
+    """Curves by metric, arm and seed, rounded to six digits. The key is `metric over x` if x is not the step.
 
     Args:
-        curves: metrics with their abscissas.
+        results: rows by arm and seed.
+        curves: (metric, x) pairs.
     """
     return {
         metric if x == "step" else f"{metric} over {x}": {

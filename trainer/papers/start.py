@@ -1,4 +1,4 @@
-"""The model that a recipe's arms start from: a small one, pretrained by our own trainer, kept for the next time."""
+"""The start model of a recipe: a small model, pretrained by our own trainer and kept for later runs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ END = "<end>"
 
 
 def start_model(recipe: Recipe, folder: Path, origin: str) -> Path:
-    """The start model's folder below `folder`; made now unless an equal one lies there."""
+    """The folder of the start model below `folder`. The model is trained now if it does not exist there."""
     values = recipe.start.model_dump_json().encode()
     place = folder / f"start-{blake2b(values, digest_size=6).hexdigest()}"
     if (place / "model").is_dir():
@@ -27,7 +27,7 @@ def start_model(recipe: Recipe, folder: Path, origin: str) -> Path:
     shape = place / "shape"
     write_shape(recipe.start.model, shape)
     run = run_training(start_config(recipe, shape.resolve(), origin), place, place / "log.txt")
-    # Under another name first: a folder `model` is always whole.
+    # Export under another name first, so that a folder `model` is always complete.
     work = Path(mkdtemp(prefix=".model-", dir=place))
     try:
         export(str(run), work)

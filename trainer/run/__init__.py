@@ -1,4 +1,4 @@
-"""One run on disk and on the screen: folder, progress, trackers, checkpoints, plots.
+"""Files and displays of one run: its folder, checkpoints, metrics, progress bar and plots.
 
 Imports no other room of `trainer`.
 """

@@ -1,8 +1,8 @@
-"""Atomic checkpoints: whatever dies at whatever moment, the newest complete checkpoint stays loadable.
+"""Atomic checkpoints: a crash at any moment leaves the newest complete checkpoint loadable.
 
-A checkpoint is written beside the others under a temporary name, its files are brought to disk and listed with size
-and CRC-32 in `manifest.json`, and one rename makes it `step-000012`. CRC-32 finds truncation and bit rot at several
-GB/s, which a cryptographic hash does not do on two cores; it is no protection from a forger.
+A checkpoint is written under a temporary name in the folder of the others. Its files are synced to disk and listed with
+size and CRC-32 in `manifest.json`; then one rename makes it `step-000012`. CRC-32 detects truncation and bit rot at
+several GB/s on two cores, which a cryptographic hash does not reach. It does not detect deliberate changes.
 """
 
 import errno
@@ -23,23 +23,23 @@ STATE = "state.json"
 FORMAT = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TORCH_TEXTS = ("iostream error", "unexpected pos")
-"""All that torch.save says when a file takes no more bytes."""
+"""Messages of torch.save when the disk is full; they do not name the cause."""
 DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), *(f"os error {number}" for number in DISK_FULL), *TORCH_TEXTS)
 _NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
 _CHUNK = 1 << 22
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint can be loaded; the message says what was found instead."""
+    """A checkpoint cannot be loaded; the message names the file and the defect."""
 
 
 class DiskFullError(CheckpointError):
-    """A checkpoint did not fit on the disk. The older ones are untouched and nothing of it is left."""
+    """A checkpoint did not fit on the disk. It was removed, and older checkpoints are intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """What makes one checkpoint better than another."""
+    """The value by which checkpoints compete to be the best."""
 
     metric: str
     value: float
@@ -48,14 +48,14 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint whose files are as they were written."""
+    """A complete checkpoint whose files match their checksums."""
 
     path: Path
     step: int
     state: dict[str, Any]
-    """The trainer's own state, as given to `save`."""
+    """The state that was given to `save`."""
     messages: list[str] = field(default_factory=list)
-    """What a person should know, e.g. that a newer checkpoint is damaged and was passed over."""
+    """Warnings for the user, e.g. that a newer checkpoint is damaged and was skipped."""
 
 
 def save(
@@ -67,20 +67,20 @@ def save(
     keep_last: int,
     best: Best | None = None,
 ) -> Path:
-    """Write a checkpoint, then remove the ones that need not be kept.
+    """Write a checkpoint, then remove those that need not be kept.
 
     Args:
-        folder: holds the checkpoints of one run.
-        step: the step after which the state is saved.
-        write: puts its files (weights, optimizer, ...) into the folder that it is given.
-        state: what JSON can hold exactly: no tuples, keys are strings.
-        keep_last: newest checkpoints kept, at least 1; the best is kept as well. Checkpoints of later steps belong to
-            a history that a resume has left, and go.
-        best: the value by which this checkpoint competes to be the best; None = it does not.
+        folder: folder with the checkpoints of one run.
+        step: the last finished step.
+        write: writes the files (weights, optimizer, ...) into the folder that it is given.
+        state: further state, saved as JSON: no tuples, and all keys are strings.
+        keep_last: number of newest checkpoints to keep, at least 1; the best is kept as well. Checkpoints of later
+            steps are removed: they belong to a history that a resume has abandoned.
+        best: the value by which this checkpoint competes to be the best; None = it does not compete.
 
     Raises:
-        DiskFullError: it did not fit.
-        TypeError: `state` would not come back from JSON as it is.
+        DiskFullError: the checkpoint did not fit on the disk.
+        TypeError: `state` holds a value that JSON would change.
     """
     _check_state(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def save(
         _publish(temporary, final)
     except BaseException as error:
         full = _is_disk_full(error, folder)
-        # What cannot be removed now, e.g. because another process still writes to it, the next save removes.
+        # If a file cannot be removed now, e.g. because another process still writes to it, the next save removes it.
         shutil.rmtree(temporary, ignore_errors=True)
         if full:
             raise DiskFullError(_disk_full_message(folder, step)) from error
@@ -103,11 +103,11 @@ def save(
     return final
 
 
-def check_room(folder: Path, step: int) -> None:
-    """Check, before any process begins to write, that as much is free as the newest checkpoint takes.
+def check_disk_space(folder: Path, step: int) -> None:
+    """Check before any process writes that the disk has room for a checkpoint as large as the newest one.
 
     Raises:
-        DiskFullError: it is not; nothing was touched.
+        DiskFullError: the disk has less room; nothing was written.
     """
     newest = next(iter(_newest_first(folder)), None)
     if newest is not None and shutil.disk_usage(folder).free < sum(f.stat().st_size for f in newest.rglob("*")):
@@ -115,10 +115,10 @@ def check_room(folder: Path, step: int) -> None:
 
 
 def latest(folder: Path) -> Checkpoint:
-    """The newest complete checkpoint; a damaged one is passed over, and `messages` says so.
+    """The newest complete checkpoint. Damaged ones are skipped; `messages` names them.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has no complete checkpoint.
     """
     messages: list[str] = []
     for path in _newest_first(folder):
@@ -128,14 +128,14 @@ def latest(folder: Path) -> Checkpoint:
             messages.append(f"{error}; falling back to the checkpoint before it")
             continue
         return Checkpoint(checkpoint.path, checkpoint.step, checkpoint.state, messages)
-    raise CheckpointError("\n".join([*messages, f"{folder}: no complete checkpoint to resume from"]))
+    raise CheckpointError("\n".join([*messages, f"{folder}: there is no complete checkpoint"]))
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, every file compared with its manifest.
+    """The checkpoint at `path`, after a comparison of every file with the manifest.
 
     Raises:
-        CheckpointError: a file is missing or not as it was written.
+        CheckpointError: a file is missing or differs from the manifest.
     """
     manifest = _read_manifest(path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -146,9 +146,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the best value of the metric that the newest one with a value has; the newer of equals.
+    """The checkpoint with the best value; of equal ones the newest. None if no checkpoint has a value.
 
-    None when no checkpoint has a value.
+    Only checkpoints with the metric and mode of the newest one with a value are compared.
     """
     scored = [(path, score) for path in _newest_first(folder) if (score := _score(path)) is not None]
     if not scored:
@@ -167,7 +167,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _seal(path: Path, step: int, score: Best | None) -> None:
-    """List every file with size and checksum, and bring all of it to disk."""
+    """Write the manifest with size and checksum of every file, and sync all files to disk."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         entries = list(pool.map(_entry, files))
@@ -185,7 +185,7 @@ def _seal(path: Path, step: int, score: Best | None) -> None:
 
 def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
-        # `latest` knows this other name too: a death between the two renames loses nothing.
+        # `latest` finds this name as well, so a crash between the two renames loses nothing.
         replaced = final.with_name(f"{final.name}.replaced")
         _remove([replaced])
         final.rename(replaced)
@@ -230,7 +230,7 @@ def _score(path: Path) -> Best | None:
     try:
         score = _read_manifest(path)["score"]
     except CheckpointError:
-        return None  # whoever loads a damaged checkpoint reports it
+        return None  # `load` reports damaged checkpoints
     return None if score is None else Best(**score)
 
 
@@ -240,7 +240,7 @@ def _fault(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
         return f"{name} is missing"
     if (size := file.stat().st_size) != entry["bytes"]:
         return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
-    return None if _checksum(file) == entry["crc32"] else f"{name} has other content than was written"
+    return None if _checksum(file) == entry["crc32"] else f"the content of {name} has changed since it was written"
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:
@@ -255,7 +255,7 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         if path.exists():
-            # Out of sight first: a half-removed checkpoint must not look like a damaged one.
+            # Rename first: a half-removed checkpoint must not look like a damaged one.
             hidden = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}")
             shutil.rmtree(path.rename(hidden))
 
@@ -265,12 +265,12 @@ def _disk_full_message(folder: Path, step: int) -> str:
     return (
         f"the disk is full: the checkpoint of step {step} does not fit in {folder} "
         f"({shutil.disk_usage(folder).free / 1e9:.1f} GB free without it). Older checkpoints are intact: {names}. "
-        "Free some space, or keep fewer (checkpoint.keep_last)"
+        "Free some space, or keep fewer checkpoints (checkpoint.keep_last)"
     )
 
 
 def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
-    """Whether the disk was the cause. Libraries wrap the system's error in their own: its text and the disk tell."""
+    """Whether a full disk was the cause. Libraries wrap the system's error, so its text and the free space count."""
     if not isinstance(error, Exception):
         return False
     chain: list[BaseException] = [error]
@@ -286,10 +286,10 @@ def _check_state(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"{where}: key {key!r} would come back from JSON as a string")
+                raise TypeError(f"{where}: JSON would turn the key {key!r} into a string")
             _check_state(item, f"{where}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check_state(item, f"{where}[{index}]")
     elif value is not None and not isinstance(value, str | int | float):
-        raise TypeError(f"{where}: {type(value).__name__} would not come back from JSON as it is")
+        raise TypeError(f"{where}: JSON cannot hold a {type(value).__name__} without changing it")

@@ -1,4 +1,4 @@
-"""The folder of one run: where everything is written, and the lock that keeps a second run out."""
+"""The folder of one run: paths of its files, and the lock that keeps a second run out."""
 
 import os
 import re
@@ -16,29 +16,30 @@ import psutil
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 START_FORMAT = "%Y-%m-%d_%H-%M-%S"
 MARKER = "config.yaml"
-"""The file that makes a folder a run folder."""
+"""A folder with this file is a run folder."""
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be made, found or locked; the message says what to do."""
+    """A run folder cannot be created, found or locked; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`runs/<name>/<start>/`: everything that one run writes."""
+    """`runs/<name>/<start>/`: all files of one run."""
 
     path: Path
 
     @classmethod
     def create(cls, root: Path, name: str) -> "RunFolder":
-        """Make a new folder and let `<root>/latest` point to it.
+        """Create a new folder and point the link `<root>/latest` to it.
 
         Raises:
-            RunFolderError: the name cannot be a folder name.
+            RunFolderError: the name is not a valid folder name.
         """
         if not RUN_NAME.fullmatch(name) or name == "latest":
             raise RunFolderError(
-                f"name: {name!r} cannot name a run folder: use letters, digits, '.', '_', '-' (but not 'latest')"
+                f"name: {name!r} is not a valid name for a run folder: use letters, digits, '.', '_' and '-' "
+                "(but not 'latest')"
             )
         parent = root.resolve() / name
         parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class RunFolder:
         """The run folder at `reference`: a run folder, `runs/latest`, or `runs/<name>` (its newest run).
 
         Raises:
-            RunFolderError: there is no run at that place.
+            RunFolderError: there is no run at `reference`.
         """
         path = Path(reference).resolve()
         if (path / MARKER).is_file():
@@ -62,29 +63,29 @@ class RunFolder:
         runs = sorted(marker.parent for marker in path.glob(f"*/{MARKER}")) if path.is_dir() else []
         if not runs:
             raise RunFolderError(
-                f"{reference}: no run here. Give a run folder (it holds {MARKER}), runs/<name> for the newest run "
-                "of that name, or runs/latest"
+                f"{reference}: there is no run here. Give a run folder (it holds {MARKER}), runs/<name> for the newest "
+                "run of that name, or runs/latest"
             )
         return cls(runs[-1])
 
     @property
     def config(self) -> Path:
-        """The resolved configuration: enough to run again."""
+        """The resolved configuration, which is enough to repeat the run."""
         return self.path / MARKER
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """Metrics, one JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def completions(self) -> Path:
-        """Sample completions, one JSON object each, with their rewards by name."""
+        """Sample completions with their rewards by name, one JSON object each."""
         return self.path / "completions.jsonl"
 
     @property
     def logs(self) -> Path:
-        """One log file for each actor."""
+        """Folder with a log file of each actor."""
         return self.path / "logs"
 
     @property
@@ -93,7 +94,7 @@ class RunFolder:
 
     @property
     def rollouts(self) -> Path:
-        """Saved rollouts, one file a step, for `--replay`."""
+        """Folder with saved rollouts, one file per step, for `train --replay`."""
         return self.path / "rollouts"
 
     @property
@@ -102,12 +103,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[str | None]:
-        """Hold the folder: a second run in it is an error.
+        """Lock the folder, so that a second run in it is an error.
 
-        Yields a message when the lock of a dead process was taken over, else None.
+        Yields a message if the lock of a dead process was taken over, otherwise None.
 
         Raises:
-            RunFolderError: a live process holds the folder.
+            RunFolderError: a live process holds the lock.
         """
         lock = self.path / "lock"
         message = _take_lock(lock)
@@ -118,7 +119,7 @@ class RunFolder:
 
 
 def _make_unique(parent: Path, start: str) -> Path:
-    """A new folder named by its start; the second, third, ... of one second get a suffix that sorts after it."""
+    """Create a folder named by the start time. Further ones within the same second get a suffix that sorts after it."""
     for attempt in range(1000):
         path = parent / (start if attempt == 0 else f"{start}_{attempt:03d}")
         with suppress(FileExistsError):
@@ -128,33 +129,35 @@ def _make_unique(parent: Path, start: str) -> Path:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Let the symbolic link `link` point to `target`, atomically: a reader sees the old or the new one, never none."""
+    """Point the symbolic link `link` to `target` atomically: readers see the old or the new target, never none."""
     if link.exists() and not link.is_symlink():
-        raise RunFolderError(f"{link} is in the way: it must be a link to the newest run; move it elsewhere")
+        raise RunFolderError(
+            f"{link} exists but is not a symbolic link; move it elsewhere, because it must point to the newest run"
+        )
     temporary = link.with_name(f".{link.name}-{os.getpid()}-{threading.get_ident()}")
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
 
 
 def _identity() -> str:
-    """Who holds a lock: process, host, and when the process began, because process ids are used again."""
+    """Owner of a lock: process id, host, and start time of the process, because process ids are reused."""
     return f"{os.getpid()} {socket.gethostname()} {psutil.Process().create_time():.2f}"
 
 
 def _is_alive(owner: str) -> bool:
-    """Whether the process that wrote `owner` may still run; one on another host cannot be asked and counts as alive."""
+    """Whether the process `owner` may still run. A process on another host cannot be checked and counts as alive."""
     pid, host, started = owner.split()
     if host != socket.gethostname():
         return True
     try:
-        # A clock that is stepped moves create_time by less than a second or two; a recycled id is further off.
+        # A clock adjustment shifts create_time by less than two seconds; a reused id differs by more.
         return bool(abs(psutil.Process(int(pid)).create_time() - float(started)) < 2.0)
     except psutil.NoSuchProcess:
         return False
 
 
 def _take_lock(lock: Path) -> str | None:
-    # The owner is written down; an flock kept open would be inherited by forked workers, which may outlive the run.
+    # The file names the owner. Forked workers, which may outlive the run, would inherit a lock held by flock.
     with lock.open("a+") as file:
         flock(file, LOCK_EX)
         file.seek(0)
@@ -162,11 +165,11 @@ def _take_lock(lock: Path) -> str | None:
         if owner and _is_alive(owner):
             pid, host, _ = owner.split()
             raise RunFolderError(
-                f"{lock.parent}: another run works in this folder (process {pid} on {host}). Wait for it or stop it; "
-                f"if it is surely gone, delete {lock}"
+                f"{lock.parent}: another run uses this folder (process {pid} on {host}). Wait for it or stop it; "
+                f"if it no longer exists, delete {lock}"
             )
         file.truncate(0)
         file.write(_identity())
     if not owner:
         return None
-    return f"{lock.parent}: took over the lock of process {owner.split()[0]}, which no longer runs"
+    return f"{lock.parent}: took over the lock of process {owner.split()[0]}, which no longer exists"

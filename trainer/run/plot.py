@@ -1,4 +1,4 @@
-"""Curves of one or several runs, drawn from their `metrics.jsonl`."""
+"""Draws curves of one or several runs from their `metrics.jsonl`."""
 
 import json
 from collections import Counter, defaultdict
@@ -24,30 +24,30 @@ PANELS = {
     "train/loss": "training loss",
     "eval/loss": "validation loss",
 }
-"""What is drawn unless told otherwise: those of these that the runs have."""
+"""Title by metric. Without `--metric`, a plot shows those of these metrics that the runs have."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""The palette of Okabe and Ito, distinct also to the colour-blind, with grey for its yellow."""
+"""The palette of Okabe and Ito, which colour-blind people can tell apart, with grey instead of its yellow."""
 
 INK = "#333333"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's configuration and its rows."""
+    """Folder, configuration and metrics of a run."""
 
     folder: RunFolder
     config: dict[str, Any]
     rows: list[dict[str, Any]]
 
     def points(self, key: str) -> dict[int, float]:
-        """The metric by step, where it has a value."""
+        """Values of a metric by step; steps without a value are left out."""
         return {row["step"]: float(row[key]) for row in self.rows if row.get(key) is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line with, at each step, a band or an interval."""
+    """One line, with lower and upper bounds at each step if there are any."""
 
     label: str
     steps: Sequence[float]
@@ -60,26 +60,26 @@ class Curve:
 def plot_runs(
     runs: Sequence[Path | str], metrics: Sequence[str] = (), out: Path | None = None, group_seeds: bool = False
 ) -> Path:
-    """Draw one panel for each metric and one line for each run; returns the file.
+    """Draw one panel per metric with one line per run; returns the file.
 
-    A metric that has companions `<metric>_low` and `<metric>_high` is drawn with these as its 95 % interval.
+    The metrics `<metric>_low` and `<metric>_high`, if they exist, are drawn as the 95 % interval of `<metric>`.
 
     Args:
-        runs: run folders, or what `RunFolder.open` takes beside them.
-        metrics: keys of `metrics.jsonl`; none = those of `PANELS` that any of the runs has.
-        out: a .png or .svg file; None = `plot.png` in the first run's folder.
-        group_seeds: runs that differ in nothing but their seed become one line, their mean, within a band from the
-            lowest to the highest.
+        runs: run folders, or other references that `RunFolder.open` accepts.
+        metrics: keys of `metrics.jsonl`; empty = those of `PANELS` that any of the runs has.
+        out: a .png or .svg file; None = `plot.png` in the folder of the first run.
+        group_seeds: draw runs that differ only in their seed as one line, their mean, with a band from the lowest to
+            the highest.
 
     Raises:
-        ValueError: a run or a metric that does not exist, or an unknown kind of file.
+        ValueError: a run or a metric does not exist, or the file is neither .png nor .svg.
     """
     loaded = [_load(reference) for reference in runs]
     if not loaded:
-        raise ValueError("no runs to plot: give at least one run folder")
+        raise ValueError("there are no runs to plot: give at least one run folder")
     out = out or loaded[0].folder.plot
     if out.suffix not in (".png", ".svg"):
-        raise ValueError(f"{out}: a plot is written as .png or .svg")
+        raise ValueError(f"{out}: the name of a plot must end with .png or .svg")
     keys = _choose(loaded, metrics)
     figure = Figure(figsize=(0.4 + 4.6 * len(keys), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -90,7 +90,7 @@ def plot_runs(
         for curve in curves:
             colours.setdefault(curve.label, COLOURS[len(colours) % len(COLOURS)])
             draw(axes, curve, colours[curve.label], crowded=len(curves) > 2)
-        dress(axes, _title(key, curves), curves)
+        style_axes(axes, _title(key, curves), curves)
     legend(figure, panels)
     return save(figure, out)
 
@@ -98,7 +98,7 @@ def plot_runs(
 def save(figure: Figure, out: Path, dpi: int = 160) -> Path:
     """Write a figure; returns its file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date and a random salt in it, equal runs make equal files.
+    # A date or a random salt would make the files of equal runs differ.
     with rc_context({"svg.hashsalt": "llmquest_rl"}):
         figure.savefig(out, dpi=dpi, metadata={"Date": None} if out.suffix == ".svg" else None)
     return out
@@ -107,7 +107,9 @@ def save(figure: Figure, out: Path, dpi: int = 160) -> Path:
 def _load(reference: Path | str) -> Run:
     folder = RunFolder.open(reference)
     if not folder.metrics.is_file():
-        raise ValueError(f"{folder.path}: this run has no {folder.metrics.name} yet, not one step was finished")
+        raise ValueError(
+            f"{folder.path}: this run has no {folder.metrics.name}, because it has not finished a step yet"
+        )
     return Run(folder, yaml.safe_load(folder.config.read_text()) or {}, JsonLines(folder.metrics).read())
 
 
@@ -119,7 +121,7 @@ def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
             close = get_close_matches(key, present, n=3) or sorted(present)
             raise ValueError(f"no run has the metric {key!r}; did you mean {', '.join(close)}?")
     if not chosen:
-        raise ValueError(f"none of {', '.join(PANELS)} is in these runs: choose from {', '.join(sorted(present))}")
+        raise ValueError(f"these runs have none of {', '.join(PANELS)}; choose from {', '.join(sorted(present))}")
     return chosen
 
 
@@ -149,7 +151,7 @@ def _single(run: Run, label: str, key: str) -> Curve:
 
 
 def _grouped(runs: Sequence[Run], key: str, ambiguous: bool) -> Curve:
-    """The mean over the steps that all of the runs have."""
+    """The mean of several runs, at the steps that all of them have."""
     points = [run.points(key) for run in runs]
     steps = sorted(set.intersection(*(set(each) for each in points)))
     columns = [[each[step] for each in points] for step in steps]
@@ -171,7 +173,7 @@ def _name(run: Run) -> str:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The shortest of name, name and seed, name and start that tells all the runs apart."""
+    """Labels that differ between the runs: the name, else name and seed, else name and start time."""
     candidates = (
         [_name(run) for run in runs],
         [f"{_name(run)}, seed {run.config.get('seed')}" for run in runs],
@@ -181,7 +183,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(axes: Axes, curve: Curve, colour: str, crowded: bool) -> None:
-    """A line with its band, or, where many single runs with intervals share the axes, with bars."""
+    """Draw a line with its band; intervals of several single runs become bars, because bands would overlap."""
     marker = "o" if len(curve.steps) <= 40 else ""
     axes.plot(curve.steps, curve.values, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.8)
     if curve.low and curve.high:
@@ -198,8 +200,8 @@ def _title(key: str, curves: Sequence[Curve]) -> str:
     return title
 
 
-def dress(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
-    """Title, labels, grid and limits of one panel."""
+def style_axes(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step") -> None:
+    """Set title, labels, grid and limits of one panel."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel(xlabel)
     if any(curve.low and curve.num_runs == 1 for curve in curves):
@@ -216,7 +218,7 @@ def dress(axes: Axes, title: str, curves: Sequence[Curve], xlabel: str = "step")
 
 
 def legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend below all panels: a run has the same colour in each."""
+    """Draw one legend below all panels; a run has the same colour in each."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""The progress display: a bar on a terminal, one line for each step elsewhere."""
+"""The progress display: a bar on a terminal, otherwise one line per step."""
 
 import time
 from collections import deque
@@ -18,14 +18,14 @@ LIVE_METRICS = {
     "rollout/tokens_per_s": "rollout tok/s",
     "learner/tokens_per_s": "learner tok/s",
 }
-"""Metrics drawn beside the progress bar, by key, with their label; those that a step does not have are left out."""
+"""Label by metric of the progress display; metrics that a step does not have are left out."""
 
 
 class Progress:
-    """A bar with rates, time left and live metrics; where the output is no terminal, one plain line for each step."""
+    """A bar with metrics, speed and time left; if the output is not a terminal, one plain line per step."""
 
     def __init__(self, steps: int, done: int = 0, label: str = "train", console: Console | None = None) -> None:
-        """`steps` in total, of which `done` were done before (a resumed run)."""
+        """Show `done` of `steps` as finished; a resumed run starts above 0."""
         self.console = console or Console()
         self._steps, self._done, self._label = steps, done, label
         self._times: deque[float] = deque([time.monotonic()], maxlen=11)
@@ -52,13 +52,13 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def phase(self, what: str) -> None:
-        """Say what is being done now, e.g. `rollout`; shown on a terminal only."""
+    def phase(self, name: str) -> None:
+        """Show the current phase, e.g. `rollout`, on a terminal."""
         if self._bar:
-            self._bar.update(self._task, description=f"{self._label}: {what}")
+            self._bar.update(self._task, description=f"{self._label}: {name}")
 
     def advance(self, metrics: Mapping[str, float | None]) -> None:
-        """One more step is done."""
+        """Count a finished step and show its metrics."""
         self._done += 1
         self._times.append(time.monotonic())
         live = self._live(metrics)
@@ -67,25 +67,26 @@ class Progress:
         else:
             self.print(Text(f"{self._label} {self._done}/{self._steps}  {live}"))
 
-    def print(self, what: RenderableType) -> None:
-        """Print a line or a table above the bar. A plain string is not searched for markup."""
-        self.console.print(Text(what) if isinstance(what, str) else what, soft_wrap=isinstance(what, str | Text))
+    def print(self, content: RenderableType) -> None:
+        """Print a line or a table above the bar. Markup in a plain string is not interpreted."""
+        text = Text(content) if isinstance(content, str) else content
+        self.console.print(text, soft_wrap=isinstance(text, Text))
 
     def _live(self, metrics: Mapping[str, float | None]) -> str:
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         values = [(label, metrics.get(key)) for key, label in LIVE_METRICS.items()]
         shown = [f"{label} {_short(value)}" for label, value in values if value is not None]
-        left = clock(seconds * (self._steps - self._done))
+        left = format_duration(seconds * (self._steps - self._done))
         return "  ".join([*shown, f"{seconds:.1f} s/step", f"{left} left"])
 
 
 def _short(value: float) -> str:
-    """About four figures: 0.4219, 12.31, 1834."""
+    """The value with about four digits: 0.4219, 12.31, 1834."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+def format_duration(seconds: float) -> str:
+    """Format a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""Stopping a run on a signal: the first one ends it after the current step, the second one at once."""
+"""Stops a run on a signal: the first signal ends it after the current step, the second one immediately."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ from types import FrameType
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to finish the step, save and stop; the second one aborts.
+    """The first Ctrl-C or SIGTERM asks the run to finish its step, save and stop; the second one aborts it.
 
-    Used as a context manager in the main thread (elsewhere signals cannot be caught, and nothing changes).
+    Use it as a context manager in the main thread. It does nothing in other threads, which get no signals.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class StopSignal:
             raise KeyboardInterrupt(f"second {signal.Signals(number).name}")
         self.requested = True
         name = signal.Signals(number).name
-        message = f"\n{name}: finishing this step, then saving. Once more aborts without saving.\n"
-        # Not through rich: a handler may interrupt the very code that holds the console's lock.
+        message = f"\n{name}: finishing this step, then saving. A second one aborts without saving.\n"
+        # rich could deadlock here, because the handler may interrupt the code that holds the console's lock.
         os.write(2, message.encode())
 
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
-        """The given steps, until a stop is requested."""
+        """Yield the given steps until a stop is requested."""
         for step in steps:
             if self.requested:
                 return

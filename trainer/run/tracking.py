@@ -1,7 +1,7 @@
-"""Metrics and sample completions: JSON lines in the run folder, and any tracker that Accelerate knows.
+"""Records metrics and sample completions as JSON lines in the run folder, and in any tracker of Accelerate.
 
-A row of `metrics.jsonl` is one step: `step` and keys named `area/what_unit`. Keys of areas `time/` and `system/`, and
-those that end in `_per_s`, are measurements; everything else is a function of the configuration and the seed.
+A row of `metrics.jsonl` holds one step: `step` and keys named `area/name_unit`. The areas `time/` and `system/` and
+keys that end in `_per_s` are measurements; all other values follow from the configuration and the seed.
 """
 
 import importlib.util
@@ -31,48 +31,50 @@ PACKAGES = {"comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow", "s
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""Accelerate's trackers, and the package that each needs."""
+"""Package by name of Accelerate's tracker."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Fail now rather than after the models are loaded.
+    """Check that every tracker can be used, before models are loaded.
 
     Raises:
-        ValueError: a tracker that does not exist, or whose package is not installed.
+        ValueError: a tracker does not exist, or its package is not installed.
     """
     for name in names:
         if name not in PACKAGES:
-            raise ValueError(f"tracking.trackers: {name!r} is none of {', '.join(sorted(PACKAGES))}")
+            raise ValueError(f"tracking.trackers: {name!r} does not exist; there are: {', '.join(sorted(PACKAGES))}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ValueError(f"tracking.trackers: {name!r} is not installed: pip install {PACKAGES[name]}")
+            raise ValueError(
+                f"tracking.trackers: {name!r} needs a package that is not installed: pip install {PACKAGES[name]}"
+            )
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each on disk before `append` returns."""
+    """A file with one JSON object per line. Each line is written before `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row.
+        """Append a row.
 
         Raises:
-            OSError: it cannot be written, e.g. on a full disk; half a line may stay, which `truncate` removes.
+            OSError: the row cannot be written, e.g. on a full disk. Half a line may remain; `truncate` removes it.
         """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+            # UTF-8 cannot encode half a surrogate pair; it becomes the escape that JSON has for it.
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line)
         except OSError as error:
-            fix = "the run can be resumed once there is room to write"
+            fix = "resume the run once there is room to write"
             raise OSError(error.errno, f"{error.strerror}; {fix}", str(self.path)) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows. A last line without its end, left by a killed process, is no row.
+        """All rows. An incomplete last line, as a killed process leaves it, is ignored.
 
         Raises:
-            ValueError: another line is not a JSON object; the message has its number.
+            ValueError: a line is not a JSON object with a step; the message gives its number.
         """
         rows = []
         for number, line in enumerate(self._lines(), start=1):
@@ -81,12 +83,12 @@ class JsonLines:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError(f"{self.path}, line {number}: not an object with a whole number `step`")
+                raise ValueError(f"{self.path}, line {number}: not an object with an integer `step`")
             rows.append(row)
         return rows
 
     def truncate(self, step: int) -> int:
-        """Drop, atomically, the rows of `step` and later: a resumed run writes them again. Returns their number."""
+        """Remove the rows of `step` and later atomically, because a resumed run repeats them; returns their number."""
         if not self.path.exists():
             return 0
         lines = self._lines()
@@ -106,7 +108,7 @@ class JsonLines:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One completion with what belongs to it."""
+    """One completion with its group and score."""
 
     group: Group
     completion: Completion
@@ -130,7 +132,7 @@ class _Row:
 
 
 def sample_rows(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
-    """`count` completions as rows of the table: failures first (at most half), then one of each group in turn."""
+    """`count` completions as rows of `completions.jsonl`: failures first (at most half), then each group in turn."""
     members = [list(zip(group.completions, group.scores, strict=True)) for group in groups]
     widest = max(map(len, members), default=0)
     pairs = list(zip(groups, members, strict=True))
@@ -142,7 +144,7 @@ def sample_rows(step: int, groups: Sequence[Group], count: int) -> list[dict[str
 
 
 def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "sample completions", width: int = 400) -> Table:
-    """Rows for a person: texts are cut in the middle to `width` characters."""
+    """Sample completions as a table; the middle of texts longer than `width` characters is left out."""
     table = Table(title=title, title_justify="left", show_lines=True)
     for heading in ("problem", "prompt", "completion", "answer", "reward"):
         table.add_column(heading, overflow="fold")
@@ -162,7 +164,7 @@ def _shorten(text: str, width: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: other objects (an answer may be anything) as their text, NaN and inf as null."""
+    """A value that JSON can hold: other objects, e.g. of an answer, become text, and NaN and inf become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -173,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 
 def system_metrics() -> dict[str, float]:
-    """Memory of this process and use of this machine; CPU use is the mean since the last call."""
+    """Memory of this process, and memory and CPU use of the machine. CPU use is the mean since the last call."""
     memory = psutil.virtual_memory()
     # ru_maxrss is in kB on Linux, in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -189,14 +191,14 @@ class Tracker:
     """Writes each step's metrics and sample completions to the run folder and to the chosen trackers."""
 
     def __init__(self, folder: RunFolder, names: Sequence[str], project: str, first_step: int) -> None:
-        """Rows of `first_step` and later, left by an interrupted run, are dropped.
+        """Open the files; rows of `first_step` and later, from an interrupted run, are removed.
 
         Raises:
-            ValueError: a tracker that does not exist or is not installed.
+            ValueError: a tracker does not exist or is not installed.
         """
         check_trackers(names)
         self.non_finite = 0
-        """Metric values so far that were NaN or inf; they are written as null."""
+        """Number of metric values so far that were NaN or inf; they are written as null."""
         self._folder, self._names, self._project, self._first_step = folder, tuple(names), project, first_step
         self._metrics, self._completions = JsonLines(folder.metrics), JsonLines(folder.completions)
         self._metrics.truncate(first_step)
@@ -206,14 +208,14 @@ class Tracker:
         self._on_close: list[Callable[[], object]] = []
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Begin tracking with the resolved configuration. Call it after the learners exist: see `_new_trackers`."""
+        """Start the trackers with the resolved configuration. Call it after the learners exist; see `_new_trackers`."""
         for tracker in self._new_trackers():
             tracker.start()
             self._trackers.append(tracker)
             tracker.store_init_configuration(_flat(config))
 
     def log(self, step: int, metrics: Metrics) -> dict[str, float | None]:
-        """Record one step, once; steps only grow. Returns the row as written, without `step`."""
+        """Record a step; steps must increase. Returns the row as written, without `step`."""
         assert step > self._last_step, f"step {step} was recorded already: {self._last_step} was the last one"
         self._last_step = step
         row = {key: _number(key, value) for key, value in metrics.items()}
@@ -228,14 +230,14 @@ class Tracker:
         return row
 
     def log_completions(self, step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
-        """Record `count` completions of a step in the table of samples, and return their rows."""
+        """Record `count` sample completions of a step, and return their rows."""
         rows = [_plain(row) for row in sample_rows(step, groups, count)]
         for row in rows:
             self._completions.append(row)
         return rows
 
     def close(self) -> None:
-        """Finish every tracker; a failure of one does not keep the others from finishing."""
+        """Finish every tracker, even if another one fails."""
         with ExitStack() as stack:
             for action in [*self._on_close, *(tracker.finish for tracker in self._trackers)]:
                 stack.callback(action)
@@ -253,9 +255,8 @@ class Tracker:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        # Accelerate's trackers log through a state that must exist. Where a learner lives in this process it made the
-        # state, with its process group; making it here first would take that away. Otherwise: no GPU is touched, and
-        # `close` removes it.
+        # Accelerate's trackers need a global state. A learner in this process has created it with its process group, so
+        # it must not be created before the learner. Without one, create it on the CPU; `close` removes it.
         if not PartialState._shared_state:
             PartialState(cpu=True)
             self._on_close.append(PartialState._reset_state)
@@ -284,7 +285,7 @@ def _number(key: str, value: Any) -> float | int | None:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`: trackers take flat values; others become text."""
+    """Flatten `{"a": {"b": 1}}` to `{"a.b": 1}`, as trackers expect; values of other types become text."""
     flat: dict[str, str | int | float | bool] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

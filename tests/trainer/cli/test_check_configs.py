@@ -1,4 +1,4 @@
-"""The check of all recipes: what is broken is named, in every folder of recipes."""
+"""The check of all recipes names the broken ones in every folder."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_broken_recipe_is_named_and_the_others_are_not(configs: Path, below: s
 def test_a_recipe_that_does_not_say_what_it_shows_is_named(configs: Path, below: str, name: str) -> None:
     path = configs / below / f"{name}.yaml"
     path.write_text("\n" + path.read_text())
-    assert problems([configs]) == [f"{path}: the first line must be a comment that says what the recipe shows"]
+    assert problems([configs]) == [f"{path}: the first line must be a comment that describes the recipe"]
 
 
 def test_a_broken_arm_is_named(configs: Path) -> None:

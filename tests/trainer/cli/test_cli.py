@@ -22,7 +22,7 @@ RunCommand = Callable[..., "Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -145,7 +145,7 @@ def test_a_dry_run_says_when_the_gold_answer_is_not_correct(run: RunCommand, rec
     reward.write_text("def never(completion, answer):\n    return 0.0\n")
     result = run("train", recipe, f"rewards=[{{function: '{reward}:never'}}]", "--dry-run")
     assert result.code == 1
-    assert "the gold answers of 10 in 10 rows do NOT score as correct" in result.out
+    assert "the gold answers of 10 of 10 rows do NOT score as correct" in result.out
 
 
 def test_a_vision_language_model_is_assembled_and_sees_pictures(
@@ -159,16 +159,16 @@ def test_a_vision_language_model_is_assembled_and_sees_pictures(
         "assemble", vision, language, out, "--image-token", "~", "--frozen", "vision.*", "--tokenizer", tiny_model
     )
     assert result.code == 0, result.err
-    assert "~ (id 97) stands for a vision token" in result.out
+    assert "~ (id 97) marks each vision token" in result.out
     config = json.loads((out / "config.json").read_text())
     assert (config["frozen"], config["image_token_id"], config["eos_token_id"]) == (["vision.*"], 97, 1)
     pictures = ("data.task={name: shapes, held_out: 8}", f"model.path={out}", "rollout.sampling.max_tokens=8")
     result = run("train", recipe, *pictures, "--dry-run")
     assert result.code == 0, result.err
-    assert "prompts: none left out; 157 to 159 tokens" in result.out
+    assert "prompts: none dropped; 157 to 159 tokens" in result.out
     for part, token, says in (
         (tiny_model, "~", "exists and is not empty"),
-        (tiny_model, "<img>", "no token '<img>': choose one that texts never hold, of <|im_end|>, <|im_start|>"),
+        (tiny_model, "<img>", "no token '<img>': choose one that never occurs in texts: <|im_end|>, <|im_start|>"),
         (tmp_path / "nowhere", "~", "is not a model reference"),
     ):
         folder = out if token == "~" and part == tiny_model else tmp_path / "other"

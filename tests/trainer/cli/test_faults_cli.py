@@ -1,4 +1,4 @@
-"""`llmquest-rl train` on Ray that is interrupted or killed: what it saves, how it ends, and that nothing is left."""
+"""`llmquest-rl train` on Ray, interrupted or killed: it saves its state and leaves no process behind."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, what it says when something is wrong, and that it is enough to run again."""
+"""The configuration: accepted values, error messages, and that the dumped file is enough to repeat a run."""
 
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,12 @@ def test_an_unknown_component_names_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("steps", "twelve", "file.yaml: steps: expected a whole number, found 'twelve'"),
+        ("steps", "twelve", "file.yaml: steps: expected an integer, found 'twelve'"),
         ("model", 3, "file.yaml: model: expected a section of keys, found 3"),
         ("model.dtype", "half", "file.yaml: model.dtype: expected 'auto', 'float32' or 'bfloat16', found 'half'"),
         ("batch.prompts_per_step", 0, "file.yaml: batch.prompts_per_step: expected greater than 0, found 0"),
         ("optimizer.lr", [1], "file.yaml: optimizer.lr: expected a number, found a list"),
-        ("data.task.digits", "two", "file.yaml: data.task.digits: expected a whole number, found 'two'"),
+        ("data.task.digits", "two", "file.yaml: data.task.digits: expected an integer, found 'two'"),
         (
             "rollout.sampling.top_p",
             1.5,
@@ -161,11 +161,11 @@ def test_overriding_a_components_name_drops_the_keys_of_the_old_one(tmp_path: Pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr", "expected key=value"),
+        ("optimizer.lr", "expected KEY=VALUE"),
         ("rewards.3.weight=1", "rewards.3 is neither a section nor an item of a list"),
-        ("rewards.3=1", "the list has items 0 to 0, no 3"),
+        ("rewards.3=1", "the list has items 0 to 0, not 3"),
         ("steps.a=1", "steps is neither a section nor an item of a list"),
-        ("steps=[1", "cannot be read as YAML"),
+        ("steps=[1", "is not valid YAML"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(tmp_path: Path, override: str, message: str) -> None:
@@ -179,7 +179,7 @@ def test_a_wrong_override_says_what_is_wrong(tmp_path: Path, override: str, mess
     [
         ("a: 1\na: 2", "the key 'a' is given twice"),
         ("- 1", "expected lines of `key: value`, found a list"),
-        ("a: [", "cannot be read as YAML"),
+        ("a: [", "not a valid YAML file"),
     ],
 )
 def test_a_file_that_is_no_sound_yaml_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -321,7 +321,7 @@ def test_a_users_function_is_a_task_and_its_parameters_are_its_options(tmp_path:
     config = parse_config(changed(RL, "data.task", {"name": f"{file}:rows", "count": 3}))
     assert config.data.task is not None and config.data.task.options.model_dump() == {"count": 3, "hard": False}
     assert problems_of(changed(RL, "data.task", {"name": f"{file}:rows"})) == [
-        "file.yaml: data.task.count: must be given"
+        "file.yaml: data.task.count: required key is missing"
     ]
     (problem,) = problems_of(changed(RL, "data.task", {"name": f"{file}:row"}))
     assert "row" in problem
@@ -343,7 +343,7 @@ def test_sizes_follow_from_the_configuration() -> None:
     assert numbers["completions per step"] == "24"
     assert numbers["sampled tokens per step"] == "<= 240"
     assert numbers["prompts asked per step"] == "<= 6"
-    assert numbers["tokens computed per pass"] == f"<= {6 * 50 + 240}"
+    assert numbers["tokens computed per epoch"] == f"<= {6 * 50 + 240}"
     assert numbers["completions per update"] == "8"
     assert numbers["optimizer updates per step"] == "6"
     assert numbers["optimizer updates in the run"] == "24"

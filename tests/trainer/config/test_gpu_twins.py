@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 PAPERS = CONFIGS / "papers"
 TWINS = sorted((PAPERS / "gpu").glob("*.yaml"))
 STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))
-"""What some twins start from: trained on given sequences, at the same size."""
+"""Supervised runs at the same size, whose models some twins start from."""
 
 SHAPES = {
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
@@ -36,8 +36,7 @@ SHAPES = {
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }
-"""Hub id, or what an earlier stage exports, to the file in configs/models with the same layers: of other releases
-positions alone may differ."""
+"""File in configs/models with the same layers, by Hub id or exported folder. Other releases may differ in positions."""
 
 DEEPSEEK_MATH = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,14 +74,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hardware(path: Path) -> tuple[int, int]:
-    """GPUs, and gigabytes of each, as the comment has them."""
+    """Number of GPUs and gigabytes of each, as the comment says."""
     found = HARDWARE.search(path.read_text())
     assert found, f"{path.name} must say '# Hardware: 8 NVIDIA GPUs of 80 GB ... Not run by us.'"
     return int(found[1]), int(found[2])
 
 
 def variants(path: Path) -> dict[str, list[str]]:
-    """The arguments that the comment lists, by label; none are the file itself."""
+    """The arguments that the comment lists, by label; the file itself has none."""
     listed = ARGUMENTS.findall(path.read_text())
     assert listed, f"{path.name} lists no arguments for the paper's other curves"
     return {"the file": []} | {label: shlex.split(arguments) for label, arguments in listed}
@@ -94,10 +93,10 @@ def num_parameters(folder: Path) -> int:
 
 
 def learner_gb(config: Config, parameters: int) -> float:
-    """Gigabytes that weights and optimizer take on a learner's GPU at their most: while it loads, or while it trains.
+    """Peak gigabytes of weights and optimizer state on a learner's GPU, while it loads or while it trains.
 
-    Every learner loads the whole model in bfloat16, and keeps the whole reference; gradients, master weights and the
-    two averages of AdamW are float32 and shared out.
+    Every learner loads the complete model in bfloat16 and keeps the complete reference. Gradients, master weights and
+    the two averages of AdamW are float32 and partitioned.
     """
     weights = 2e-9 * parameters
     reference = weights * (config.algorithm.beta > 0)
@@ -165,42 +164,42 @@ def test_the_stages_before_fit_their_gpus_and_assemble(path: Path, folders: dict
 
 
 RLHF = PAPERS / "gpu" / "rloo_vs_grpo.yaml"
-FINE_TUNING, JUDGE = (PAPERS / "gpu" / "stages" / f"hh_{name}.yaml" for name in ("sft", "reward_model"))
+FINE_TUNING, REWARD_MODEL = (PAPERS / "gpu" / "stages" / f"hh_{name}.yaml" for name in ("sft", "reward_model"))
 
 
 def test_the_stages_of_rlhf_read_and_write_one_form() -> None:
-    """The judge is given what it was trained on, and the policy starts from what the stages before export."""
-    rlhf, fine_tuned, judge = map(load_config, (RLHF, FINE_TUNING, JUDGE))
-    assert rlhf.model.path == judge.model.path == f"runs/models/{fine_tuned.name}"
+    """Chat template and system prompt agree between the stages, and each starts from the export of the one before."""
+    rlhf, fine_tuned, reward_model = map(load_config, (RLHF, FINE_TUNING, REWARD_MODEL))
+    assert rlhf.model.path == reward_model.model.path == f"runs/models/{fine_tuned.name}"
     [preferred] = rlhf.reward_models
-    assert preferred.path == f"runs/models/{judge.name}"
-    assert {c.data.chat_template for c in (rlhf, fine_tuned, judge)} == {preferred.chat_template} == {"none"}
-    assert {c.data.system_prompt for c in (rlhf, fine_tuned, judge)} == {preferred.system_prompt} == {None}
+    assert preferred.path == f"runs/models/{reward_model.name}"
+    assert {c.data.chat_template for c in (rlhf, fine_tuned, reward_model)} == {preferred.chat_template} == {"none"}
+    assert {c.data.system_prompt for c in (rlhf, fine_tuned, reward_model)} == {preferred.system_prompt} == {None}
     longest = rlhf.data.max_prompt_tokens + rlhf.rollout.sampling.max_tokens
-    assert longest <= judge.batch.tokens_per_sequence == fine_tuned.batch.tokens_per_sequence
+    assert longest <= reward_model.batch.tokens_per_sequence == fine_tuned.batch.tokens_per_sequence
 
 
 def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:
-    """Dahoas/full-hh-rlhf has dialogues as texts; policy and judge are trained on the tokens that rollouts have."""
+    """Dahoas/full-hh-rlhf has dialogues as texts; training sees the same tokens as rollouts."""
     before = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Say"
     rows = [{"prompt": f"{before} {n}.\n\nAssistant:", "chosen": f" {n}.", "rejected": " No."} for n in range(8)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({**row, "response": row["chosen"]}) + "\n" for row in rows))
 
-    def parts(path: Path, option: str) -> RunComponents:
+    def components(path: Path, option: str) -> RunComponents:
         return RunComponents(load_config(path, ["model.path=smollm2-135m-instruct", f"data.{option}.path={file}"]))
 
-    rlhf = parts(RLHF, "task")
-    prompts = {tuple(sample.prompt_ids): sample.prompt for sample in rlhf.prompts.take(7)}
+    rlhf = components(RLHF, "task")
+    prompts = {tuple(problem.prompt_ids): problem.prompt for problem in rlhf.prompts.take(7)}
     assert set(prompts.values()) < {row["prompt"] for row in rows}
-    assert {rlhf.renderer.decode(ids) for ids in prompts} == set(prompts.values()), "texts as they are"
+    assert {rlhf.renderer.decode(ids) for ids in prompts} == set(prompts.values()), "plain text"
     eos = rlhf.renderer.tokenizer.eos_token
     replies = {row["prompt"]: (f"{row['chosen']}{eos}", f"{row['rejected']}{eos}") for row in rows}
-    for group in parts(FINE_TUNING, "dataset").sequences.take(7):
+    for group in components(FINE_TUNING, "dataset").sequences.take(7):
         prompt = rlhf.renderer.decode(group.prompt)
         assert [rlhf.renderer.decode(ids) for ids in group.completions] == [replies[prompt][0]]
         assert prompts.get(tuple(group.prompt), prompt) == prompt
-    for pair in parts(JUDGE, "dataset").sequences.take(7):
+    for pair in components(REWARD_MODEL, "dataset").sequences.take(7):
         chosen, rejected = (rlhf.renderer.decode([*pair.prompt, *ids[:-1]]) for ids in pair.completions)
         prompt = next(prompt for prompt in replies if chosen.startswith(prompt))
         assert (chosen, rejected) == tuple(prompt + reply for reply in replies[prompt])

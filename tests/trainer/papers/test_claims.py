@@ -1,4 +1,4 @@
-"""What a claim decides, on numbers made by hand."""
+"""Claims checked on numbers made by hand."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.papers.claims import Claim, check
-from trainer.papers.series import Results, points, smooth, statistic, with_sums
+from trainer.papers.series import Results, points, smooth, window_mean, with_cumulative_sums
 
 CLAIM: TypeAdapter[Any] = TypeAdapter(Claim)
 
@@ -106,12 +106,14 @@ def test_what_is_not_there_is_an_error() -> None:
         holds(results(one=[HIGH]), kind="inside", arm="one", metric="missing", low=0.0)
 
 
-def test_statistics_take_their_share_of_the_run() -> None:
+def test_a_window_mean_takes_its_part_of_the_run() -> None:
     rows = [{"step": i, "a": float(i), "sparse": float(i) if i % 5 == 0 else None} for i in range(11)]
-    assert statistic(rows, "a", (0.8, 1.0)) == 9.0
-    assert statistic(rows, "sparse", (0.0, 0.5)) == 2.5
+    assert window_mean(rows, "a", (0.8, 1.0)) == 9.0
+    assert window_mean(rows, "sparse", (0.0, 0.5)) == 2.5
     assert points(rows, "sparse") == [(0.0, 0.0), (5.0, 5.0), (10.0, 10.0)]
-    assert statistic([{"step": 0, "a": 1.0}, {"step": 1, "a": float("inf")}], "a", (0.0, 1.0)) == float("inf")
+    assert window_mean([{"step": 0, "a": 1.0}, {"step": 1, "a": float("inf")}], "a", (0.0, 1.0)) == float("inf")
     assert smooth([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
-    summed = with_sums([{"step": 0}, {"step": 1, "rollout/tokens": 10.0}, {"step": 2, "rollout/tokens": 5.0}])
+    summed = with_cumulative_sums(
+        [{"step": 0}, {"step": 1, "rollout/tokens": 10.0}, {"step": 2, "rollout/tokens": 5.0}]
+    )
     assert [row["generated tokens"] for row in summed] == [0.0, 10.0, 15.0]

@@ -1,4 +1,4 @@
-"""The measures against what is known in closed form."""
+"""The measures compared with closed forms."""
 
 from pathlib import Path
 

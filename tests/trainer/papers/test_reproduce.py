@@ -58,7 +58,7 @@ def write(folder: Path, **changes: object) -> Path:
 
 @dataclass(frozen=True)
 class Done:
-    """A recipe that was run once, for all tests of this file: what they change in it needs no new run."""
+    """A recipe that is run once for all tests of this file; their changes need no new run."""
 
     folder: Path
     report: Report
@@ -69,7 +69,7 @@ class Done:
         return self.folder / WORK
 
     def times(self) -> dict[Path, int]:
-        """When each run was last written to."""
+        """Time of the last change of each run."""
         return {path: path.stat().st_mtime_ns for path in self.work.glob("small/*/runs/*/*/metrics.jsonl")}
 
 
@@ -195,9 +195,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
         ({"claims": [{"says": "", "kind": "larger", "arm": "one", "metric": "m"}]}, "claims.0"),
         ({"claims": [{**BOUND, "arm": "three"}]}, "three"),
         ({"measure": "nothing"}, "nothing"),
-        ({"measure": "own_weights", "claims": [{**BOUND, "arm": "three, own weights"}]}, "no arm; .* one, own weights"),
-        ({"arms": {"one": {"seed": 3}}}, "arms.one: seed follows"),
-        ({"run": {"name": "mine", "model": {"path": "m"}}}, "run: model.path, name follows"),
+        (
+            {"measure": "own_weights", "claims": [{**BOUND, "arm": "three, own weights"}]},
+            "not an arm; .* one, own weights",
+        ),
+        ({"arms": {"one": {"seed": 3}}}, "arms.one: remove seed;"),
+        ({"run": {"name": "mine", "model": {"path": "m"}}}, "run: remove model.path, name;"),
     ],
 )
 def test_an_unsound_recipe_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

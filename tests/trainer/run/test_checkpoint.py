@@ -47,7 +47,7 @@ def safetensors(path):
 FILL_THE_DISK = f"""
 import resource, signal, sys
 from pathlib import Path
-from trainer.run.checkpoint import DiskFullError, check_room, latest, save
+from trainer.run.checkpoint import DiskFullError, check_disk_space, latest, save
 {WRITERS}
 folder, write, limit = Path(sys.argv[1]), globals()[sys.argv[2]], int(sys.argv[3])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -58,7 +58,7 @@ steps = [1]
 try:
     for step in range(2, 20):
         if sys.argv[4] == "checked":
-            check_room(folder, step)
+            check_disk_space(folder, step)
         save(folder, step, write, {{}}, keep_last=50)
         steps.append(step)
 except DiskFullError as error:
@@ -100,7 +100,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", [{"a": (1, 2)}, {"a": {1: "x"}}, {"a": [torch.zeros(1)]}, {"a": {"b": {3}}}])
 def test_a_state_that_json_would_change_is_an_error(tmp_path: Path, state: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"state\.a.* come back from JSON"):
+    with pytest.raises(TypeError, match=r"state\.a.*: JSON "):
         save(tmp_path, 1, write_weights, state, keep_last=1)
     assert not list(tmp_path.iterdir())
 
@@ -223,7 +223,7 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     [("plain", "unchecked"), ("torch_save", "unchecked"), ("safetensors", "unchecked"), ("plain", "checked")],
 )
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, writer: str, room: str) -> None:
-    """A real 2 MB file system in a mount namespace of its own, gone with the process."""
+    """A real 2 MB file system in its own mount namespace, which ends with the process."""
     mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     unshare = ["unshare", *as_root, "--mount", "sh", "-c"]

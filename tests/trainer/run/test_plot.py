@@ -1,4 +1,4 @@
-"""Curves: what is drawn, for whom, and what is refused. Lines are read back from the SVG and from the figure's data."""
+"""Plots: drawn lines, labels and errors. The lines are read back from the SVG and from the figure's data."""
 
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,13 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
     run = new_run(tmp_path, REWARDS)
     with pytest.raises(ValueError, match="no run has the metric 'reward/means'; did you mean reward/mean"):
         plot_runs([run], ["reward/means"])
-    with pytest.raises(ValueError, match=r"written as \.png or \.svg"):
+    with pytest.raises(ValueError, match=r"must end with \.png or \.svg"):
         plot_runs([run], out=tmp_path / "a.pdf")
     with pytest.raises(ValueError, match="no runs to plot"):
         plot_runs([])
     with pytest.raises(ValueError, match="no run here"):
         plot_runs([tmp_path / "nothing"])
-    with pytest.raises(ValueError, match="not one step was finished"):
+    with pytest.raises(ValueError, match="has not finished a step yet"):
         plot_runs([new_run(tmp_path, [])])
     with pytest.raises(ValueError, match="none of reward/mean.*choose from x/y"):
         plot_runs([new_run(tmp_path, [{"x/y": 1.0}])])

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from trainer.run.folder import RunFolder, RunFolderError
-from trainer.run.progress import Progress, clock
+from trainer.run.progress import Progress, format_duration
 from trainer.run.stop import StopSignal
 
 HOLD = """
@@ -79,7 +79,7 @@ def test_the_folder_of_runs_can_be_moved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "two words", "latest"])
 def test_a_name_that_cannot_be_a_folder_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RunFolderError, match="cannot name a run folder"):
+    with pytest.raises(RunFolderError, match="not a valid name for a run folder"):
         RunFolder.create(tmp_path, name)
 
 
@@ -87,7 +87,7 @@ def test_no_run_and_a_folder_in_the_way_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no run here"):
         RunFolder.open(tmp_path / "nothing")
     (tmp_path / "latest").mkdir()
-    with pytest.raises(RunFolderError, match="in the way"):
+    with pytest.raises(RunFolderError, match="is not a symbolic link"):
         RunFolder.create(tmp_path, "a")
 
 
@@ -96,7 +96,7 @@ def test_a_second_run_in_a_folder_is_an_error_and_a_dead_one_is_taken_over(tmp_p
     holder = python(HOLD, folder.path)
     assert line(holder) == "held"
     with (
-        pytest.raises(RunFolderError, match=f"another run works in this folder .process {holder.pid} "),
+        pytest.raises(RunFolderError, match=f"another run uses this folder .process {holder.pid} "),
         folder.locked(),
     ):
         pass
@@ -214,4 +214,4 @@ def test_a_terminal_gets_a_bar() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text

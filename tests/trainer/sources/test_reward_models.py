@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_judge_is_refused_before_the_start(
 def test_a_dry_run_says_who_judges(runs: Runs, model: Path) -> None:
     judged_by(runs, model)
     findings = {finding.name: finding for finding in dry_run(runs.config())}
-    assert findings["rewards"].text == "none: reward models alone judge"
+    assert findings["rewards"].text == "none: only reward models score completions"
     assert findings["reward models"].text == f"judge: {model}, float32"
 
 

@@ -1,4 +1,4 @@
-"""What recipes compute on trained models, one file each with the functions `measure` and `labels`."""
+"""Measures: numbers that recipes compute from trained models. Each file has the functions `measure` and `labels`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from trainer.papers.series import Rows
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a measure is given."""
+    """Inputs of a measure: the start model and the trained runs of one seed."""
 
     seed: int
     start: Path
-    """The start model."""
+    """Folder of the start model."""
     configs: dict[str, Config]
-    """By arm, of this seed."""
+    """Run configurations by arm."""
     runs: dict[str, Path]
-    """Run folders by arm, of this seed."""
+    """Run folders by arm."""
 
 
 Measure = Callable[[Trained], dict[str, Rows]]
-"""`measure` of a file in `trainer/papers/measures/`: rows by label."""
+"""Type of the function `measure`, which returns rows by label."""
 Labels = Callable[[Iterable[str]], set[str]]
-"""`labels` of the same file: those labels, of a recipe with these arms."""
+"""Type of the function `labels`, which returns those labels for a recipe with the given arms."""

@@ -1,8 +1,9 @@
-"""Noise of the policy gradient by algorithm and size of groups, at one policy and a fixed number of completions.
+"""Noise of the policy gradient by algorithm and group size, at one policy and a fixed number of completions.
 
-For a batch's gradient g the noise is tr Cov(g) / |E g|^2, the reciprocal of a signal-to-noise ratio: how many batches
-must be averaged until signal and noise are equal. It does not depend on the scale of the advantages. Both parts are
-estimated from the same batches, the bias of the squared mean taken off (McCandlish et al. 2018, arXiv:1812.06162, A.1).
+The noise of a batch's gradient g is tr Cov(g) / |E g|^2, the reciprocal of a signal-to-noise ratio: the number of
+batches that must be averaged until signal and noise are equal. It does not depend on the scale of the advantages.
+Numerator and denominator are estimated from the same batches, and the bias of the squared mean is subtracted
+(McCandlish et al. 2018, arXiv:1812.06162, A.1).
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,28 +24,28 @@ from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
 SIZES = (2, 4, 8, 16)
-"""Completions of each prompt."""
+"""Group sizes: completions of each prompt."""
 COMPLETIONS = 64
-"""Of a batch, whatever the size of its groups."""
+"""Completions in a batch, for every group size."""
 BATCHES = 32
 AGGREGATION = {"aggregation": "sequence_sum", "beta": 0.0}
-"""The same for all: what is compared is the baseline."""
+"""Settings shared by all algorithms, so that only their baselines differ."""
 ALGORITHMS: dict[str, tuple[Algorithm, float]] = {
     "no baseline, rewards 0 and 1": (resolve("reinforce", AGGREGATION), 0.0),
     "no baseline, rewards -1/2 and 1/2": (resolve("reinforce", AGGREGATION), -0.5),
     "rloo baseline": (resolve("rloo", AGGREGATION), 0.0),
     "grpo baseline": (resolve("grpo", AGGREGATION), 0.0),
 }
-"""By label, with what is added to every reward: a baseline from the group takes it out again."""
+"""Algorithm by label, with a constant that is added to every reward. A baseline from the group removes it."""
 
 
 def labels(arms: Iterable[str]) -> set[str]:
-    """What `measure` gives rows of."""
+    """Labels of the rows that `measure` returns."""
     return set(ALGORITHMS)
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
-    """Rows by algorithm: `group size` and `gradient noise`."""
+    """Rows with `group size` and `gradient noise`, by algorithm."""
     config = next(iter(trained.configs.values()))
     model = load_model(trained.start, torch.float32)
     rows: dict[str, Rows] = {name: [] for name in ALGORITHMS}
@@ -62,13 +63,13 @@ def measure(trained: Trained) -> dict[str, Rows]:
 
 
 def _shifted(group: Group, added: float) -> Group:
-    """The group with something added to every reward."""
+    """The group with `added` added to every reward."""
     scores = [score if score.value is None else replace(score, value=score.value + added) for score in group.scores]
     return replace(group, scores=scores)
 
 
 def gradient_noise(model: CausalLM, batches: Sequence[Sequence[Group]], algorithm: Algorithm, max_tokens: int) -> float:
-    """tr Cov(g) / |E g|^2 over the gradients of these batches; infinite where no signal is left."""
+    """tr Cov(g) / |E g|^2 over the gradients of the batches; infinite if the estimated signal is not positive."""
     total = square = torch.zeros(())
     for groups in batches:
         gradient = _gradient(model, groups, algorithm, max_tokens)
@@ -81,7 +82,7 @@ def gradient_noise(model: CausalLM, batches: Sequence[Sequence[Group]], algorith
 
 
 def _gradient(model: CausalLM, groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Tensor:
-    """Of one batch, flat float64."""
+    """Gradient of one batch as a flat float64 vector `[parameters]`."""
     objective = Policy(algorithm, 1.0, max_tokens, entropy=False)
     sequence_groups = objective.assign_token_weights(make_sequence_groups(groups, algorithm, max_tokens)[0])
     model.zero_grad()

@@ -1,11 +1,10 @@
-"""Bias and variance of the KL estimators, in value and in gradient, against the exact KL.
+"""Bias and variance of the KL estimators, in value and in gradient, relative to the exact KL.
 
-A vocabulary of a few characters makes expectations over the next token exact sums: no sample is drawn but the texts in
-which the policies are compared. Policies further and further from the start model lie on the line, in weights, from the
-start model to a trained one.
+The vocabulary has a few characters, so expectations over the next token are exact sums; only the texts on which the
+policies are compared are sampled. The policies lie on a line in weight space from the start model to a trained model.
 
-With p the policy, q the reference and k(a) an estimator's value for token a, gradients are those with respect to the
-logits, where grad log p(a) = e_a - p:
+Let p be the policy, q the reference and k(a) an estimator's value for token a. Gradients are taken with respect to the
+logits, for which grad log p(a) = e_a - p:
 
 * exact: sum_a p(a) log(p(a) / q(a)) grad log p(a)
 * an estimator in the loss: k'(a) grad log p(a), expected over a ~ p, with k' its derivative by log p(a)
@@ -28,7 +27,7 @@ from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
 STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Places on the line: 0 is the start model, 1 the trained one."""
+"""Positions on the line: 0 is the start model, 1 the trained model."""
 ABSCISSA = "exact KL (nats per token)"
 
 
@@ -45,12 +44,12 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def labels(arms: Iterable[str]) -> set[str]:
-    """What `measure` gives rows of."""
+    """Labels of the rows that `measure` returns."""
     return set(ESTIMATORS)
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
-    """Rows by estimator: the exact KL, and biases and deviations as shares of the exact value or gradient."""
+    """Rows by estimator: the exact KL, and biases and deviations relative to the exact value or gradient."""
     arm, run = next(iter(trained.runs.items()))
     config = trained.configs[arm]
     with live_rollouts(config) as live:
@@ -72,7 +71,7 @@ def measure(trained: Trained) -> dict[str, Rows]:
 
 @torch.no_grad()
 def next_token_logprobs(model: CausalLM, batch: TokenBatch) -> Tensor:
-    """Float64 [targets, vocab]: the whole distribution at each target's place, by asking for every token in turn."""
+    """Log-probs of every token at each target's position: float64 `[targets, vocab]`."""
     size = model.config.vocab_size
     asked = replace(
         batch,
@@ -85,18 +84,18 @@ def next_token_logprobs(model: CausalLM, batch: TokenBatch) -> Tensor:
 
 
 def compare(estimator: Callable[[Tensor, Tensor], Tensor], policy: Tensor, reference: Tensor) -> dict[str, float]:
-    """Bias and deviation of one estimator, over places weighed alike.
+    """Bias and standard deviation of one estimator, averaged over positions with equal weight.
 
     Args:
-        estimator: (log-probs of the policy, of the reference) to values, differentiable by the first.
-        policy: Log-probs [places, vocab].
-        reference: The same of the reference.
+        estimator: maps log-probs of policy and reference to values; differentiable in the policy's.
+        policy: log-probs of the policy `[positions, vocab]`.
+        reference: log-probs of the reference `[positions, vocab]`.
     """
     probs, logs = policy.exp(), policy.clone().requires_grad_()
     values = estimator(logs, reference)
     [slopes] = torch.autograd.grad(values.sum(), logs)
     values = values.detach()
-    exact = (probs * (policy - reference)).sum(-1)  # [places]
+    exact = (probs * (policy - reference)).sum(-1)  # [positions]
     expected = (probs * values).sum(-1)
     variance = (probs * (values - expected[:, None]).square()).sum(-1)
     exact_gradient = _expected_gradient(policy - reference, probs)
@@ -117,9 +116,9 @@ def compare(estimator: Callable[[Tensor, Tensor], Tensor], policy: Tensor, refer
 
 
 def _expected_gradient(slopes: Tensor, probs: Tensor) -> Tensor:
-    """sum_a p(a) slope(a) (e_a - p): [places, vocab]."""
-    weighed = probs * slopes
-    return weighed - probs * weighed.sum(-1, keepdim=True)
+    """sum_a p(a) slope(a) (e_a - p): `[positions, vocab]`."""
+    weighted = probs * slopes
+    return weighted - probs * weighted.sum(-1, keepdim=True)
 
 
 def _between(start: CausalLM, end: CausalLM, share: float) -> CausalLM:

@@ -1,6 +1,6 @@
-"""How well the trained models themselves answer, with the learner's weights as they are.
+"""Accuracy of the trained models with the learner's exact weights.
 
-Training curves are those of the engine, which may round them.
+Training curves come from the engine, which may round the weights.
 """
 
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
 
 SAMPLES = 4
-"""Of each problem."""
+"""Completions of each problem."""
 
 
 def labels(arms: Iterable[str]) -> set[str]:
-    """What `measure` gives rows of."""
+    """Labels of the rows that `measure` returns."""
     return {f"{arm}, own weights" for arm in arms}
 
 
 def measure(trained: Trained) -> dict[str, Rows]:
-    """One row by arm: `own accuracy`, on the held-out problems, sampled as the recipe's evaluations are."""
+    """One row with `own accuracy` per arm: on held-out problems, sampled as in the recipe's evaluations."""
     rows: dict[str, Rows] = {}
     for arm, run in trained.runs.items():
         values = trained.configs[arm].model_dump(mode="json")
