@@ -27,7 +27,7 @@ from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.deepseek_v3_config import DeepseekV3Config
+from llmquest_rl.models.config.deepseek_v3 import DeepseekV3Config
 from llmquest_rl.models.weight_map import HFMap
 
 

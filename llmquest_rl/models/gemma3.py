@@ -20,7 +20,7 @@ from llmquest_rl.layers.mlp import GatedMLP, check_activation
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation
 from llmquest_rl.models.weight_map import HFMap
 
 SLIDING, FULL = "sliding_attention", "full_attention"

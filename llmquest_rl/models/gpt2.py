@@ -19,7 +19,7 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_sizes
+from llmquest_rl.models.config.checks import check_sizes
 from llmquest_rl.models.weight_map import HFMap, Transposed
 
 

@@ -18,7 +18,7 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
 from llmquest_rl.models.weight_map import HFMap
 
 

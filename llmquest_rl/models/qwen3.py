@@ -19,7 +19,7 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import (
+from llmquest_rl.models.config.checks import (
     FULL,
     SLIDING,
     check_heads,

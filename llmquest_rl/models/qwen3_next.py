@@ -28,7 +28,7 @@ from llmquest_rl.layers.recurrent.short_conv import ShortConv
 from llmquest_rl.layers.rope import RoPE, Rotary, rotate
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.config.qwen3_next import FULL, LINEAR, Qwen3NextConfig
 from llmquest_rl.models.weight_map import HFMap
 
 

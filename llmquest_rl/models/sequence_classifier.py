@@ -18,7 +18,7 @@ from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next
 from llmquest_rl.models.base import AroundDecoder, CausalLM, ClassifierModel, Scores
-from llmquest_rl.models.labels import label_fields, read_labels
+from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import Form, HFMap
 
 DECODERS: dict[str, HFMap] = {

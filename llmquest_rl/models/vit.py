@@ -17,8 +17,8 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import ClassifierModel, Scores
-from llmquest_rl.models.config_checks import check_sizes
-from llmquest_rl.models.labels import label_fields, read_labels
+from llmquest_rl.models.config.checks import check_sizes
+from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import HFMap
 from llmquest_rl.types import ImageFormat
 

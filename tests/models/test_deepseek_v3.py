@@ -13,8 +13,8 @@ from torch import Tensor
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.layers.moe.moe import SigmoidRouter
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.config.deepseek_v3 import DeepseekV3Config
 from llmquest_rl.models.deepseek_v3 import DeepseekV3
-from llmquest_rl.models.deepseek_v3_config import DeepseekV3Config
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 
 torch.set_num_threads(1)

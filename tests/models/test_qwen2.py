@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmquest_rl.models.config_checks import FULL, SLIDING
+from llmquest_rl.models.config.checks import FULL, SLIDING
 from llmquest_rl.models.qwen2 import Qwen2, Qwen2Config
 
 SHAPE = {

@@ -16,8 +16,8 @@ from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import check_weights, load_model, new_model, save_model
+from llmquest_rl.models.config.qwen3_next import FULL, LINEAR, Qwen3NextConfig
 from llmquest_rl.models.qwen3_next import GatedDeltaNet, Qwen3Next
-from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import tiny_folder, write_reference
 

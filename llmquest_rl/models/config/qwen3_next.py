@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from llmquest_rl.layers.rope import RoPE, rope_parameters
-from llmquest_rl.models.config_checks import check_heads, check_sizes
+from llmquest_rl.models.config.checks import check_heads, check_sizes
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """The kinds of layers, as config.json calls them."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from llmquest_rl.layers.attention.mla import LatentShape
 from llmquest_rl.layers.rope import rope_parameters, yarn_mscale
-from llmquest_rl.models.config_checks import check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import check_sizes, check_whole_rotation
 
 OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
