@@ -7,7 +7,7 @@ update, keeps the experts evenly loaded. And in training, modules at the end pre
 Shapes: T tokens of a pack, D hidden size.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from llmquest_rl.layers.rope import RoPE, Rotary
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.deepseek_v3 import DeepseekV3Config
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -210,10 +211,21 @@ def _fit(config: DeepseekV3Config, keys: Collection[str]) -> DeepseekV3Config:
     return config if has_mtp else replace(config, num_mtp_layers=0)
 
 
+def _vllm_problems(config: DeepseekV3Config) -> Iterator[str]:
+    if config.rms_norm_eps > 1e-5:
+        yield f"rms_norm_eps is {config.rms_norm_eps}, which it takes for the latents' norms, too (theirs is 1e-6)"
+
+
 HF = HFMap(
     architecture="DeepseekV3ForCausalLM",
     config=DeepseekV3Config,
     model=DeepseekV3,
+    classifier="DeepseekV3ForSequenceClassification",
+    vllm=VllmLimits(
+        required={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        only={"rope_interleave": True, "attention_bias": False, "tie_word_embeddings": False},
+        problems=_vllm_problems,
+    ),
     names={
         "embedding": "model.embed_tokens",
         **_block_names("blocks.{i}", "model.layers.{i}"),

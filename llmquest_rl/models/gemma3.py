@@ -21,6 +21,7 @@ from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -275,6 +276,8 @@ HF = HFMap(
     architecture="Gemma3ForCausalLM",
     config=Gemma3Config,
     model=Gemma3,
+    classifier="Gemma3TextForSequenceClassification",
+    vllm=VllmLimits(only={"attn_logit_softcapping": None}),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

@@ -20,6 +20,7 @@ from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.checks import check_sizes
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap, Transposed
 
 
@@ -203,6 +204,14 @@ HF = HFMap(
     architecture="GPT2LMHeadModel",
     config=GPT2Config,
     model=GPT2,
+    classifier="GPT2ForSequenceClassification",
+    vllm=VllmLimits(
+        only={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+        }
+    ),
     names={
         "embedding": "transformer.wte",
         "positions": "transformer.wpe",

@@ -19,6 +19,7 @@ from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -190,6 +191,8 @@ HF = HFMap(
     architecture="LlamaForCausalLM",
     config=LlamaConfig,
     model=Llama,
+    classifier="LlamaForSequenceClassification",
+    vllm=VllmLimits(),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

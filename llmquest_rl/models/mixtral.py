@@ -21,6 +21,7 @@ from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import Experts, HFMap
 
 ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "router_jitter_noise": 0.0}
@@ -247,6 +248,8 @@ HF = HFMap(
     architecture="MixtralForCausalLM",
     config=MixtralConfig,
     model=Mixtral,
+    classifier="MixtralForSequenceClassification",
+    vllm=VllmLimits(),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

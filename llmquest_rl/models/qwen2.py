@@ -5,7 +5,7 @@ only. Text only, one device: parallelism, caches and losses live elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from llmquest_rl.models.config.checks import (
     head_dim_of,
     windowed_layers,
 )
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -219,10 +220,19 @@ class Qwen2(CausalLM):
         return Hidden(self.norm(x), {})
 
 
+def _vllm_problems(config: Qwen2Config) -> Iterator[str]:
+    if {SLIDING, FULL} <= set(config.layer_types):
+        yield "layer_types mixes full and sliding attention"
+    if config.head_dim * config.num_heads != config.hidden_size:
+        yield f"head_dim is {config.head_dim}, and it computes hidden_size / num_attention_heads only"
+
+
 HF = HFMap(
     architecture="Qwen2ForCausalLM",
     config=Qwen2Config,
     model=Qwen2,
+    classifier="Qwen2ForSequenceClassification",
+    vllm=VllmLimits(problems=_vllm_problems),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

@@ -6,7 +6,7 @@ caches and losses live elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from llmquest_rl.models.config.checks import (
     check_windows,
     windowed_layers,
 )
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -210,10 +211,17 @@ class Qwen3(CausalLM):
         return Hidden(self.norm(x), {})
 
 
+def _vllm_problems(config: Qwen3Config) -> Iterator[str]:
+    if {SLIDING, FULL} <= set(config.layer_types):
+        yield "layer_types mixes full and sliding attention"
+
+
 HF = HFMap(
     architecture="Qwen3ForCausalLM",
     config=Qwen3Config,
     model=Qwen3,
+    classifier="Qwen3ForSequenceClassification",
+    vllm=VllmLimits(only={"attention_bias": False}, problems=_vllm_problems),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

@@ -29,6 +29,7 @@ from llmquest_rl.layers.rope import RoPE, Rotary, rotate
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
 from llmquest_rl.models.config.qwen3_next import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -251,6 +252,8 @@ HF = HFMap(
     architecture="Qwen3NextForCausalLM",
     config=Qwen3NextConfig,
     model=Qwen3Next,
+    classifier="Qwen3NextForSequenceClassification",
+    vllm=VllmLimits(only={"attention_bias": False, "tie_word_embeddings": False}),
     names={
         "embedding": "model.embed_tokens",
         **_block_names("blocks.{i}", "model.layers.{i}"),

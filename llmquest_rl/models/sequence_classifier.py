@@ -8,6 +8,7 @@ Modules for multi-token prediction are left out: they serve the output layer. Sh
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -16,47 +17,40 @@ from torch import Tensor, nn
 from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
-from llmquest_rl.models import deepseek_v3, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next
+from llmquest_rl.models import llama
+from llmquest_rl.models.architectures import model_files
 from llmquest_rl.models.base import AroundDecoder, CausalLM, ClassifierModel, Scores
 from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import Form, HFMap
 
-DECODERS: dict[str, HFMap] = {
-    "DeepseekV3ForSequenceClassification": deepseek_v3.HF,
-    "GPT2ForSequenceClassification": gpt2.HF,
-    "Gemma3TextForSequenceClassification": gemma3.HF,
-    "LlamaForSequenceClassification": llama.HF,
-    "MixtralForSequenceClassification": mixtral.HF,
-    "Qwen2ForSequenceClassification": qwen2.HF,
-    "Qwen3ForSequenceClassification": qwen3.HF,
-    "Qwen3MoeForSequenceClassification": qwen3_moe.HF,
-    "Qwen3NextForSequenceClassification": qwen3_next.HF,
-}
-"""A classifier's name on the Hub to the decoder that it is made of."""
+
+@cache
+def decoders() -> dict[str, HFMap]:
+    """The decoder that each classifier is made of, by the classifier's name on the Hub."""
+    maps: list[HFMap] = [module.HF for module in model_files() if hasattr(module, "HF")]
+    return {hf.classifier: hf for hf in maps if hf.classifier is not None}
 
 
 @dataclass(frozen=True)
 class SequenceClassifierConfig(AroundDecoder):
     """The shape of the decoder, and what is told apart."""
 
+    architecture: str
+    """The classifier's name on the Hub, a key of `decoders()`."""
     text: Any
-    """The config of a decoder in `DECODERS`, without modules for multi-token prediction."""
+    """The decoder's configuration, without modules for multi-token prediction."""
     labels: tuple[str, ...]
-
-    @property
-    def architecture(self) -> str:
-        """As in config.json."""
-        return next(name for name, hf in DECODERS.items() if hf.config is type(self.text))
 
     @property
     def decoder(self) -> HFMap:
         """The decoder's own map."""
-        return DECODERS[self.architecture]
+        return decoders()[self.architecture]
 
     @classmethod
     def of_decoder(cls, hf: HFMap, text: Any, labels: tuple[str, ...]) -> Self:
-        """For the decoder of map `hf` and shape `text`."""
-        return cls(hf.fit(text, ()), labels)  # as for a file without keys of multi-token prediction
+        """The configuration of a classifier of `labels` that is made of the decoder with map `hf` and shape `text`."""
+        assert hf.classifier is not None, f"no classifier is made of {hf.architecture}"
+        return cls(hf.classifier, hf.fit(text, ()), labels)  # as for a file without keys of multi-token prediction
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
@@ -65,7 +59,7 @@ class SequenceClassifierConfig(AroundDecoder):
         Raises:
             ValueError: as the decoder's own, or the labels contradict each other.
         """
-        hf = DECODERS[values["architectures"][0]]
+        hf = decoders()[values["architectures"][0]]
         return cls.of_decoder(hf, hf.config.from_hf(values), read_labels(values))
 
     def to_hf(self) -> dict[str, Any]:
@@ -75,7 +69,7 @@ class SequenceClassifierConfig(AroundDecoder):
     @classmethod
     def tiny(cls) -> Self:
         """For tests: three labels on a Llama."""
-        return cls(llama.LlamaConfig.tiny(), ("LABEL_0", "LABEL_1", "LABEL_2"))
+        return cls.of_decoder(llama.HF, llama.LlamaConfig.tiny(), ("LABEL_0", "LABEL_1", "LABEL_2"))
 
 
 class SequenceClassifier(ClassifierModel):
@@ -86,7 +80,7 @@ class SequenceClassifier(ClassifierModel):
     def __init__(self, config: SequenceClassifierConfig) -> None:
         super().__init__(config)
         decoder = config.decoder.model(config.text)
-        assert isinstance(decoder, CausalLM), "DECODERS holds no other"
+        assert isinstance(decoder, CausalLM), "decoders() holds no other"
         decoder.head = nn.Identity()  # type: ignore[assignment]
         self.decoder = decoder
         self.score = Linear(config.text.hidden_size, len(config.labels), bias=False)
@@ -150,4 +144,7 @@ def _map(architecture: str, decoder: HFMap) -> HFMap:
     )
 
 
-HF_MAPS = {architecture: _map(architecture, decoder) for architecture, decoder in DECODERS.items()}
+@cache
+def hf_maps() -> dict[str, HFMap]:
+    """The map of each decoder's classifier, by its name on the Hub."""
+    return {architecture: _map(architecture, decoder) for architecture, decoder in decoders().items()}

@@ -22,8 +22,8 @@ from llmquest_rl.layers.fused_embedding import FusedEmbedding
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import AroundDecoder, CausalLM, Hidden, Model, Output
-from llmquest_rl.models.checkpoint.load_save import find_architecture
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import Experts, Form, HFMap

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llmquest_rl.models.base import Model, ModelConfig
+from llmquest_rl.models.serving import VllmLimits
 
 View = Callable[[Tensor], Tensor]
 
@@ -93,7 +94,11 @@ class HFMap:
     fit: Callable[[Any, Collection[str]], Any] = lambda config, keys: config
     """The config for the keys that a file really holds: some tools leave out weights that config.json announces."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Architectures on the Hub that hold this one among other things, to what to do with their files."""
+    """Architectures on the Hub that contain this one as a part, to the advice for their files."""
+    classifier: str | None = None
+    """The name on the Hub of the text classifier that is made of this decoder; None = none is made of it."""
+    vllm: VllmLimits | None = None
+    """The configurations that vLLM serves; None = vLLM does not serve this architecture."""
 
     def table(self, config: Any) -> Mapping[str, str | Form]:
         """`names` for a shape."""
@@ -101,10 +106,10 @@ class HFMap:
 
 
 def module_maps(module: ModuleType) -> dict[str, HFMap]:
-    """What an architecture file ends with, by architecture: one map named `HF`, or several in `HF_MAPS`."""
+    """The maps of a file by architecture: the one named `HF`, or those that its function `hf_maps` returns."""
     if hasattr(module, "HF"):
         return {module.HF.architecture: module.HF}
-    return getattr(module, "HF_MAPS", {})
+    return module.hf_maps() if hasattr(module, "hf_maps") else {}
 
 
 def hf_map(model: Model) -> HFMap:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from tests.models import variants
 
 FAMILIES: dict[str, ModuleType] = {

@@ -7,8 +7,8 @@ from torch import Tensor
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from tests.models.families import LANGUAGE_MODELS
 
 torch.set_num_threads(1)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.checkpoint.weight_files import weight_entries
 from llmquest_rl.models.weight_map import disk_tensors

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM, ClassifierModel
 from llmquest_rl.models.checkpoint.hub import check_model_files
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier, load_classifier, new_classifier
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, save_model
 from llmquest_rl.models.checkpoint.parity import parity
-from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig, decoders
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from tests.models.families import CASES, FAMILIES, LANGUAGE_MODELS, case_name, tiny_folder, write_reference
 from tests.models.test_parity import first_case, named_gradients, reference_gradients
@@ -26,7 +27,7 @@ from tests.models.test_parity import first_case, named_gradients, reference_grad
 torch.set_num_threads(1)
 
 LABELS = ("no", "perhaps", "yes")
-KINDS = {hf.architecture: name for name, hf in DECODERS.items()}
+KINDS = {hf.architecture: name for name, hf in decoders().items()}
 """A decoder's architecture to its classifier's."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
@@ -71,7 +72,7 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 def test_every_decoder_has_a_classifier() -> None:
     decoders = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
     assert decoders - set(KINDS) == {"VisionLanguageForCausalLM"}
-    assert set(DECODERS) <= set(architectures())
+    assert set(decoders()) <= set(architectures())
 
 
 @every_case

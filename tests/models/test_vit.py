@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup, collate
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, save_model
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import FAMILIES, write_reference

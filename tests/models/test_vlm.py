@@ -16,9 +16,10 @@ from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.attention.cache import Decode, Prefill
 from llmquest_rl.layers.attention.cache_slots import SlotCache
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.assemble_vlm import assemble
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.vlm import HF, VLM, VLMConfig

@@ -63,8 +63,8 @@ def models(
     ] = None,
 ) -> None:
     """List the architectures, and the parameters that configurations mean, without allocating one."""
+    from llmquest_rl.models.architectures import architectures
     from llmquest_rl.models.checkpoint.count import config_files, count_parameters
-    from llmquest_rl.models.checkpoint.load_save import architectures
 
     files = Table("architecture", "file", box=None)
     for name, hf in architectures().items():

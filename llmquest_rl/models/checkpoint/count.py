@@ -8,7 +8,7 @@ from torch import nn
 
 from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.layers.moe.moe import SigmoidRouter, SoftmaxRouter
-from llmquest_rl.models.checkpoint.load_save import find_architecture
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.checkpoint.weight_files import read_json
 
 

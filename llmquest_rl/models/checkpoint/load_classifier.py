@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmquest_rl.models.base import ClassifierModel
 from llmquest_rl.models.checkpoint.load_save import allocate, load_any_model, read_shape
-from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.models.weight_map import HFMap, hf_map, named_weights
 
 
@@ -85,7 +85,7 @@ def _scorer_shape(
         if own != labels and sorted(own) == sorted(labels):
             raise ValueError(f"{path} has the labels {', '.join(own)} in this order: name them in the same")
         return hf.model, replace(shape, labels=labels)
-    if hf not in DECODERS.values():
+    if hf.classifier is None:
         raise ValueError(
             f"{path} holds a {hf.architecture}, of which nothing that scores is made: give a decoder of text, a text "
             "classifier or a Vision Transformer"

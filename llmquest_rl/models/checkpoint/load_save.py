@@ -5,13 +5,10 @@ how weights are called on disk. Reading is strict both ways: a key that maps now
 are errors.
 """
 
-import importlib
 import json
-import pkgutil
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl import models
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.weight_files import (
     Entry,
@@ -35,7 +32,6 @@ from llmquest_rl.models.weight_map import (
     disk_pieces,
     disk_tensors,
     fused_pieces,
-    module_maps,
     named_weights,
 )
 
@@ -173,32 +169,6 @@ def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
     folder = Path(path)
     model, _ = _skeleton(folder, weight_entries(folder) if has_weights(folder) else None)
     return {name: tuple(tensor.shape) for name, tensor in disk_tensors(model)}
-
-
-@cache
-def architectures() -> dict[str, HFMap]:
-    """Every architecture in this folder's files: name on the Hub to its map."""
-    names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
-    modules = [importlib.import_module(name) for name in names]
-    return {name: hf for module in modules for name, hf in module_maps(module).items()}
-
-
-def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
-    """The map for a config.json's content.
-
-    Raises:
-        ValueError: config.json names no architecture, or one that has no file here.
-    """
-    name = (config.get("architectures") or [None])[0]
-    supported = ", ".join(architectures())
-    if name is None:
-        raise ValueError(f'{source} names no architecture: add "architectures": one of {supported}')
-    advice = [hf.refused[name] for hf in architectures().values() if name in hf.refused]
-    if advice:
-        raise ValueError(f"{source} names architecture {name!r}: {advice[0]}")
-    if name not in architectures():
-        raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
-    return architectures()[name]
 
 
 def read_shape(folder: Path) -> tuple[HFMap, Any]:
