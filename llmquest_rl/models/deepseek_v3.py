@@ -74,7 +74,7 @@ class Block(nn.Module):
         return x + added, routing
 
 
-class FurtherBlock(nn.Module):
+class MTPModule(nn.Module):
     """A module of multi-token prediction (section 2.2). Embedding and head are the model's."""
 
     def __init__(self, config: DeepseekV3Config, layer: int) -> None:
@@ -108,7 +108,7 @@ class DeepseekV3(CausalLM):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(config.hidden_size, config.vocab_size, self.embedding.weight if config.tied else None)
-        self.mtp = nn.ModuleList(FurtherBlock(config, config.num_layers + k) for k in range(config.num_mtp_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + k) for k in range(config.num_mtp_layers))
         self.mtp.requires_grad_(config.mtp_loss_weight > 0)
         self.rope = RoPE(config.qk_rope_head_dim, config.rope)
 

@@ -20,12 +20,9 @@ from llmquest_rl.layers.mlp import GatedMLP, check_activation
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import FULL, SLIDING, check_heads, check_sizes, check_whole_rotation
 from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-"""The kinds of layers, as config.json calls them."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,13 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import (
+    check_heads,
+    check_sizes,
+    check_supported,
+    check_whole_rotation,
+    head_dim_of,
+)
 from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
@@ -64,9 +70,7 @@ class LlamaConfig:
         Raises:
             ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
         """
-        activation = values.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"config.json asks for hidden_act {activation!r}; Llama here has silu only")
+        check_supported(values, {"hidden_act": "silu"}, "Llama")
         try:
             heads = values["num_attention_heads"]
             kv_heads = values.get("num_key_value_heads")

@@ -23,6 +23,7 @@ from llmquest_rl.models.config.checks import (
     SLIDING,
     check_heads,
     check_sizes,
+    check_supported,
     check_whole_rotation,
     check_windows,
     head_dim_of,
@@ -79,7 +80,7 @@ class Qwen2Config:
         Raises:
             ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
         """
-        _check_computed(values)
+        check_supported(values, SUPPORTED_VALUES, "Qwen2")
         window = values.get("sliding_window", 4096) if values.get("use_sliding_window", False) else None
         try:
             heads = values["num_attention_heads"]
@@ -141,21 +142,9 @@ class Qwen2Config:
         )
 
 
-COMPUTED: dict[str, Any] = {"hidden_act": "silu", "is_causal": True, "dual_chunk_attention_config": None}
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "is_causal": True, "dual_chunk_attention_config": None}
 """Fields that would change the computation, and the value that is implemented: embedding models made of a Qwen2 see
 the whole text, and the 1M models cut texts longer than a chunk (arXiv:2501.15383)."""
-
-
-def _check_computed(values: Mapping[str, Any]) -> None:
-    """Whether config.json asks for nothing but what is implemented.
-
-    Raises:
-        ValueError: it does; names the field.
-    """
-    for name, computed in COMPUTED.items():
-        found = values.get(name, computed)
-        if found != computed:
-            raise ValueError(f"config.json asks for {name} {found!r}; Qwen2 here has {computed!r} only")
 
 
 class Attention(nn.Module):

@@ -24,6 +24,7 @@ from llmquest_rl.models.config.checks import (
     SLIDING,
     check_heads,
     check_sizes,
+    check_supported,
     check_whole_rotation,
     check_windows,
     windowed_layers,
@@ -80,9 +81,7 @@ class Qwen3Config:
         Raises:
             ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
         """
-        activation = values.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"config.json asks for hidden_act {activation!r}; Qwen3 here has silu only")
+        check_supported(values, {"hidden_act": "silu"}, "Qwen3")
         window = values.get("sliding_window", 4096) if values.get("use_sliding_window", False) else None
         try:
             heads = values["num_attention_heads"]

@@ -20,11 +20,17 @@ from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_loss
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config.checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import (
+    check_heads,
+    check_sizes,
+    check_supported,
+    check_whole_rotation,
+    head_dim_of,
+)
 from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import Experts, HFMap
 
-ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 """Fields of config.json for which one value is implemented; they may be left out."""
 
 
@@ -93,9 +99,7 @@ class Qwen3MoeConfig:
         Raises:
             ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
         """
-        for name, value in ONLY.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; Qwen3-MoE here has {value!r} only")
+        check_supported(values, SUPPORTED_VALUES, "Qwen3-MoE")
         kept = ["norm_topk_prob", "decoder_sparse_step", "router_aux_loss_coef", "router_z_loss_coef"]
         kept += ["rms_norm_eps", "attention_bias", "initializer_range"]
         try:
@@ -150,7 +154,7 @@ class Qwen3MoeConfig:
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_positions,
             "rope_parameters": dict(self.rope),
-            **ONLY,
+            **SUPPORTED_VALUES,
         }
 
     @classmethod

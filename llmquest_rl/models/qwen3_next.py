@@ -158,7 +158,7 @@ class Block(nn.Module):
         return x + added, routing
 
 
-class FurtherPrediction(nn.Module):
+class MTPModule(nn.Module):
     """The module that predicts one token further, for speculative decoding (`mtp.*` on disk).
 
     It is read, kept and written again, and neither computed nor trained: a model that was trained here has one that
@@ -187,7 +187,7 @@ class Qwen3Next(CausalLM):
         )
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(config.hidden_size, config.vocab_size, self.embedding.weight if config.tied else None)
-        self.mtp = FurtherPrediction(config) if config.num_mtp_layers else None
+        self.mtp = MTPModule(config) if config.num_mtp_layers else None
         self.rope = RoPE(config.head_dim, config.rope)
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:

@@ -19,7 +19,7 @@ from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.models import llama
 from llmquest_rl.models.architectures import model_files
-from llmquest_rl.models.base import AroundDecoder, CausalLM, ClassifierModel, Scores
+from llmquest_rl.models.base import CausalLM, ClassifierModel, DecoderWrapperConfig, Scores
 from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import Form, HFMap
 
@@ -32,7 +32,7 @@ def decoders() -> dict[str, HFMap]:
 
 
 @dataclass(frozen=True)
-class SequenceClassifierConfig(AroundDecoder):
+class SequenceClassifierConfig(DecoderWrapperConfig):
     """The shape of the decoder, and what is told apart."""
 
     architecture: str
@@ -118,7 +118,7 @@ class SequenceClassifier(ClassifierModel):
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         context = PackedAttention(batch.layout, batch.tokens.device)
         states, aux, loads = self.decoder.hidden(batch.tokens, batch.positions, context)  # [T, D]
-        self.decoder.count(loads, batch)
+        self.decoder.record_router_load(loads, batch)
         return Scores(self.score(states.index_select(0, batch.sources)).float(), aux)
 
     def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:

@@ -17,12 +17,12 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import ClassifierModel, Scores
-from llmquest_rl.models.config.checks import check_sizes
+from llmquest_rl.models.config.checks import check_sizes, check_supported
 from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import HFMap
 from llmquest_rl.types import ImageFormat
 
-NOT_IMPLEMENTED: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Fields of config.json to the one value that is computed here."""
 
 
@@ -82,9 +82,7 @@ class ViTConfig:
         Raises:
             ValueError: a field asks for what is not implemented, or two contradict each other; names them.
         """
-        for field, value in NOT_IMPLEMENTED.items():
-            if values.get(field, value) != value:
-                raise ValueError(f"config.json asks for {field} {values[field]!r}; ViT here has {value!r} only")
+        check_supported(values, SUPPORTED_VALUES, "ViT")
         return cls(
             image_size=_height_and_width("image_size", values.get("image_size", 224)),
             patch_size=_height_and_width("patch_size", values.get("patch_size", 16)),
@@ -117,7 +115,7 @@ class ViTConfig:
             "layer_norm_eps": self.layer_norm_eps,
             "qkv_bias": self.qkv_bias,
             "initializer_range": self.initializer_range,
-            **NOT_IMPLEMENTED,
+            **SUPPORTED_VALUES,
         }
 
     @classmethod

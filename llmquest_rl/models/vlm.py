@@ -23,7 +23,7 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
 from llmquest_rl.models.architectures import find_architecture
-from llmquest_rl.models.base import AroundDecoder, CausalLM, Hidden, Model, Output
+from llmquest_rl.models.base import CausalLM, DecoderWrapperConfig, Hidden, Model, Output
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import Experts, Form, HFMap
@@ -49,7 +49,7 @@ ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": Linear, "mlp":
 
 
 @dataclass(frozen=True)
-class VLMConfig(AroundDecoder):
+class VLMConfig(DecoderWrapperConfig):
     """The shapes of both parts, and how they meet."""
 
     vision: ViTConfig

@@ -70,8 +70,8 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 
 def test_every_decoder_has_a_classifier() -> None:
-    decoders = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
-    assert decoders - set(KINDS) == {"VisionLanguageForCausalLM"}
+    writing = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
+    assert writing - set(KINDS) == {"VisionLanguageForCausalLM"}
     assert set(decoders()) <= set(architectures())
 
 

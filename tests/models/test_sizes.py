@@ -62,7 +62,7 @@ def test_number_of_parameters(name: str) -> None:
         theirs = getattr(transformers, values["architectures"][0])(config)
     count = count_parameters(path)
     assert count.total == sum(parameter.numel() for parameter in theirs.parameters()) == PARAMETERS[name]
-    assert count.prediction == PREDICTION.get(name, 0)
+    assert count.mtp == PREDICTION.get(name, 0)
     assert count.active == ACTIVE.get(name, count.active) <= count.total
 
 

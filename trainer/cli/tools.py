@@ -72,7 +72,7 @@ def models(
     counts = Table("configuration", "architecture", "parameters", "active", "multi-token prediction", box=None)
     for path in config_files(paths or [Path("configs/models")]):
         count = count_parameters(path)
-        numbers = (f"{number:,}" for number in (count.total, count.active, count.prediction))
+        numbers = (f"{number:,}" for number in (count.total, count.active, count.mtp))
         counts.add_row(Text(path.stem if path.is_file() else path.name), count.architecture, *numbers)
     console.print(files, "", counts, width=max(console.width, 120), crop=False)
 

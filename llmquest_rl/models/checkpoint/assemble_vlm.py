@@ -16,7 +16,7 @@ from llmquest_rl.models.vit import ViT
 from llmquest_rl.models.vlm import VLM, VLMConfig
 from llmquest_rl.models.weight_map import disk_tensors
 
-OF_VISION = {"preprocessor_config.json"}
+VISION_COMPANIONS = {"preprocessor_config.json"}
 """The companions that say how images are normalised."""
 
 
@@ -58,7 +58,7 @@ def assemble(
     model.vision.load_state_dict(seen)
     model.decoder.load_state_dict(decoder.state_dict())
     target.mkdir(parents=True, exist_ok=True)
-    for folder, patterns in ((tokenizer or language, set(COMPANIONS) - OF_VISION), (vision, OF_VISION)):
+    for folder, patterns in ((tokenizer or language, set(COMPANIONS) - VISION_COMPANIONS), (vision, VISION_COMPANIONS)):
         for file in folder.iterdir():
             if any(fnmatch(file.name, pattern) for pattern in patterns):
                 shutil.copyfile(file, target / file.name)

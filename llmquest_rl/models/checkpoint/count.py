@@ -20,7 +20,7 @@ class Count(NamedTuple):
     """Without the modules for multi-token prediction, as transformers counts."""
     active: int
     """Those that one token passes through: of a mixture, the experts chosen and all the rest."""
-    prediction: int
+    mtp: int
     """Those of the modules for multi-token prediction."""
 
 
@@ -40,17 +40,17 @@ def count_parameters(path: Path) -> Count:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    prediction = sum(size for name, size in sizes.items() if _predicts(name))
-    idle = sum(_idle(module) for name, module in model.named_modules() if not _predicts(name))
-    total = sum(sizes.values()) - prediction
-    return Count(hf.architecture, total, total - idle, prediction)
+    mtp = sum(size for name, size in sizes.items() if _is_mtp(name))
+    inactive = sum(_inactive(module) for name, module in model.named_modules() if not _is_mtp(name))
+    total = sum(sizes.values()) - mtp
+    return Count(hf.architecture, total, total - inactive, mtp)
 
 
-def _predicts(name: str) -> bool:
+def _is_mtp(name: str) -> bool:
     return ".mtp." in f".{name}."
 
 
-def _idle(module: nn.Module) -> int:
+def _inactive(module: nn.Module) -> int:
     """Parameters of the experts of a mixture that a token does not go to."""
     parts = list(module.children())
     chosen = [part.num_chosen for part in parts if isinstance(part, SoftmaxRouter | SigmoidRouter)]

@@ -37,7 +37,7 @@ def load_classifier(
             same names in another order.
     """
     source = load_any_model(path, dtype, device)
-    kind, shape = _scorer_shape(hf_map(source), source.config, tuple(labels), path)
+    kind, shape = _classifier_shape(hf_map(source), source.config, tuple(labels), path)
     if isinstance(source, ClassifierModel) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
@@ -59,7 +59,7 @@ def new_classifier(
     Raises:
         ValueError: config.json is missing or damaged, or nothing that scores is made of its architecture.
     """
-    kind, shape = _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
+    kind, shape = _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
     with torch.device("meta"):
         model = kind(shape)
     allocate(model, dtype, device)
@@ -73,10 +73,10 @@ def check_classifier(path: Path | str, labels: Sequence[str]) -> None:
     Raises:
         ValueError: as they.
     """
-    _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
+    _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
 
 
-def _scorer_shape(
+def _classifier_shape(
     hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str
 ) -> tuple[type[ClassifierModel], Any]:
     """The class and config of what scores `labels` and is made of a model with map `hf` and config `shape`."""

@@ -76,7 +76,7 @@ def load_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | 
                 pieces[key].view(weights[pieces[key].ours]).copy_(tensor)
             else:
                 spare[key] = tensor
-    _check_spare(model, spare, folder)
+    _check_duplicates(model, spare, folder)
     return model
 
 
@@ -232,8 +232,8 @@ def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path)
         for key, shape in shapes.items()
         if entries[key].shape != shape
     ]
-    problems = [f"unknown {_some(unmapped)}"] * bool(unmapped) + [f"missing {_some(missing)}"] * bool(missing)
-    problems += [f"wrong shape: {_some(wrong)}"] * bool(wrong)
+    problems = [f"unknown {_first_few(unmapped)}"] * bool(unmapped) + [f"missing {_first_few(missing)}"] * bool(missing)
+    problems += [f"wrong shape: {_first_few(wrong)}"] * bool(wrong)
     if problems:
         raise ValueError(
             f"the weights in {folder} do not fit {hf.architecture}: {'; '.join(problems)}. "
@@ -247,11 +247,11 @@ def _weights_by_any_name(model: Model) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def _some(items: list[str]) -> str:
+def _first_few(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def _check_spare(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
+def _check_duplicates(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
     """A weight may be on disk a second time (a tied output layer), if it is the same."""
     pieces = disk_pieces(model, tied=True)
     weights = _weights_by_any_name(model)

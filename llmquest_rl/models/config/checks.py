@@ -18,6 +18,23 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
 
 
+def check_supported(values: Mapping[str, Any], supported: Mapping[str, Any], model: str) -> None:
+    """Check that a config.json asks for nothing that is not implemented.
+
+    Args:
+        values: The content of config.json.
+        supported: The fields for which one value is implemented, with this value; a missing field has it.
+        model: The name of the architecture, for the message.
+
+    Raises:
+        ValueError: a field has another value.
+    """
+    for name, value in supported.items():
+        found = values.get(name, value)
+        if found != value:
+            raise ValueError(f"config.json asks for {name} {found!r}, but {model} here supports {value!r} only")
+
+
 def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     """Whether each key/value head serves the same number of query heads, and a head can be rotated in pairs.
 

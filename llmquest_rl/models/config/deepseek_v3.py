@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from llmquest_rl.layers.attention.mla import LatentShape
 from llmquest_rl.layers.rope import rope_parameters, yarn_mscale
-from llmquest_rl.models.config.checks import check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import check_sizes, check_supported, check_whole_rotation
 
 OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -20,7 +20,7 @@ OTHER_NAMES = {
 }
 """Fields that config.json calls otherwise. All others have the same name there."""
 
-ONLY: dict[str, Any] = {
+SUPPORTED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -123,9 +123,8 @@ class DeepseekV3Config:
         """
         if values.get("quantization_config"):
             raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
-        for name, value in {**ONLY, "num_key_value_heads": values.get("num_attention_heads")}.items():
-            if values.get(name) not in (None, value):
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; DeepSeek-V3 here has {value!r} only")
+        supported = {**SUPPORTED_VALUES, "num_key_value_heads": values.get("num_attention_heads")}
+        check_supported({name: value for name, value in values.items() if value is not None}, supported, "DeepSeek-V3")
         ours = {config_name(item.name): item.name for item in fields(cls) if item.name != "rope"}
         given: dict[str, Any] = {ours[name]: value for name, value in values.items() if name in ours}
         given = {name: value for name, value in given.items() if value is not None or name == "q_lora_rank"}
@@ -142,7 +141,7 @@ class DeepseekV3Config:
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **shape,
-            **ONLY,
+            **SUPPORTED_VALUES,
             "num_key_value_heads": self.num_heads,
             "rope_parameters": dict(self.rope),
         }

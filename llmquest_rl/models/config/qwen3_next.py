@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from llmquest_rl.layers.rope import RoPE, rope_parameters
-from llmquest_rl.models.config.checks import check_heads, check_sizes
+from llmquest_rl.models.config.checks import check_heads, check_sizes, check_supported
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """The kinds of layers, as config.json calls them."""
@@ -25,7 +25,7 @@ OTHER_NAMES = {
 DERIVED = ("layer_types", "mlp_only_layers", "rope", "num_mtp_layers")
 """Fields that are more than a value of config.json."""
 
-ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 """Fields of config.json for which one value is implemented; they may be left out."""
 
 
@@ -117,9 +117,9 @@ class Qwen3NextConfig:
         """
         if values.get("quantization_config"):
             raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
-        for name, value in ONLY.items():
-            if values.get(name) not in (None, value):
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; Qwen3-Next here has {value!r} only")
+        check_supported(
+            {name: value for name, value in values.items() if value is not None}, SUPPORTED_VALUES, "Qwen3-Next"
+        )
         plain = [item for item in fields(cls) if item.name not in DERIVED]
         found: dict[str, Any] = {item.name: values.get(_config_name(item.name)) for item in plain}
         given = {name: value for name, value in found.items() if value is not None}
@@ -142,7 +142,7 @@ class Qwen3NextConfig:
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
             **{_config_name(name): getattr(self, name) for name in plain},
-            **ONLY,
+            **SUPPORTED_VALUES,
             "num_hidden_layers": self.num_layers,
             "layer_types": list(self.layer_types),
             "mlp_only_layers": list(self.mlp_only_layers),
