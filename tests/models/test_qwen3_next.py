@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 0}, "num_experts is 0"),
     ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
-    ({"mlp_only_layers": [2]}, r"mlp_only_layers \[2\] are none of the 2 layers"),
+    ({"mlp_only_layers": [2]}, r"mlp_only_layers \[2\] are not among the 2 layers"),
     ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef -0.1 is below 0"),
     ({"layer_types": [LINEAR]}, "layer_types has 1 entries for num_hidden_layers 2"),
     ({"layer_types": [LINEAR, "sliding_attention"]}, "layer_types holds .'sliding_attention'."),

@@ -203,7 +203,7 @@ def test_other_names_for_as_many_labels_keep_the_head_and_the_same_in_another_or
     model = load(folder, ("a", "b", "c"))
     assert torch.equal(model.score.weight, load(folder).score.weight)
     assert list(model.config_fields["id2label"].values()) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"has the labels no, perhaps, yes in this order: name them in the same"):
+    with pytest.raises(ValueError, match=r"has the labels no, perhaps, yes in this order: list them in the same order"):
         load(folder, ("yes", "no", "perhaps"))
     with pytest.raises(ValueError, match="in this order"):
         check_classifier(folder, ("yes", "no", "perhaps"))
@@ -218,9 +218,9 @@ def test_a_decoders_folder_must_be_whole(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_nothing_that_scores_is_made_of_a_vision_language_model(tmp_path: Path) -> None:
+def test_no_classifier_is_made_of_a_vision_language_model(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "VisionLanguageForCausalLM")
-    message = "holds a VisionLanguageForCausalLM, of which nothing that scores is made"
+    message = "holds a VisionLanguageForCausalLM, which cannot be turned into a classifier"
     with pytest.raises(ValueError, match=message):
         check_classifier(folder, LABELS)
     with pytest.raises(ValueError, match=message):
@@ -229,7 +229,7 @@ def test_nothing_that_scores_is_made_of_a_vision_language_model(tmp_path: Path) 
 
 def test_it_is_no_language_model(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path, first_case("LlamaForCausalLM"))
-    with pytest.raises(ValueError, match="SequenceClassifier, which is no language model"):
+    with pytest.raises(ValueError, match="SequenceClassifier, which is not a language model"):
         load_model(folder, torch.float32)
     assert isinstance(load_any_model(folder, torch.float32), SequenceClassifier)
 

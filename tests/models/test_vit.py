@@ -178,7 +178,7 @@ def test_a_tower_without_classifier_is_no_checkpoint_of_this_class(tmp_path: Pat
 def test_it_is_no_language_model(tmp_path: Path) -> None:
     assert "ViTForImageClassification" in architectures()
     folder = write_reference(tmp_path, ("vit", "square"))
-    with pytest.raises(ValueError, match="ViT, which is no language model"):
+    with pytest.raises(ValueError, match="ViT, which is not a language model"):
         load_model(folder, torch.float32)
 
 
@@ -218,5 +218,5 @@ def test_labels_keep_their_names_and_others_get_a_head_of_zeros(tmp_path: Path) 
     assert two.logits(pixels).tolist() == [[0.0, 0.0]] * len(pixels)
     torch.testing.assert_close(two.features(pixels), same.features(pixels))
     assert two.config_fields["id2label"] == {"0": "cat", "1": "dog"}
-    with pytest.raises(ValueError, match="in this order: name them in the same"):
+    with pytest.raises(ValueError, match="in this order: list them in the same order"):
         load_classifier(folder, names[::-1], torch.float32)

@@ -352,8 +352,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_token_id": 256}, "image_token_id 256 is not in the vocabulary of 256"),
     ({"image_token_id": -1}, "image_token_id -1"),
     ({"vision_config": LlamaConfig.tiny().to_hf()}, "vision_config names LlamaForCausalLM"),
-    ({"text_config": ViTConfig.tiny().to_hf()}, "text_config names ViTForImageClassification, which is no decoder"),
-    ({"text_config": VLMConfig.tiny().to_hf()}, "text_config names VisionLanguageForCausalLM, which is no decoder"),
+    (
+        {"text_config": ViTConfig.tiny().to_hf()},
+        "text_config names ViTForImageClassification, which is not a text decoder",
+    ),
+    (
+        {"text_config": VLMConfig.tiny().to_hf()},
+        "text_config names VisionLanguageForCausalLM, which is not a text decoder",
+    ),
     ({"text_config": {"architectures": ["Unknown"]}}, "text_config names architecture 'Unknown'"),
     ({"frozen": ["tower.*"]}, r"frozen: 'tower.\*' matches no weight"),
 ]

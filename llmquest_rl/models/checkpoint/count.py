@@ -1,4 +1,4 @@
-"""How many parameters a config.json means, without memory for any of them."""
+"""Count the parameters of the model that a config.json describes, without allocating them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,22 +13,22 @@ from llmquest_rl.models.checkpoint.weight_files import read_json
 
 
 class Count(NamedTuple):
-    """Parameters of a model; a shared one counts once, buffers do not count."""
+    """The number of parameters of a model. A shared parameter counts once; buffers do not count."""
 
     architecture: str
     total: int
-    """Without the modules for multi-token prediction, as transformers counts."""
+    """All parameters but those of the modules for multi-token prediction, as in transformers."""
     active: int
-    """Those that one token passes through: of a mixture, the experts chosen and all the rest."""
+    """The parameters that one token uses: everything but the experts that it is not routed to."""
     mtp: int
-    """Those of the modules for multi-token prediction."""
+    """The parameters of the modules for multi-token prediction."""
 
 
 def count_parameters(path: Path) -> Count:
-    """Count what a config.json, or a folder with one, describes.
+    """Count the parameters of the model that a config.json, or a folder with one, describes.
 
     Raises:
-        ValueError: the file is missing or damaged, names an unknown architecture, or a shape that cannot be.
+        ValueError: the file is missing or damaged, the architecture is unknown, or the shape is impossible.
     """
     file = path / "config.json" if path.is_dir() else path
     values = read_json(file)
@@ -51,7 +51,7 @@ def _is_mtp(name: str) -> bool:
 
 
 def _inactive(module: nn.Module) -> int:
-    """Parameters of the experts of a mixture that a token does not go to."""
+    """Count the parameters of the experts that one token is not routed to."""
     parts = list(module.children())
     chosen = [part.num_chosen for part in parts if isinstance(part, SoftmaxRouter | SigmoidRouter)]
     stacks = [parameter for part in parts if isinstance(part, RoutedExperts) for parameter in part.parameters()]
@@ -59,10 +59,13 @@ def _inactive(module: nn.Module) -> int:
 
 
 def config_files(paths: list[Path]) -> list[Path]:
-    """The config.json files meant by `paths`: files, checkpoint folders, or folders of such files by other names.
+    """Return the configuration files behind `paths`.
+
+    Args:
+        paths: Configuration files, checkpoint folders, or folders of configuration files (`*.json`).
 
     Raises:
-        ValueError: a path is not there, or holds none.
+        ValueError: a path does not exist, or is a folder without configuration files.
     """
     found: list[Path] = []
     for path in paths:

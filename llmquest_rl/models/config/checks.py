@@ -1,21 +1,21 @@
-"""Shapes that cannot be, found in a configuration before a model is built of it. Messages use config.json's names."""
+"""Checks of a configuration before a model is built from it. Messages use the names of config.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-"""The kinds of layers with and without a window, as config.json calls them."""
+"""The attention types of layers with and without a window, in the words of config.json."""
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Whether each of `sizes` (by its name in config.json) is a whole number above 0.
+    """Check that each of `sizes` (by its name in config.json) is a positive integer.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a size is not.
     """
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
+            raise ValueError(f"{name} is {size!r}: expected a positive integer")
 
 
 def check_supported(values: Mapping[str, Any], supported: Mapping[str, Any], model: str) -> None:
@@ -36,34 +36,36 @@ def check_supported(values: Mapping[str, Any], supported: Mapping[str, Any], mod
 
 
 def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Whether each key/value head serves the same number of query heads, and a head can be rotated in pairs.
+    """Check that all key/value heads serve the same number of query heads, and that the head size is even for RoPE.
 
     Raises:
-        ValueError: it does not, or cannot.
+        ValueError: the number of query heads is not a multiple of the key/value heads, or the head size is odd.
     """
     check_sizes(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} is odd: rotary positions turn pairs of dimensions")
+        raise ValueError(f"head_dim {head_dim} is odd: RoPE rotates pairs of dimensions")
 
 
 def check_whole_rotation(rope: Mapping[str, Any]) -> None:
-    """Whether rotary parameters turn whole heads, for architectures that know nothing else.
+    """Check that RoPE rotates whole heads, for architectures that have no partial rotation.
 
     Raises:
-        ValueError: they turn a part.
+        ValueError: `partial_rotary_factor` is not 1.
     """
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}: this architecture has 1.0 only")
+        raise ValueError(
+            f"partial_rotary_factor is {rope['partial_rotary_factor']}: this architecture supports 1.0 only"
+        )
 
 
 def head_dim_of(values: Mapping[str, Any]) -> int:
-    """The head size of a config.json that may leave it to the other sizes.
+    """Return the head size of a config.json: `head_dim`, or the hidden size divided by the number of heads.
 
     Raises:
-        KeyError: those are missing.
-        ValueError: the heads do not divide the hidden size.
+        KeyError: `head_dim` and the fields that it is computed from are missing.
+        ValueError: the hidden size is not a multiple of the number of heads.
     """
     if values.get("head_dim") is not None:
         return int(values["head_dim"])
@@ -74,36 +76,65 @@ def head_dim_of(values: Mapping[str, Any]) -> int:
     return int(size // heads)
 
 
-def windowed_layers(values: Mapping[str, Any], window: int | None) -> tuple[str, ...]:
-    """The kind of each layer of a Qwen: a list in config.json, or in older ones the number of full layers before
-    sliding ones.
+def listed_layer_types(values: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return `layer_types` of a config.json; None if the file does not list the types of its layers.
 
     Raises:
         KeyError: the number of layers is missing.
-        ValueError: the list has another length.
+        ValueError: `layer_types` has another length than the number of layers.
+    """
+    num_layers, types = values["num_hidden_layers"], values.get("layer_types")
+    if types is None:
+        return None
+    if len(types) != num_layers:
+        raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers {num_layers}")
+    return tuple(types)
+
+
+def windowed_layers(values: Mapping[str, Any], window: int | None) -> tuple[str, ...]:
+    """Return the attention type of each layer of a Qwen: `layer_types`, or `max_window_layers` in older files.
+
+    Args:
+        values: The content of config.json.
+        window: The size of the window in tokens; None = no layer has one, unless `layer_types` says so.
+
+    Raises:
+        KeyError: the number of layers is missing.
+        ValueError: `layer_types` has another length than the number of layers.
     """
     num_layers: int = values["num_hidden_layers"]
-    kinds = values.get("layer_types")
     check_sizes(num_hidden_layers=num_layers)
-    if kinds is None:
-        num_full = num_layers if window is None else min(values.get("max_window_layers", 28), num_layers)
-        return (FULL,) * num_full + (SLIDING,) * (num_layers - num_full)
-    if len(kinds) != num_layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
-    return tuple(kinds)
+    listed = listed_layer_types(values)
+    if listed is not None:
+        return listed
+    num_full = num_layers if window is None else min(values.get("max_window_layers", 28), num_layers)
+    return (FULL,) * num_full + (SLIDING,) * (num_layers - num_full)
 
 
 def check_windows(layer_types: tuple[str, ...], window: int | None) -> None:
-    """Whether all kinds of layers are known, and sliding ones have a window of at least one token.
+    """Check that all attention types are known, and that sliding layers have a window of at least one token.
 
     Raises:
-        ValueError: one is not, or they have none.
+        ValueError: an attention type is unknown, or sliding layers have no window.
     """
     unknown = sorted(set(layer_types) - {SLIDING, FULL})
     if unknown:
         raise ValueError(f"layer_types holds {unknown}: expected {SLIDING!r} or {FULL!r}")
-    if SLIDING in layer_types and (window is None or window < 1):
+    if SLIDING in layer_types and (not isinstance(window, int) or window < 1):
         raise ValueError(
             f"layer_types asks for sliding layers, but their sliding_window is {window}: "
-            'expected a whole number above 0, and "use_sliding_window": true'
+            'expected a positive integer, and in a Qwen "use_sliding_window": true'
         )
+
+
+def check_router(chosen: int, experts: int, experts_name: str, **coefficients: float) -> None:
+    """Check the number of experts of a token, and the coefficients of the router's losses.
+
+    Raises:
+        ValueError: a token is routed to more experts than there are, or a coefficient is negative.
+    """
+    if chosen > experts:
+        raise ValueError(f"num_experts_per_tok {chosen} is more than {experts_name} {experts}")
+    for name, value in coefficients.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}: expected 0 or more")
