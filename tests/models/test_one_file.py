@@ -1,4 +1,4 @@
-"""A new architecture is one file in `llmquest_rl/models`: nothing else has to know of it."""
+"""A new architecture is one file in `llmquest_rl/models`: no other file changes."""
 
 import importlib
 import json
@@ -48,14 +48,14 @@ GROUPS = [SequenceGroup([3, 5], [[7, 11, 2], [4]])]
 
 
 def forget() -> None:
-    """The next look at the folder walks over it again."""
+    """Clear the caches, so that the folder is walked again."""
     for cached in (architectures, sequence_classifier.decoders, sequence_classifier.hf_maps):
         cached.cache_clear()
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A checkpoint folder of a model whose file lies in a folder beside the package's own."""
+    """Create a checkpoint folder of a model whose file is in a temporary folder on the path of the package."""
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "half_llama.py").write_text(FILE)
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "files")])
@@ -77,7 +77,7 @@ def write_config(folder: Path, **changes: object) -> None:
 
 
 def step(model: Model) -> None:
-    """One step of gradient descent; every weight must move."""
+    """Take one step of gradient descent, and check that every weight moves."""
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     output = model.train()(collate(GROUPS))
     (output.logprobs if hasattr(output, "logprobs") else output.values).sum().backward()

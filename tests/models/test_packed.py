@@ -1,4 +1,4 @@
-"""A packed batch computes what separate sequences would, for every architecture: values, gradients, and no leak."""
+"""A packed batch equals separate sequences for every architecture, in values and gradients, and nothing leaks."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: CausalLM) -> Non
 
 
 def saved_bytes(model: CausalLM) -> int:
-    """Bytes that the forward of a batch keeps for its backward, parameters not counted."""
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters."""
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

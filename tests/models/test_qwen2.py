@@ -1,4 +1,4 @@
-"""What is Qwen2's own: where its biases are, which layers see a window, and shapes that are refused."""
+"""Qwen2 beyond the tests of all families: its biases, the layers with a window, and refused shapes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is the dense Qwen3's own: which layers see a window, and shapes that are refused."""
+"""The dense Qwen3 beyond the tests of all families: the layers with a window, and refused shapes."""
 
 from typing import Any
 

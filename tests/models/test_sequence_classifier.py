@@ -1,4 +1,4 @@
-"""Every decoder as a classifier of texts: beside transformers' class, on disk, in a pack, and made of other folders."""
+"""Every decoder as a text classifier: against transformers, on disk, in a pack, and made from other folders."""
 
 import json
 import math
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 LABELS = ("no", "perhaps", "yes")
 KINDS = {hf.architecture: name for name, hf in decoders().items()}
-"""A decoder's architecture to its classifier's."""
+"""The architecture of the classifier, by that of its decoder."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 every_decoder = pytest.mark.parametrize("decoder", LANGUAGE_MODELS)
@@ -41,7 +41,7 @@ GROUPS = [
 
 
 def write_classifier(folder: Path, case: tuple[str, str], dtype: torch.dtype = torch.float32) -> Path:
-    """A random classifier of transformers' own, whose labels have names."""
+    """Write a random classifier with transformers; its labels have names."""
     kind = KINDS[FAMILIES[case[0]].MODEL]
     write_reference(folder, case, dtype, kind=kind, num_labels=len(LABELS), pad_token_id=0)
     config = json.loads((folder / "config.json").read_text())
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing(decoder: str, tmp_path: Path) ->
 
 @every_decoder
 def test_a_decoders_folder_gets_a_new_head(decoder: str, tmp_path: Path) -> None:
-    """Everything else is the decoder's; its output layer, and modules that predict further, are dropped."""
+    """All other weights are those of the decoder; its output layer and MTP modules are dropped."""
     folder = write_reference(tmp_path / "decoder", first_case(decoder))
     source = dict(named_weights(load_model(folder, torch.float32)))
     check_classifier(folder, LABELS)
@@ -272,7 +272,7 @@ def test_six_texts_are_learned_by_heart(decoder: str, tmp_path: Path) -> None:
 
 
 def step(model: ClassifierModel, batch: TokenBatch) -> float:
-    """One backward pass; the cross-entropy before it."""
+    """Run one backward pass; return the cross-entropy before it."""
     output = model(batch)
     loss = F.cross_entropy(output.values, batch.targets)
     (loss + sum(output.aux.values())).backward()

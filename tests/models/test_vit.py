@@ -1,4 +1,4 @@
-"""ViT beside transformers' class, and what it refuses."""
+"""ViT against transformers, and refused shapes and inputs."""
 
 import json
 import math
