@@ -16,7 +16,6 @@ from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import Model
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
-from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from rollout.vllm_limits import check_computed_alike, read_shape
 
@@ -26,6 +25,10 @@ from dataclasses import replace
 from llmquest_rl.models import llama
 from llmquest_rl.models.serving import VllmLimits
 
+class HalfLlamaConfig(llama.LlamaConfig):
+    def to_hf(self):
+        return {**super().to_hf(), "architectures": [HF.architecture]}
+
 class HalfLlama(llama.Llama):
     def hidden(self, tokens, positions, context):
         found = super().hidden(tokens, positions, context)
@@ -34,6 +37,7 @@ class HalfLlama(llama.Llama):
 HF = replace(
     llama.HF,
     architecture="HalfLlamaForCausalLM",
+    config=HalfLlamaConfig,
     model=HalfLlama,
     classifier="HalfLlamaForSequenceClassification",
     vllm=VllmLimits(
@@ -72,7 +76,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def write_config(folder: Path, **changes: object) -> None:
-    values = {**LlamaConfig.tiny().to_hf(), "architectures": ["HalfLlamaForCausalLM"], "halved": True, **changes}
+    values = {**architectures()["HalfLlamaForCausalLM"].config.tiny().to_hf(), "halved": True, **changes}
     (folder / "config.json").write_text(json.dumps(values))
 
 
