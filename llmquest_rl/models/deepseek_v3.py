@@ -1,13 +1,14 @@
-"""DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 2); also R1, V3.1 and Moonlight.
+"""DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 2), V3.1, R1 and Moonlight.
 
-A pre-norm decoder with three ideas. Attention keeps one latent vector for each token instead of keys and values
-(`layers/mla.py`). Feed-forward layers, after the first few, are many small experts of which each token takes some,
-beside a shared one that every token takes (DeepSeekMoE, arXiv:2401.06066); a bias on the choice, moved after each
-update, keeps the experts evenly loaded. And in training, modules at the end predict tokens further ahead.
+A pre-norm decoder with three ideas. Latent attention caches one vector per token instead of keys and values
+(`layers/attention/mla.py`). After the first few layers, the feed-forward layers are many small experts, of which a
+router picks some for each token, and a shared expert that all tokens use (DeepSeekMoE, arXiv:2401.06066); a bias on
+the choice, corrected after each update, balances the experts. Multi-token prediction (MTP) trains modules at the end
+to predict tokens further ahead.
 Shapes: T tokens of a pack, D hidden size.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -27,12 +28,13 @@ from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.deepseek_v3_config import DeepseekV3Config
+from llmquest_rl.models.config.deepseek_v3 import DeepseekV3Config
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
 class MixtureOfExperts(nn.Module):
-    """Some routed experts and the shared one (section 2.1.2, eq. 12 to 16)."""
+    """The routed experts and the shared expert (section 2.1.2, eq. 12 to 16)."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -49,13 +51,13 @@ class MixtureOfExperts(nn.Module):
         self.shared = GatedMLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """`x` [T, D] to the same shape, and who was chosen."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         routing = self.router(x)
         return self.experts(x, routing.experts, routing.weights) + self.shared(x), routing
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: DeepseekV3Config, layer: int) -> None:
         super().__init__()
@@ -66,15 +68,15 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if self.is_dense else MixtureOfExperts(config)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """`x` [T, D] to the same shape, and who was chosen; None for a dense layer."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens, None for a dense layer."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         normed = self.mlp_norm(x)
         added, routing = (self.mlp(normed), None) if self.is_dense else self.mlp(normed)
         return x + added, routing
 
 
-class FurtherBlock(nn.Module):
-    """A module of multi-token prediction (section 2.2). Embedding and head are the model's."""
+class MTPModule(nn.Module):
+    """A module of multi-token prediction (section 2.2). It uses the embedding and the head of the model."""
 
     def __init__(self, config: DeepseekV3Config, layer: int) -> None:
         super().__init__()
@@ -87,9 +89,18 @@ class FurtherBlock(nn.Module):
     def forward(
         self, states: Tensor, embedded: Tensor, rotary: Rotary, context: AttentionContext
     ) -> tuple[Tensor, Routing | None]:
-        """The next states [T, D], of `states` [T, D] after the last norm and `embedded` [T, D], tokens further ahead.
+        """Compute the states for a prediction one token further ahead (eq. 21 to 23).
 
-        Eq. 21 has the states first; the published weights have the embedding first.
+        Eq. 21 concatenates the states first; the published weights have the embedding first.
+
+        Args:
+            states: The previous states `[T, D]`, after the last norm.
+            embedded: The embeddings `[T, D]` of the tokens further ahead.
+            rotary: The rotation at the positions of these tokens.
+            context: Decides which tokens attend to which.
+
+        Returns:
+            The states `[T, D]`, and the routing; None for a dense layer.
         """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(states)), -1)
         x, routing = self.block(self.projection(joined), rotary, context)
@@ -97,7 +108,7 @@ class FurtherBlock(nn.Module):
 
 
 class DeepseekV3(CausalLM):
-    """The whole model."""
+    """The DeepSeek-V3 language model."""
 
     float32: ClassVar[tuple[str, ...]] = ("*.e_score_correction_bias",)
 
@@ -107,7 +118,7 @@ class DeepseekV3(CausalLM):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(config.hidden_size, config.vocab_size, self.embedding.weight if config.tied else None)
-        self.mtp = nn.ModuleList(FurtherBlock(config, config.num_layers + k) for k in range(config.num_mtp_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + k) for k in range(config.num_mtp_layers))
         self.mtp.requires_grad_(config.mtp_loss_weight > 0)
         self.rope = RoPE(config.qk_rope_head_dim, config.rope)
 
@@ -122,9 +133,9 @@ class DeepseekV3(CausalLM):
         return self._with_routing(self.norm(x), routings, context.layout)
 
     def with_targets(self, hidden: Hidden, batch: TokenBatch) -> Hidden:
-        """Multi-token prediction: eq. 24 and 25, where T is the number of targets of the batch.
+        """Add the loss of multi-token prediction (eq. 24 and 25, where T is the number of targets of the batch).
 
-        Without effect on the model's own states. Like the routers' loads, only where the model is trained.
+        It is computed in training only, and does not change the states of the model.
         """
         if not (self.is_trained and self.mtp and self.config.mtp_loss_weight > 0):
             return hidden
@@ -142,7 +153,7 @@ class DeepseekV3(CausalLM):
         return Hidden(hidden.states, {**found.aux, "mtp": loss}, found.loads)
 
     def _with_routing(self, states: Tensor, routings: Sequence[Routing | None], layout: Layout) -> Hidden:
-        """States with what the layers that have experts did."""
+        """Return the states with the balance loss and the loads of the routers."""
         routed = [routing for routing in routings if routing is not None]
         if not (routed and self.is_trained):
             return Hidden(states, {})
@@ -150,16 +161,16 @@ class DeepseekV3(CausalLM):
         return Hidden(states, {"balance": self.config.aux_loss_alpha * loss}, load(routed))
 
     def balance(self, counts: Tensor) -> None:
-        """Raise the biases of experts with less than the mean load and lower the others' (Wang et al. 2024,
-        arXiv:2408.15664, algorithm 1). They count in the choice of experts only."""
+        """Raise the biases of experts with less than the mean load and lower those of the others (Wang et al. 2024,
+        arXiv:2408.15664, algorithm 1). The biases affect only the choice of experts, not their weights."""
         routers = [module for module in self.modules() if isinstance(module, SigmoidRouter)]
-        for router, count in zip(routers, counts, strict=False):  # those of modules that are not trained have no counts
+        for router, count in zip(routers, counts, strict=False):  # MTP modules that are not trained have no counts
             bias = router.get_buffer("e_score_correction_bias")
             bias.add_((count.mean() - count).sign().to(bias), alpha=self.config.router_bias_update_rate)
 
 
 def _joined(first: Hidden, second: Hidden) -> Hidden:
-    """The states of the second with the losses and loads of both."""
+    """Return the states of the second, with the losses and loads of both."""
     aux = dict(first.aux)
     for name, term in second.aux.items():
         aux[name] = aux[name] + term if name in aux else term
@@ -169,7 +180,7 @@ def _joined(first: Hidden, second: Hidden) -> Hidden:
 
 
 def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
-    """Where a layer lies on disk."""
+    """Return the names on disk of one layer's weights."""
     attention = {
         "query": "q_proj",
         "query.down": "q_a_proj",
@@ -196,7 +207,7 @@ def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
 
 
 def _copies(config: DeepseekV3Config) -> dict[str, str]:
-    """Each module that predicts further has the embedding and the head on disk once more."""
+    """Return the copies of embedding and head that each MTP module has on disk; see `HFMap.copies`."""
     head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     layers = [f"model.layers.{config.num_layers + k}" for k in range(config.num_mtp_layers)]
     return {f"{layer}.embed_tokens.weight": "model.embed_tokens.weight" for layer in layers} | {
@@ -205,15 +216,27 @@ def _copies(config: DeepseekV3Config) -> dict[str, str]:
 
 
 def _fit(config: DeepseekV3Config, keys: Collection[str]) -> DeepseekV3Config:
-    """transformers saves the model without the modules that predict further, though its config.json announces them."""
+    """Drop the MTP modules if the file has none: transformers leaves them out, though config.json announces them."""
     has_mtp = any(key.startswith(f"model.layers.{config.num_layers}.") for key in keys)
     return config if has_mtp else replace(config, num_mtp_layers=0)
+
+
+def _vllm_problems(config: DeepseekV3Config) -> Iterator[str]:
+    """See `VllmLimits.problems`."""
+    if config.rms_norm_eps > 1e-5:
+        yield f"rms_norm_eps is {config.rms_norm_eps}, which it takes for the latents' norms, too (theirs is 1e-6)"
 
 
 HF = HFMap(
     architecture="DeepseekV3ForCausalLM",
     config=DeepseekV3Config,
     model=DeepseekV3,
+    classifier="DeepseekV3ForSequenceClassification",
+    vllm=VllmLimits(
+        required={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        only={"rope_interleave": True, "attention_bias": False, "tie_word_embeddings": False},
+        problems=_vllm_problems,
+    ),
     names={
         "embedding": "model.embed_tokens",
         **_block_names("blocks.{i}", "model.layers.{i}"),

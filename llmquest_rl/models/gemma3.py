@@ -1,8 +1,8 @@
 """Gemma 3, text (Gemma Team 2025, arXiv:2503.19786, section 2; parts from Gemma 2, arXiv:2408.00118, section 2).
 
-Most layers look back a short window, every sixth one over the whole text: what is kept for each sequence then hardly
-grows with its length. Both kinds have rotary positions of their own. Each half of a layer is normalised before *and*
-after, queries and keys too, and feed-forward is GeGLU. The image tower of the larger checkpoints is not here.
+Most layers attend to a short sliding window, every sixth one to the whole text; each type of layer has its own rotary
+parameters. Attention and feed-forward have norms before *and* after them, queries and keys are normalised, and the
+feed-forward is GeGLU. The vision tower of the larger checkpoints is not implemented.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size, W window.
 """
 
@@ -20,11 +20,17 @@ from llmquest_rl.layers.mlp import GatedMLP, check_activation
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import (
+    FULL,
+    SLIDING,
+    check_heads,
+    check_sizes,
+    check_whole_rotation,
+    check_windows,
+    listed_layer_types,
+)
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-"""The kinds of layers, as config.json calls them."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +44,22 @@ class Gemma3Config:
     num_kv_heads: int
     head_dim: int
     query_scalar: float
-    """Scores are divided by its root: the head size in most checkpoints, but not in the largest."""
+    """Attention scores are divided by its square root. It is the head size in all published checkpoints but 27B."""
     layer_types: tuple[str, ...]
     """`SLIDING` or `FULL` for each layer."""
     window: int | None
-    """Tokens that a sliding layer sees, the newest included."""
+    """Number of tokens that a sliding layer attends to, the current one included."""
     rope: Mapping[str, Mapping[str, Any]]
-    """Rotary parameters of each kind of layer."""
+    """Rotary parameters of each type of layer."""
     rms_norm_eps: float = 1e-6
     tied: bool = True
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     activation: str = "gelu_pytorch_tanh"
     attention_bias: bool = False
     attention_softcap: float | None = None
-    """Bends attention scores, which then stay below it; None in all published checkpoints."""
+    """Soft cap of attention scores: `cap * tanh(score / cap)`; None = no cap, as in all published checkpoints."""
     final_softcap: float | None = None
-    """The same for the output logits."""
+    """Soft cap of the output logits; None = no cap."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
     max_positions: int = 131072
@@ -64,7 +70,7 @@ class Gemma3Config:
         return len(self.layer_types)
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -74,11 +80,7 @@ class Gemma3Config:
         )
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         check_activation(self.activation, "hidden_activation")
-        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
-        if unknown:
-            raise ValueError(f"layer_types holds {unknown}: expected {SLIDING!r} or {FULL!r}")
-        if SLIDING in self.layer_types:
-            check_sizes(sliding_window=self.window)
+        check_windows(self.layer_types, self.window)
         for rope in self.rope.values():
             check_whole_rotation(rope)
         caps = {"attn_logit_softcapping": self.attention_softcap, "final_logit_softcapping": self.final_softcap}
@@ -91,7 +93,7 @@ class Gemma3Config:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
         if values.get("use_bidirectional_attention"):
             raise ValueError("use_bidirectional_attention is true: only causal attention is implemented")
@@ -120,7 +122,7 @@ class Gemma3Config:
             raise ValueError(f"config.json of a Gemma 3 lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "gemma3_text",
@@ -147,7 +149,7 @@ class Gemma3Config:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: a sliding layer and a full one, a window shorter than the texts of most tests."""
+        """Return a shape for tests: a sliding layer and a full one, a window shorter than the texts of most tests."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -164,25 +166,21 @@ class Gemma3Config:
 
 
 def layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kind of each layer: a list in config.json, or in older ones a period at whose end a full layer stands.
+    """Return the type of each layer: `layer_types`, or in older files `sliding_window_pattern` (every n-th is full).
 
     Raises:
-        ValueError: the list has another length than there are layers, or the period is not positive.
+        ValueError: `layer_types` has another length than the number of layers, or the pattern is not positive.
     """
-    num_layers: int = values["num_hidden_layers"]
-    kinds = values.get("layer_types")
-    if kinds is not None:
-        if len(kinds) != num_layers:
-            raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
-        return tuple(kinds)
+    listed = listed_layer_types(values)
+    if listed is not None:
+        return listed
     period = values.get("sliding_window_pattern", 6)
     check_sizes(sliding_window_pattern=period)
-    return tuple(FULL if (layer + 1) % period == 0 else SLIDING for layer in range(num_layers))
+    return tuple(FULL if (layer + 1) % period == 0 else SLIDING for layer in range(values["num_hidden_layers"]))
 
 
 def rope_by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rotary parameters of each kind of layer: transformers 5 nests them, transformers 4 has a field for each base, and
-    `rope_scaling` for the full layers.
+    """Return the rotary parameters of each type of layer, from the nested fields of transformers 5 or those of 4.
 
     Raises:
         ValueError: `rope_parameters` is not nested.
@@ -195,7 +193,7 @@ def rope_by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a window or over everything, with normalised queries and keys."""
+    """Grouped-query attention over a sliding window or the whole text, with normalised queries and keys."""
 
     def __init__(self, config: Gemma3Config, layer: int) -> None:
         super().__init__()
@@ -213,7 +211,7 @@ class Attention(nn.Module):
         self.key_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = rotate(self.query_norm(self.query(x).unflatten(-1, (-1, self.head_dim))), rotary)  # [T, H, C]
         k = rotate(self.key_norm(self.key(x).unflatten(-1, (-1, self.head_dim))), rotary)  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -223,7 +221,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before, and after again before it is added."""
+    """One layer: attention and feed-forward, each with norms before and after it, and a residual around them."""
 
     def __init__(self, config: Gemma3Config, layer: int) -> None:
         super().__init__()
@@ -235,14 +233,14 @@ class Block(nn.Module):
         self.mlp_out_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), rotary, context))
         out: Tensor = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
         return out
 
 
 class Gemma3(CausalLM):
-    """The whole model."""
+    """The Gemma 3 language model."""
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__(config)
@@ -256,7 +254,7 @@ class Gemma3(CausalLM):
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
         """See `CausalLM.hidden`."""
         x = self.embedding(tokens)  # [T, D]
-        x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # rounded to bfloat16 in training: part of the model
+        x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # rounded to the dtype, as in the published model
         rotaries = {kind: rope(positions, x.dtype) for kind, rope in self.ropes.items()}
         for kind, block in zip(self.config.layer_types, self.blocks, strict=True):
             x = self.run_block(block, x, rotaries[kind], context)
@@ -264,7 +262,7 @@ class Gemma3(CausalLM):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """See `Model.init_weights`; norms start at 0, which here changes nothing."""
+        """See `Model.init_weights`. The weights of norms start at 0, because 1 is added to them."""
         super().init_weights(generator)
         for module in self.modules():
             if isinstance(module, OffsetRMSNorm):
@@ -275,6 +273,8 @@ HF = HFMap(
     architecture="Gemma3ForCausalLM",
     config=Gemma3Config,
     model=Gemma3,
+    classifier="Gemma3TextForSequenceClassification",
+    vllm=VllmLimits(only={"attn_logit_softcapping": None}),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
@@ -294,7 +294,7 @@ HF = HFMap(
         "head": "lm_head",
     },
     refused={
-        "Gemma3ForConditionalGeneration": "the multimodal Gemma 3, of which the text part alone is implemented. "
-        "Write that part to a folder of its own first, as docs/models/gemma3.md shows"
+        "Gemma3ForConditionalGeneration": "the multimodal Gemma 3; only its text part is implemented. "
+        "Write that part to its own folder first, as docs/models/gemma3.md shows"
     },
 )

@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3).
 
-A pre-norm decoder of the first generation: LayerNorm, learned absolute positions, attention without grouping, a plain
-feed-forward with GELU, biases everywhere. Published configurations ask for dropout of 0.1; we train without, as is
-usual since, and as RL needs: rollouts have none. One device: parallelism, caches and losses live elsewhere.
+A pre-norm decoder with LayerNorm, learned absolute positions, multi-head attention, a feed-forward layer with GELU, and
+biases everywhere. Published configurations ask for a dropout of 0.1; we train without it, because rollouts have none.
+It runs on one device; parallelism, caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H heads, C = D / H head size.
 """
 
@@ -19,7 +19,8 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_sizes
+from llmquest_rl.models.config.checks import check_sizes
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap, Transposed
 
 
@@ -33,20 +34,20 @@ class GPT2Config:
     num_layers: int
     num_heads: int
     max_positions: int = 1024
-    """Longest sequence, in tokens: there are learned vectors for so many positions, and no more."""
+    """Longest sequence in tokens: the number of learned position vectors."""
     layer_norm_eps: float = 1e-5
     activation: str = "gelu_new"
     tied: bool = True
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     scaled_by_head: bool = True
-    """Scores are divided by the root of the head size."""
+    """Whether attention scores are divided by the square root of the head size."""
     scaled_by_layer: bool = False
-    """Scores are divided by the number of the layer, counted from 1 (Stanford's Mistral models)."""
+    """Whether attention scores are divided by the index of the layer, counted from 1 (Stanford's Mistral models)."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             n_embd=self.hidden_size,
@@ -64,7 +65,7 @@ class GPT2Config:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
         if values.get("add_cross_attention"):
             raise ValueError("config.json asks for add_cross_attention: GPT-2 here is a decoder without an encoder")
@@ -88,7 +89,7 @@ class GPT2Config:
             raise ValueError(f"config.json of a GPT-2 lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "gpt2",
@@ -111,13 +112,13 @@ class GPT2Config:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: two heads, tied."""
+        """Return a shape for tests: two heads, tied."""
         return cls(vocab_size=256, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2), queries, keys and values from one
-    matrix. Scores are float32 whatever the model's dtype, which is what `reorder_and_upcast_attn` asks for."""
+    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2), with queries, keys and values from
+    one matrix. Scores are float32 in a model of any dtype, as `reorder_and_upcast_attn` requires."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         self.output = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, C] each
         mixed = context.attend(self.layer, q, k, v, self.scale)  # [T, H, C]
         out: Tensor = self.output(mixed.flatten(1))
@@ -137,7 +138,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -147,14 +148,14 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         x = x + self.attention(self.attention_norm(x), context)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class GPT2(CausalLM):
-    """The whole model."""
+    """The GPT-2 language model."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
@@ -178,8 +179,8 @@ class GPT2(CausalLM):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """As `Model.init_weights`, but what is added to the residual stream starts smaller by the root of the number of
-        additions, two for each layer (section 2.3)."""
+        """See `Model.init_weights`. The matrices that write to the residual stream are divided by the square root of
+        their number, two for each layer (section 2.3)."""
         super().init_weights(generator)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.output.weight", "mlp.down.weight")):
@@ -187,15 +188,21 @@ class GPT2(CausalLM):
 
 
 def _check_lengths(layout: Layout, longest: int) -> None:
-    """Positions themselves may lie on a device, which would have to be waited for: so the layout is looked at. While
-    decoding it tells nothing, but engines keep to the context that the configuration gives."""
+    """Check that no sequence is longer than the learned positions.
+
+    The check reads the layout, because the positions may be on a device and reading them would wait for it. While
+    decoding the layout has no lengths; there engines limit the context by the configuration.
+
+    Raises:
+        ValueError: a sequence is longer.
+    """
     lengths = layout.lengths
     for length, parent in zip(lengths, layout.parents, strict=True):
         total = length + (lengths[parent] if parent >= 0 else 0)
         if total > longest:
             raise ValueError(
-                f"a sequence has {total} tokens, but GPT-2 has learned positions for n_positions {longest} only: "
-                "shorten the data's sequences"
+                f"a sequence has {total} tokens, but this GPT-2 has learned positions only for n_positions {longest}: "
+                "shorten the sequences of the data"
             )
 
 
@@ -203,6 +210,14 @@ HF = HFMap(
     architecture="GPT2LMHeadModel",
     config=GPT2Config,
     model=GPT2,
+    classifier="GPT2ForSequenceClassification",
+    vllm=VllmLimits(
+        only={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+        }
+    ),
     names={
         "embedding": "transformer.wte",
         "positions": "transformer.wpe",
@@ -218,4 +233,4 @@ HF = HFMap(
     ignored=tuple(f"{prefix}h.*.attn.{mask}" for prefix in ("", "transformer.") for mask in ("bias", "masked_bias")),
     prefix="transformer.",
 )
-"""The file of the first GPT-2 has no prefix, and some hold the causal mask (`attn.bias`, no weight)."""
+"""The file of the first GPT-2 has no prefix. Some files hold the causal mask (`attn.bias`), which is not a weight."""

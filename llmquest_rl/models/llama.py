@@ -1,7 +1,7 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783, section 3.2), also SmolLM2's architecture.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783, section 3.2), and SmolLM2.
 
-A pre-norm decoder: RMSNorm, attention with rotary positions and grouped key/value heads, SwiGLU, no dropout.
-Text only, one device: parallelism, caches and losses live elsewhere.
+A pre-norm decoder with RMSNorm, grouped-query attention, rotary positions and SwiGLU, without dropout.
+Text only, on one device; parallelism, caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
@@ -18,7 +18,14 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import (
+    check_heads,
+    check_sizes,
+    check_supported,
+    check_whole_rotation,
+    head_dim_of,
+)
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -35,7 +42,7 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     tied: bool
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -45,7 +52,7 @@ class LlamaConfig:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -61,11 +68,9 @@ class LlamaConfig:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
-        activation = values.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"config.json asks for hidden_act {activation!r}; Llama here has silu only")
+        check_supported(values, {"hidden_act": "silu"}, "Llama")
         try:
             heads = values["num_attention_heads"]
             kv_heads = values.get("num_key_value_heads")
@@ -89,7 +94,7 @@ class LlamaConfig:
             raise ValueError(f"config.json of a Llama lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "llama",
@@ -112,7 +117,7 @@ class LlamaConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: two query heads on one key/value head, tied."""
+        """Return a shape for tests: two query heads on one key/value head, tied."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -140,7 +145,7 @@ class Attention(nn.Module):
         self.output = Linear(width, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = rotate(self.query(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, H, C]
         k = rotate(self.key(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -150,7 +155,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -160,14 +165,14 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class Llama(CausalLM):
-    """The whole model."""
+    """The Llama language model."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -190,6 +195,8 @@ HF = HFMap(
     architecture="LlamaForCausalLM",
     config=LlamaConfig,
     model=Llama,
+    classifier="LlamaForSequenceClassification",
+    vllm=VllmLimits(),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

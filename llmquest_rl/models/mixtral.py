@@ -1,8 +1,8 @@
-"""Mixtral (Jiang et al. 2024, arXiv:2401.04088): the sparse mixture of experts in its plainest form.
+"""Mixtral (Jiang et al. 2024, arXiv:2401.04088): the simplest sparse mixture of experts.
 
-Llama's block with E large SwiGLU layers in place of one, of which a router picks two for each token. Optionally, each
-expert takes a limited number of tokens in training, as in Switch. Text only, one device: parallelism, caches and losses
-live elsewhere.
+Llama's block with E large SwiGLU layers in place of one; a router picks two of them for each token. Optionally, the
+capacity of each expert is limited in training, as in Switch (arXiv:2101.03961). Text only, on one device; parallelism,
+caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
@@ -20,11 +20,19 @@ from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_loss
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import (
+    check_heads,
+    check_router,
+    check_sizes,
+    check_supported,
+    check_whole_rotation,
+    head_dim_of,
+)
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import Experts, HFMap
 
-ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "router_jitter_noise": 0.0}
-"""Fields of config.json for which one value is implemented; they may be left out."""
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "router_jitter_noise": 0.0}
+"""Fields of config.json for which one value is implemented; a missing field has it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class MixtralConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -42,18 +50,18 @@ class MixtralConfig:
     num_experts: int
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
-    """Weight of the experts' balance loss in training, mean over layers; 0 = without."""
+    """Coefficient of the load-balancing loss in training, a mean over layers; 0 = no such loss."""
     router_z_loss_coef: float = 0.0
-    """Weight of the router z-loss in training, mean over layers. Our own field of config.json."""
+    """Coefficient of the router z-loss in training, a mean over layers. This field of config.json is ours."""
     expert_capacity_factor: float | None = None
-    """In training an expert takes at most this many times its even share of a batch; None = all that come. A token that
-    it does not take keeps its other experts and the residual: its output then depends on the batch, and its log-prob is
-    not the one of a rollout. Our own field of config.json."""
+    """Capacity of an expert in training, in multiples of its even share of a batch; None = no limit. An expert skips
+    the tokens above its capacity: these keep their other experts and the residual. Their outputs then depend on the
+    batch, and their log-probs differ from those of the rollout. This field of config.json is ours."""
     window: int | None = None
-    """Tokens that each layer sees, the newest included; None = all."""
+    """Number of tokens that each layer attends to, the current one included; None = all."""
     rms_norm_eps: float = 1e-5
     tied: bool = False
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
     max_positions: int = 131072
@@ -61,7 +69,7 @@ class MixtralConfig:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -74,11 +82,9 @@ class MixtralConfig:
         )
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         check_whole_rotation(self.rope)
-        chosen, experts, factor = self.num_experts_per_tok, self.num_experts, self.expert_capacity_factor
-        if chosen > experts:
-            raise ValueError(f"num_experts_per_tok {chosen} is more than num_local_experts {experts}")
-        if min(self.router_aux_loss_coef, self.router_z_loss_coef) < 0:
-            raise ValueError("router_aux_loss_coef and router_z_loss_coef weigh losses: expected 0 or more")
+        losses = {"router_aux_loss_coef": self.router_aux_loss_coef, "router_z_loss_coef": self.router_z_loss_coef}
+        check_router(self.num_experts_per_tok, self.num_experts, "num_local_experts", **losses)
+        factor = self.expert_capacity_factor
         if factor is not None and factor <= 0:
             raise ValueError(f"expert_capacity_factor is {factor}: expected a number above 0, or null for no limit")
 
@@ -87,11 +93,9 @@ class MixtralConfig:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
-        for name, value in ONLY.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; Mixtral here has {value!r} only")
+        check_supported(values, SUPPORTED_VALUES, "Mixtral")
         kept = ["num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity_factor"]
         kept += ["rms_norm_eps", "initializer_range"]
         try:
@@ -116,7 +120,7 @@ class MixtralConfig:
             raise ValueError(f"config.json of a Mixtral lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "mixtral",
@@ -138,12 +142,12 @@ class MixtralConfig:
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_positions,
             "rope_parameters": dict(self.rope),
-            **ONLY,
+            **SUPPORTED_VALUES,
         }
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: four experts, two of them for each token."""
+        """Return a shape for tests: four experts, two of them for each token."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -158,8 +162,8 @@ class MixtralConfig:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions, over a window of tokens
-    (Beltagy et al. 2020, arXiv:2004.05150, section 3.1) or all."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions, over all tokens or a
+    sliding window (Beltagy et al. 2020, arXiv:2004.05150, section 3.1)."""
 
     def __init__(self, config: MixtralConfig, layer: int) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class Attention(nn.Module):
         self.output = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = rotate(self.query(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, H, C]
         k = rotate(self.key(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -183,8 +187,8 @@ class Attention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The most probable SwiGLU layers for each token; their weights sum to 1, so that the softmax could as well be over
-    the chosen ones alone (section 2.1)."""
+    """The SwiGLU layers with the highest router probabilities for each token. Their weights sum to 1, which equals a
+    softmax over the chosen experts only (section 2.1)."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -193,7 +197,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = RoutedExperts(config.num_experts, config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """`x` [T, D] to the same shape, and where its tokens went."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         routing = self.router(x)
         capacity = None
         if self.training and self.capacity_factor is not None:
@@ -202,7 +206,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and experts, each normalised before and added after."""
+    """One layer: attention and experts, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: MixtralConfig, layer: int) -> None:
         super().__init__()
@@ -212,14 +216,14 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> tuple[Tensor, Routing]:
-        """`x` [T, D] to the same shape, and where its tokens went."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         added, routing = self.mlp(self.mlp_norm(x))
         return x + added, routing
 
 
 class Mixtral(CausalLM):
-    """The whole model."""
+    """The Mixtral language model."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__(config)
@@ -230,7 +234,7 @@ class Mixtral(CausalLM):
         self.rope = RoPE(config.head_dim, config.rope)
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
-        """See `CausalLM.hidden`. The routers' losses and loads are computed where the model is trained only."""
+        """See `CausalLM.hidden`. Losses and loads of the routers are computed in training only."""
         x = self.embedding(tokens)  # [T, D]
         rotary = self.rope(positions, x.dtype)
         routings = []
@@ -247,6 +251,8 @@ HF = HFMap(
     architecture="MixtralForCausalLM",
     config=MixtralConfig,
     model=Mixtral,
+    classifier="MixtralForSequenceClassification",
+    vllm=VllmLimits(),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

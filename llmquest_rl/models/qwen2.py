@@ -1,11 +1,11 @@
 """Qwen2 (Yang et al. 2024, arXiv:2407.10671, section 2.2.1), Qwen2.5 (arXiv:2412.15115, section 2) and Qwen2.5-Math.
 
-Llama's block with biases on queries, keys and values and on nothing else; layers may see a window of the latest tokens
-only. Text only, one device: parallelism, caches and losses live elsewhere.
+Llama's block with biases on queries, keys and values and on nothing else. Layers may attend to a sliding window.
+Text only, on one device; parallelism, caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -18,16 +18,18 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import (
+from llmquest_rl.models.config.checks import (
     FULL,
     SLIDING,
     check_heads,
     check_sizes,
+    check_supported,
     check_whole_rotation,
     check_windows,
     head_dim_of,
     windowed_layers,
 )
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -42,11 +44,11 @@ class Qwen2Config:
     num_kv_heads: int
     head_dim: int
     layer_types: tuple[str, ...]
-    """`SLIDING` or `FULL` for each layer; all published models are full throughout."""
+    """`SLIDING` or `FULL` for each layer; all layers of the published models are full."""
     tied: bool
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     window: int | None = None
-    """Tokens that a sliding layer sees, the newest included."""
+    """Number of tokens that a sliding layer attends to, the current one included."""
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
@@ -59,7 +61,7 @@ class Qwen2Config:
         return len(self.layer_types)
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -76,9 +78,9 @@ class Qwen2Config:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
-        _check_computed(values)
+        check_supported(values, SUPPORTED_VALUES, "Qwen2")
         window = values.get("sliding_window", 4096) if values.get("use_sliding_window", False) else None
         try:
             heads = values["num_attention_heads"]
@@ -102,7 +104,7 @@ class Qwen2Config:
             raise ValueError(f"config.json of a Qwen2 lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "qwen2",
@@ -126,7 +128,7 @@ class Qwen2Config:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: two query heads on one key/value head, tied."""
+        """Return a shape for tests: two query heads on one key/value head, tied."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -140,26 +142,14 @@ class Qwen2Config:
         )
 
 
-COMPUTED: dict[str, Any] = {"hidden_act": "silu", "is_causal": True, "dual_chunk_attention_config": None}
-"""Fields that would change the computation, and the value that is implemented: embedding models made of a Qwen2 see
-the whole text, and the 1M models cut texts longer than a chunk (arXiv:2501.15383)."""
-
-
-def _check_computed(values: Mapping[str, Any]) -> None:
-    """Whether config.json asks for nothing but what is implemented.
-
-    Raises:
-        ValueError: it does; names the field.
-    """
-    for name, computed in COMPUTED.items():
-        found = values.get(name, computed)
-        if found != computed:
-            raise ValueError(f"config.json asks for {name} {found!r}; Qwen2 here has {computed!r} only")
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "is_causal": True, "dual_chunk_attention_config": None}
+"""Fields of config.json for which one value is implemented; a missing field has it. Embedding models made of a Qwen2
+are not causal, and the 1M models split texts longer than a chunk (arXiv:2501.15383)."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with biases on what is compared and mixed, and
-    none on what is made of it."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with biases on queries, keys and values, and none
+    on the output."""
 
     def __init__(self, config: Qwen2Config, layer: int) -> None:
         super().__init__()
@@ -173,7 +163,7 @@ class Attention(nn.Module):
         self.output = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = rotate(self.query(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, H, C]
         k = rotate(self.key(x).unflatten(-1, (-1, self.head_dim)), rotary)  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -183,7 +173,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: Qwen2Config, layer: int) -> None:
         super().__init__()
@@ -193,14 +183,14 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class Qwen2(CausalLM):
-    """The whole model."""
+    """The Qwen2 language model."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
@@ -219,10 +209,20 @@ class Qwen2(CausalLM):
         return Hidden(self.norm(x), {})
 
 
+def _vllm_problems(config: Qwen2Config) -> Iterator[str]:
+    """See `VllmLimits.problems`."""
+    if {SLIDING, FULL} <= set(config.layer_types):
+        yield "layer_types mixes full and sliding attention"
+    if config.head_dim * config.num_heads != config.hidden_size:
+        yield f"head_dim is {config.head_dim}, and it computes hidden_size / num_attention_heads only"
+
+
 HF = HFMap(
     architecture="Qwen2ForCausalLM",
     config=Qwen2Config,
     model=Qwen2,
+    classifier="Qwen2ForSequenceClassification",
+    vllm=VllmLimits(problems=_vllm_problems),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

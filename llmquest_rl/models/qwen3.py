@@ -1,12 +1,12 @@
 """Qwen3, the dense models (Yang et al. 2025, arXiv:2505.09388, section 2).
 
-Llama's block with three differences: each head's query and key are normalised before they are rotated, the head size is
-free of the hidden size, and layers may see a window of the latest tokens only. Text only, one device: parallelism,
-caches and losses live elsewhere.
+Llama's block with three differences: the query and key of each head are normalised before the rotation, the head size
+is independent of the hidden size, and layers may attend to a sliding window. Text only, on one device; parallelism,
+caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,15 +19,17 @@ from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import (
+from llmquest_rl.models.config.checks import (
     FULL,
     SLIDING,
     check_heads,
     check_sizes,
+    check_supported,
     check_whole_rotation,
     check_windows,
     windowed_layers,
 )
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
@@ -42,11 +44,11 @@ class Qwen3Config:
     num_kv_heads: int
     head_dim: int
     layer_types: tuple[str, ...]
-    """`SLIDING` or `FULL` for each layer; all published models are full throughout."""
+    """`SLIDING` or `FULL` for each layer; all layers of the published models are full."""
     tied: bool
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     window: int | None = None
-    """Tokens that a sliding layer sees, the newest included."""
+    """Number of tokens that a sliding layer attends to, the current one included."""
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     initializer_range: float = 0.02
@@ -60,7 +62,7 @@ class Qwen3Config:
         return len(self.layer_types)
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -77,11 +79,9 @@ class Qwen3Config:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
-        activation = values.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"config.json asks for hidden_act {activation!r}; Qwen3 here has silu only")
+        check_supported(values, {"hidden_act": "silu"}, "Qwen3")
         window = values.get("sliding_window", 4096) if values.get("use_sliding_window", False) else None
         try:
             heads = values["num_attention_heads"]
@@ -106,7 +106,7 @@ class Qwen3Config:
             raise ValueError(f"config.json of a Qwen3 lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "qwen3",
@@ -131,7 +131,7 @@ class Qwen3Config:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: four query heads on two key/value heads, together wider than the hidden size."""
+        """Return a shape for tests: four query heads on two key/value heads, together wider than the hidden size."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -147,7 +147,7 @@ class Qwen3Config:
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with normalised queries and keys (Dehghani et al.
-    2023, arXiv:2302.05442, section 2), one norm for all heads."""
+    2023, arXiv:2302.05442, section 2). All heads share one norm."""
 
     def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = self.query_norm(self.query(x).unflatten(-1, (-1, self.head_dim)))  # [T, H, C]
         k = self.key_norm(self.key(x).unflatten(-1, (-1, self.head_dim)))  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -174,7 +174,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
@@ -184,14 +184,14 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class Qwen3(CausalLM):
-    """The whole model."""
+    """The dense Qwen3 language model."""
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
@@ -210,10 +210,18 @@ class Qwen3(CausalLM):
         return Hidden(self.norm(x), {})
 
 
+def _vllm_problems(config: Qwen3Config) -> Iterator[str]:
+    """See `VllmLimits.problems`."""
+    if {SLIDING, FULL} <= set(config.layer_types):
+        yield "layer_types mixes full and sliding attention"
+
+
 HF = HFMap(
     architecture="Qwen3ForCausalLM",
     config=Qwen3Config,
     model=Qwen3,
+    classifier="Qwen3ForSequenceClassification",
+    vllm=VllmLimits(only={"attention_bias": False}, problems=_vllm_problems),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

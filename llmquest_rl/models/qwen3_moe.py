@@ -1,7 +1,7 @@
 """Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388, section 2): 30B-A3B and 235B-A22B.
 
-Qwen3's block, with many small experts in place of the feed-forward layer: a router picks k of E for each token, and no
-expert is shared. Text only, one device: parallelism, caches and losses live elsewhere.
+Qwen3's block with many small experts in place of the feed-forward layer: a router picks k of E for each token, and no
+expert is shared. Text only, on one device; parallelism, caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size, H query heads, K key/value heads, C head size.
 """
 
@@ -20,11 +20,19 @@ from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_loss
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.config_checks import check_heads, check_sizes, check_whole_rotation, head_dim_of
+from llmquest_rl.models.config.checks import (
+    check_heads,
+    check_router,
+    check_sizes,
+    check_supported,
+    check_whole_rotation,
+    head_dim_of,
+)
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import Experts, HFMap
 
-ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
-"""Fields of config.json for which one value is implemented; they may be left out."""
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+"""Fields of config.json for which one value is implemented; a missing field has it."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,9 @@ class Qwen3MoeConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of dense feed-forward layers, of which the published models have none."""
+    """Intermediate size of dense feed-forward layers; the published models have none."""
     moe_intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -44,19 +52,19 @@ class Qwen3MoeConfig:
     num_experts: int
     num_experts_per_tok: int
     norm_topk_prob: bool = False
-    """A token's weights sum to 1; otherwise they are probabilities under all experts. The published models: true."""
+    """Whether the weights of a token's experts are divided by their sum. It is true in the published models."""
     decoder_sparse_step: int = 1
-    """Every n-th layer has experts."""
+    """Every n-th layer has experts, counted from 1."""
     mlp_only_layers: tuple[int, ...] = ()
-    """Layers that have none in any case."""
+    """Indices of layers that have a dense feed-forward layer in any case."""
     router_aux_loss_coef: float = 0.001
-    """Weight of the experts' balance loss in training, mean over layers; 0 = without."""
+    """Coefficient of the load-balancing loss in training, a mean over layers; 0 = no such loss."""
     router_z_loss_coef: float = 0.0
-    """Weight of the router z-loss in training, mean over layers. Our own field of config.json."""
+    """Coefficient of the router z-loss in training, a mean over layers. This field of config.json is ours."""
     tied: bool = False
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     window: int | None = None
-    """Tokens that each layer sees, the newest included; None = all, as in the published models."""
+    """Number of tokens that each layer attends to, the current one included; None = all, as in the published models."""
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     initializer_range: float = 0.02
@@ -64,7 +72,7 @@ class Qwen3MoeConfig:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -79,22 +87,17 @@ class Qwen3MoeConfig:
         )
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         check_whole_rotation(self.rope)
-        chosen, experts = self.num_experts_per_tok, self.num_experts
-        if chosen > experts:
-            raise ValueError(f"num_experts_per_tok {chosen} is more than num_experts {experts}")
-        if min(self.router_aux_loss_coef, self.router_z_loss_coef) < 0:
-            raise ValueError("router_aux_loss_coef and router_z_loss_coef weigh losses: expected 0 or more")
+        losses = {"router_aux_loss_coef": self.router_aux_loss_coef, "router_z_loss_coef": self.router_z_loss_coef}
+        check_router(self.num_experts_per_tok, self.num_experts, "num_experts", **losses)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
-        for name, value in ONLY.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; Qwen3-MoE here has {value!r} only")
+        check_supported(values, SUPPORTED_VALUES, "Qwen3-MoE")
         kept = ["norm_topk_prob", "decoder_sparse_step", "router_aux_loss_coef", "router_z_loss_coef"]
         kept += ["rms_norm_eps", "attention_bias", "initializer_range"]
         try:
@@ -122,7 +125,7 @@ class Qwen3MoeConfig:
             raise ValueError(f"config.json of a Qwen3-MoE lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         return {
             "architectures": [HF.architecture],
             "model_type": "qwen3_moe",
@@ -149,12 +152,12 @@ class Qwen3MoeConfig:
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_positions,
             "rope_parameters": dict(self.rope),
-            **ONLY,
+            **SUPPORTED_VALUES,
         }
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: eight experts, three of them for each token, and a dense first layer."""
+        """Return a shape for tests: eight experts, three of them for each token, and a dense first layer."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -171,13 +174,13 @@ class Qwen3MoeConfig:
         )
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts, or a dense feed-forward layer."""
+        """Return whether a layer has experts instead of a dense feed-forward layer."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with normalised queries and keys (Dehghani et al.
-    2023, arXiv:2302.05442, section 2), one norm for all heads."""
+    2023, arXiv:2302.05442, section 2). All heads share one norm."""
 
     def __init__(self, config: Qwen3MoeConfig, layer: int) -> None:
         super().__init__()
@@ -193,7 +196,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q = self.query_norm(self.query(x).unflatten(-1, (-1, self.head_dim)))  # [T, H, C]
         k = self.key_norm(self.key(x).unflatten(-1, (-1, self.head_dim)))  # [T, K, C]
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # [T, K, C]
@@ -204,7 +207,7 @@ class Attention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The k most probable of E small SwiGLU layers for each token."""
+    """The k of E small SwiGLU layers with the highest router probabilities for each token."""
 
     def __init__(self, config: Qwen3MoeConfig) -> None:
         super().__init__()
@@ -213,13 +216,13 @@ class MixtureOfExperts(nn.Module):
         self.experts = RoutedExperts(experts, size, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """`x` [T, D] to the same shape, and where its tokens went."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         routing = self.router(x)
         return self.experts(x, routing.experts, routing.weights), routing
 
 
 class Block(nn.Module):
-    """One layer: attention and experts (or one dense feed-forward), each normalised before and added after."""
+    """One layer: attention and experts or a dense feed-forward, each with a norm before and a residual around it."""
 
     def __init__(self, config: Qwen3MoeConfig, layer: int) -> None:
         super().__init__()
@@ -231,7 +234,7 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config) if self.has_experts else GatedMLP(*dense)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """`x` [T, D] to the same shape, and where its tokens went."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         x = x + self.attention(self.attention_norm(x), rotary, context)
         normed = self.mlp_norm(x)
         added, routing = self.mlp(normed) if self.has_experts else (self.mlp(normed), None)
@@ -239,7 +242,7 @@ class Block(nn.Module):
 
 
 class Qwen3Moe(CausalLM):
-    """The whole model."""
+    """The Qwen3-MoE language model."""
 
     def __init__(self, config: Qwen3MoeConfig) -> None:
         super().__init__(config)
@@ -250,7 +253,7 @@ class Qwen3Moe(CausalLM):
         self.rope = RoPE(config.head_dim, config.rope)
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
-        """See `CausalLM.hidden`. The routers' losses and loads are computed where the model is trained only."""
+        """See `CausalLM.hidden`. Losses and loads of the routers are computed in training only."""
         x = self.embedding(tokens)  # [T, D]
         rotary = self.rope(positions, x.dtype)
         routings = []
@@ -267,6 +270,8 @@ HF = HFMap(
     architecture="Qwen3MoeForCausalLM",
     config=Qwen3MoeConfig,
     model=Qwen3Moe,
+    classifier="Qwen3MoeForSequenceClassification",
+    vllm=VllmLimits(only={"attention_bias": False}),
     names={
         "embedding": "model.embed_tokens",
         "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",

@@ -1,10 +1,10 @@
 """Qwen3-Next (Qwen team 2025, "Qwen3-Next: Towards Ultimate Training & Inference Efficiency").
 
-A pre-norm decoder in which three of four layers are Gated DeltaNets (arXiv:2412.06464): linear attention, which keeps a
-matrix for each head instead of all earlier tokens. The others are attention whose output is gated (arXiv:2505.06708)
-and of whose heads only a part is rotated. Feed-forward layers are many small experts of which each token takes some,
-beside a shared one that it takes to a degree of its own.
-Text only, one device: parallelism, caches and losses live elsewhere.
+A pre-norm decoder in which three of four layers are Gated DeltaNets (arXiv:2412.06464): linear attention, whose state
+is one matrix per head instead of a cache of all earlier tokens. The other layers are attention with a gated output
+(arXiv:2505.06708) and partial rotation. The feed-forward layers are many small experts, of which a router picks some
+for each token, and a shared expert with a gate.
+Text only, on one device; parallelism, caches and losses are elsewhere.
 Shapes: T tokens of a pack, D hidden size. Attention: H query heads of size C. Gated DeltaNet: K key heads of size A,
 V = K x J value heads of size B.
 """
@@ -28,14 +28,16 @@ from llmquest_rl.layers.recurrent.short_conv import ShortConv
 from llmquest_rl.layers.rope import RoPE, Rotary, rotate
 from llmquest_rl.models import weight_map
 from llmquest_rl.models.base import CausalLM, Hidden
-from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.config.qwen3_next import FULL, LINEAR, Qwen3NextConfig
+from llmquest_rl.models.serving import VllmLimits
 from llmquest_rl.models.weight_map import HFMap
 
 
 class GatedDeltaNet(nn.Module):
-    """Linear attention by the gated delta rule (arXiv:2412.06464, section 3.4), with normalised and gated output.
+    """Linear attention with the gated delta rule (arXiv:2412.06464, section 3.4), a norm and an output gate.
 
-    The projections' rows lie as on disk, by key head: [q | k | J values | J output gates] and [J writes | J fadings].
+    The rows of the projections are grouped by key head, as on disk: `[q | k | J values | J output gates]` and
+    `[J write strengths (b) | J decays (a)]`.
     """
 
     def __init__(self, config: Qwen3NextConfig, layer: int) -> None:
@@ -54,7 +56,7 @@ class GatedDeltaNet(nn.Module):
         self.output = Linear(values, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         tail, state = context.load_state(self.layer) or (None, None)
         qkv, z = self._projected(x)  # [T, 2 K A + V B], [T, V, B]
         qkv, tail = self.conv(qkv, context.layout, tail)
@@ -72,27 +74,27 @@ class GatedDeltaNet(nn.Module):
         return mixed
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all heads the queries, keys and values, end to end, and the output gates."""
+        """Return queries, keys and values `[T, 2 K A + V B]`, and output gates `[T, V, B]`, of all heads."""
         values = self.shared * self.value_dim
         by_head = self.in_qkvz(x).unflatten(-1, (self.num_key_heads, -1))
         q, k, v, z = by_head.split((self.key_dim, self.key_dim, values, values), -1)
         return torch.cat([part.flatten(1) for part in (q, k, v)], -1), z.unflatten(-1, (self.shared, -1)).flatten(1, 2)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithm of what the state keeps and share that is written, [T, V] each."""
+        """Return the logarithm of the decay and the write strength of each head, `[T, V]` each."""
         b, a = (part.flatten(1) for part in self.in_ba(x).unflatten(-1, (self.num_key_heads, -1)).chunk(2, -1))
         return -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float()), b.sigmoid()
 
 
 def _unit_length(x: Tensor) -> Tensor:
-    """Vectors [..., size] divided by their length, in float32; the small number is added, not a lower bound."""
+    """Divide vectors `[..., size]` by their length, in float32; a small number is added to the squared length."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class GatedAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, partly rotated, each head's output gated (Qiu et al.
-    2025, arXiv:2505.06708, section 2.2). The query projection's rows lie as on disk: [query | gate] of each head."""
+    """Grouped-query attention with normalised queries and keys, partial rotation, and an output gate per head (Qiu et
+    al. 2025, arXiv:2505.06708, section 2.2). The rows of the query projection are `[query | gate]` of each head."""
 
     def __init__(self, config: Qwen3NextConfig, layer: int) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class GatedAttention(nn.Module):
         self.key_norm = OffsetRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Map `x` `[T, D]` to the same shape."""
         q, gate = self.query(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)  # [T, H, C] each
         k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.key, self.value))
         q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
@@ -117,7 +119,7 @@ class GatedAttention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Some routed experts and the shared one, which each token scales by a gate."""
+    """The routed experts, and the shared expert with a gate for each token."""
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
@@ -128,14 +130,14 @@ class MixtureOfExperts(nn.Module):
         self.shared_gate = Linear(size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """`x` [T, D] to the same shape, and who was chosen."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens."""
         routing = self.router(x)
         shared = self.shared_gate(x).sigmoid() * self.shared(x)
         return self.experts(x, routing.experts, routing.weights) + shared, routing
 
 
 class Block(nn.Module):
-    """One layer: attention of either kind and feed-forward, each normalised before and added after."""
+    """One layer: attention of either type and feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: Qwen3NextConfig, layer: int, kind: str, is_sparse: bool) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config) if is_sparse else GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """`x` [T, D] to the same shape, and who was chosen; None for a dense layer."""
+        """Map `x` `[T, D]` to the same shape; also return the routing of its tokens, None for a dense layer."""
         normed = self.mixer_norm(x)
         x = x + (self.delta_net(normed, context) if self.is_linear else self.attention(normed, rotary, context))
         normed = self.mlp_norm(x)
@@ -157,11 +159,11 @@ class Block(nn.Module):
         return x + added, routing
 
 
-class FurtherPrediction(nn.Module):
-    """The module that predicts one token further, for speculative decoding (`mtp.*` on disk).
+class MTPModule(nn.Module):
+    """The module for multi-token prediction (MTP), which serves speculative decoding (`mtp.*` on disk).
 
-    It is read, kept and written again, and neither computed nor trained: a model that was trained here has one that
-    does not fit it as well as before.
+    It is read, kept and written again, but neither computed nor trained. After training here its predictions are
+    accepted less often than before.
     """
 
     def __init__(self, config: Qwen3NextConfig) -> None:
@@ -176,7 +178,7 @@ class FurtherPrediction(nn.Module):
 
 
 class Qwen3Next(CausalLM):
-    """The whole model."""
+    """The Qwen3-Next language model."""
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__(config)
@@ -186,11 +188,11 @@ class Qwen3Next(CausalLM):
         )
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(config.hidden_size, config.vocab_size, self.embedding.weight if config.tied else None)
-        self.mtp = FurtherPrediction(config) if config.num_mtp_layers else None
+        self.mtp = MTPModule(config) if config.num_mtp_layers else None
         self.rope = RoPE(config.head_dim, config.rope)
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Hidden:
-        """See `CausalLM.hidden`. The routers' loss and loads are computed where the model is trained only."""
+        """See `CausalLM.hidden`. The loss and loads of the routers are computed in training only."""
         x = self.embedding(tokens)  # [T, D]
         rotary = self.rope(positions, x.dtype)
         routings = []
@@ -203,7 +205,7 @@ class Qwen3Next(CausalLM):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """See `Model.init_weights`; norms with an offset start at 0, the rates of fading log-uniformly."""
+        """See `Model.init_weights`. Norms with an offset start at 0; decay rates are uniform in [0.01, 16]."""
         super().init_weights(generator)
         for module in self.modules():
             if isinstance(module, OffsetRMSNorm):
@@ -215,7 +217,7 @@ class Qwen3Next(CausalLM):
 
 
 def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
-    """Where a layer lies on disk."""
+    """Return the names on disk of one layer's weights."""
     experts = f"{disk}.mlp.experts.{{e}}"
     attention = {"query": "q", "key": "k", "value": "v", "output": "o"}
     return {
@@ -242,7 +244,7 @@ def _block_names(ours: str, disk: str) -> dict[str, str | weight_map.Form]:
 
 
 def _fit(config: Qwen3NextConfig, keys: Collection[str]) -> Qwen3NextConfig:
-    """The published files hold the module that predicts further; what transformers saves does not."""
+    """Count the layers of the MTP module: published files hold it, files that transformers saved do not."""
     layers = {key.split(".")[2] for key in keys if key.startswith("mtp.layers.")}
     return replace(config, num_mtp_layers=len(layers))
 
@@ -251,6 +253,8 @@ HF = HFMap(
     architecture="Qwen3NextForCausalLM",
     config=Qwen3NextConfig,
     model=Qwen3Next,
+    classifier="Qwen3NextForSequenceClassification",
+    vllm=VllmLimits(only={"attention_bias": False, "tie_word_embeddings": False}),
     names={
         "embedding": "model.embed_tokens",
         **_block_names("blocks.{i}", "model.layers.{i}"),

@@ -1,7 +1,7 @@
-"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1): an image is a sentence of patches.
+"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1): an image is a sequence of patches.
 
-Patches are projected (eq. 1), a class token goes first, learned positions are added; pre-norm blocks (eqs. 2, 3) in
-which every token sees every other; a linear classifier reads the class token (eq. 4).
+Patches are projected (eq. 1), a class token is put before them, and learned positions are added. In the pre-norm blocks
+(eqs. 2, 3) every token attends to every other. A linear classifier reads the class token (eq. 4).
 Shapes: B images, P patches, S = 1 + P tokens of an image, D hidden size, H heads, C = D / H head size.
 """
 
@@ -17,13 +17,13 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.mlp import MLP, check_activation
 from llmquest_rl.models.base import ClassifierModel, Scores
-from llmquest_rl.models.config_checks import check_sizes
-from llmquest_rl.models.labels import label_fields, read_labels
+from llmquest_rl.models.config.checks import check_sizes, check_supported
+from llmquest_rl.models.config.labels import label_fields, read_labels
 from llmquest_rl.models.weight_map import HFMap
 from llmquest_rl.types import ImageFormat
 
-NOT_IMPLEMENTED: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-"""Fields of config.json to the one value that is computed here."""
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""Fields of config.json for which one value is implemented; a missing field has it."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class ViTConfig:
     """The shape of a Vision Transformer."""
 
     image_size: tuple[int, int]
-    """Height and width in pixels: all images have this size."""
+    """Height and width of all images, in pixels."""
     patch_size: tuple[int, int]
-    """Height and width in pixels."""
+    """Height and width of a patch, in pixels."""
     num_channels: int
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
     labels: tuple[str, ...]
-    """Names of the classes; none = no classifier, as in a tower of a larger model."""
+    """Names of the classes; empty = no classifier, as in the vision tower of a larger model."""
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
@@ -48,7 +48,7 @@ class ViTConfig:
     """Standard deviation of random weights."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         check_sizes(
             num_channels=self.num_channels,
             hidden_size=self.hidden_size,
@@ -66,25 +66,23 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image: its patches and the class token."""
+        """Number of tokens of an image: its patches and the class token."""
         (height, width), (rows, columns) = self.image_size, self.patch_size
         return 1 + (height // rows) * (width // columns)
 
     @property
     def image_format(self) -> ImageFormat:
-        """Alone, the model knows no text: token 0 holds the place of each of an image's tokens."""
+        """The format of the images. The model has no vocabulary, so token 0 is the placeholder of image tokens."""
         return ImageFormat(0, self.num_tokens, self.num_channels, *self.image_size)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
-        """Read a config.json of transformers 4 or 5. Fields that it lacks are those of ViT-Base, as in transformers.
+        """Read a config.json of transformers 4 or 5. Missing fields have the values of ViT-Base, as in transformers.
 
         Raises:
-            ValueError: a field asks for what is not implemented, or two contradict each other; names them.
+            ValueError: a value is not implemented, or fields contradict each other; the message names them.
         """
-        for field, value in NOT_IMPLEMENTED.items():
-            if values.get(field, value) != value:
-                raise ValueError(f"config.json asks for {field} {values[field]!r}; ViT here has {value!r} only")
+        check_supported(values, SUPPORTED_VALUES, "ViT")
         return cls(
             image_size=_height_and_width("image_size", values.get("image_size", 224)),
             patch_size=_height_and_width("patch_size", values.get("patch_size", 16)),
@@ -101,7 +99,7 @@ class ViTConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 reads."""
+        """Return a config.json that transformers 5 reads."""
         return {
             "architectures": [HF.architecture],
             "model_type": "vit",
@@ -117,12 +115,12 @@ class ViTConfig:
             "layer_norm_eps": self.layer_norm_eps,
             "qkv_bias": self.qkv_bias,
             "initializer_range": self.initializer_range,
-            **NOT_IMPLEMENTED,
+            **SUPPORTED_VALUES,
         }
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: 4 patches of 8 x 8 pixels."""
+        """Return a shape for tests: 4 patches of 8 x 8 pixels."""
         return cls(
             image_size=(16, 16),
             patch_size=(8, 8),
@@ -136,7 +134,7 @@ class ViTConfig:
 
 
 def _height_and_width(field: str, value: Any) -> tuple[int, int]:
-    """One number stands for a square."""
+    """Return the height and width of a field; one number describes a square."""
     sizes = [value, value] if isinstance(value, int) else list(value)
     if len(sizes) != 2:
         raise ValueError(f"config.json has {field} {value!r}: expected one number, or height and width")
@@ -146,7 +144,7 @@ def _height_and_width(field: str, value: Any) -> tuple[int, int]:
 
 
 class Attention(nn.Module):
-    """Multi-head attention in which every token of an image sees all of its tokens (appendix A, eqs. 5 to 8)."""
+    """Multi-head attention without a mask among the tokens of an image (appendix A, eqs. 5 to 8)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -158,7 +156,7 @@ class Attention(nn.Module):
         self.output = Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, S, D] to the same shape."""
+        """Map `x` `[B, S, D]` to the same shape."""
         q, k, v = (
             part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )  # [B, H, S, C]
@@ -168,7 +166,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after (eqs. 2 and 3)."""
+    """One layer: attention and feed-forward, each with a norm before and a residual around it (eqs. 2 and 3)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -178,14 +176,14 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, S, D] to the same shape."""
+        """Map `x` `[B, S, D]` to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class ViT(ClassifierModel):
-    """The whole model. Its tokens are those of the images; the batch's own only make room for them."""
+    """The Vision Transformer. It computes the tokens of the images; those in the batch are placeholders."""
 
     new_head = "classifier"
 
@@ -194,23 +192,23 @@ class ViT(ClassifierModel):
         size = config.hidden_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens, size))
-        # Kernel = stride: each patch is seen once, so this is one linear layer over the pixels of a patch.
+        # The kernel equals the stride, so this is one linear layer over the pixels of each patch.
         self.patches = nn.Conv2d(config.num_channels, size, config.patch_size, config.patch_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
         self.classifier = Linear(size, len(config.labels)) if config.labels else nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
-        """What the model sees in each patch.
+        """Compute the features of images.
 
         Args:
-            images: [B, channels, height, width], normalised as the checkpoint wants it.
+            images: Pixels `[B, channels, height, width]`, normalised as the checkpoint requires.
 
         Returns:
-            [B, S, D] after the last norm: the class token, then the patches row by row.
+            Features `[B, S, D]` after the last norm: the class token first, then the patches row by row.
 
         Raises:
-            ValueError: the images do not have the size that the model was built for.
+            ValueError: the images have another size than the model.
         """
         expected = (self.config.num_channels, *self.config.image_size)
         if tuple(images.shape[1:]) != expected:
@@ -226,15 +224,15 @@ class ViT(ClassifierModel):
         return out
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, labels] of `images` [B, channels, height, width]; see `features`."""
+        """Return the logits `[B, labels]` of images `[B, channels, height, width]`; see `features`."""
         out: Tensor = self.classifier(self.features(images)[:, 0])
         return out
 
     def forward(self, batch: TokenBatch) -> Scores:
-        """See `ClassifierModel.forward`: the logits of the batch's images, in their order.
+        """Return the logits of the batch's images, in their order; see `ClassifierModel.forward`.
 
         Raises:
-            ValueError: the batch does not have one image for each target; images have another size.
+            ValueError: the batch does not have one image for each target, or images have another size than the model.
         """
         found = 0 if batch.images is None else len(batch.images)
         if batch.images is None or found != len(batch.targets):
@@ -246,7 +244,7 @@ class ViT(ClassifierModel):
 
     @torch.no_grad()
     def init_head(self, generator: torch.Generator) -> None:
-        """All 0, as a classifier for another set of labels begins (section 3.2)."""
+        """Set the classifier to 0, as the paper does for new labels (section 3.2)."""
         for parameter in self.classifier.parameters():
             parameter.zero_()
 

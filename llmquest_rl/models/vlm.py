@@ -1,8 +1,8 @@
-"""A vision-language model by early fusion: any decoder of this folder reads an image as tokens before its text.
+"""A vision-language model with early fusion: any decoder of this folder reads an image as tokens before its text.
 
-A Vision Transformer turns an image into one vector for each patch, an adapter maps them to the width of the decoder
-(Liu et al. 2023, arXiv:2304.08485, section 4.1; as an MLP: arXiv:2310.03744, section 3.2), and there they stand in
-place of embeddings. The decoder treats them as it treats text: causal attention, positions, key/value cache.
+A Vision Transformer turns an image into one vector for each patch, and an adapter maps them to the width of the decoder
+(Liu et al. 2023, arXiv:2304.08485, section 4.1; as an MLP: arXiv:2310.03744, section 3.2), where they take the place of
+embeddings. The decoder treats them like text: with causal attention, positions and a key/value cache.
 Shapes: T tokens of a pack, N images, S vision tokens of an image, D hidden size of the decoder.
 """
 
@@ -22,8 +22,8 @@ from llmquest_rl.layers.fused_embedding import FusedEmbedding
 from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.models import vit
-from llmquest_rl.models.base import AroundDecoder, CausalLM, Hidden, Model, Output
-from llmquest_rl.models.checkpoint.load_save import find_architecture
+from llmquest_rl.models.architectures import find_architecture
+from llmquest_rl.models.base import CausalLM, DecoderWrapperConfig, Hidden, Model, Output
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import Experts, Form, HFMap
@@ -31,7 +31,7 @@ from llmquest_rl.types import ImageFormat
 
 
 class MLPAdapter(nn.Module):
-    """Two layers with a GELU between (LLaVA-1.5)."""
+    """Two linear layers with a GELU between them (LLaVA-1.5)."""
 
     def __init__(self, vision_size: int, size: int) -> None:
         super().__init__()
@@ -39,31 +39,31 @@ class MLPAdapter(nn.Module):
         self.down = Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., vision_size] to [..., size]."""
+        """Map `x` `[..., vision_size]` to `[..., size]`."""
         out: Tensor = self.down(nn.functional.gelu(self.up(x)))
         return out
 
 
 ADAPTERS: dict[str, Callable[[int, int], nn.Module]] = {"linear": Linear, "mlp": MLPAdapter}
-"""From the width of the vision tower to that of the decoder."""
+"""The adapters by name: constructors that take the width of the vision tower and the width of the decoder."""
 
 
 @dataclass(frozen=True)
-class VLMConfig(AroundDecoder):
-    """The shapes of both parts, and how they meet."""
+class VLMConfig(DecoderWrapperConfig):
+    """The shapes of the vision tower and the decoder, and the adapter between them."""
 
     vision: ViTConfig
     text: Any
-    """The config of a decoder of this folder."""
+    """The configuration of a decoder of this folder."""
     adapter: str
     """One of `ADAPTERS`."""
     image_token_id: int
-    """Stands for a vision token in token ids: a reserved token, which text never holds."""
+    """Marks a vision token among the token ids: a reserved token that never occurs in text."""
     frozen: tuple[str, ...] = ()
-    """Shell patterns of weights that are not trained, such as `vision.*`."""
+    """Shell patterns of weights that are not trained, for example `vision.*`."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, by the names in config.json."""
+        """Refuse impossible values; messages use the names of config.json."""
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter {self.adapter!r} is not implemented: expected one of {', '.join(ADAPTERS)}")
         if not 0 <= self.image_token_id < self.vocab_size:
@@ -75,7 +75,7 @@ class VLMConfig(AroundDecoder):
 
     @property
     def language(self) -> HFMap:
-        """The map of the decoder."""
+        """The decoder's map of names on disk."""
         return _language(self.text.to_hf())
 
     @classmethod
@@ -83,7 +83,7 @@ class VLMConfig(AroundDecoder):
         """Read a config.json.
 
         Raises:
-            ValueError: a field is missing, or the config of a part is not sound.
+            ValueError: a field is missing, or the configuration of a part is refused.
         """
         try:
             tower, text = values["vision_config"], values["text_config"]
@@ -100,7 +100,7 @@ class VLMConfig(AroundDecoder):
             raise ValueError(f"config.json of a vision-language model lacks {missing}") from missing
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json of the layout that only this package reads. No `model_type`: transformers would warn of it."""
+        """Return a config.json that only this package reads; a `model_type` would make transformers warn."""
         return {
             "architectures": [HF.architecture],
             "vision_config": self.vision.to_hf(),
@@ -112,14 +112,14 @@ class VLMConfig(AroundDecoder):
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: 5 vision tokens before a Llama's text."""
+        """Return a shape for tests: 5 vision tokens before a Llama's text."""
         return cls(replace(ViTConfig.tiny(), labels=()), LlamaConfig.tiny(), "mlp", image_token_id=255)
 
 
 def _language(values: dict[str, Any]) -> HFMap:
     found = find_architecture(values, Path("text_config"))
     if not issubclass(found.model, CausalLM) or found is HF:
-        raise ValueError(f"text_config names {found.architecture}, which is no decoder of text")
+        raise ValueError(f"text_config names {found.architecture}, which is not a text decoder")
     return found
 
 
@@ -149,32 +149,32 @@ class VLM(CausalLM):
 
     @property
     def head(self) -> LMHead:  # type: ignore[override]
-        """The decoder's: not registered here, or its weight would have two names."""
+        """The decoder's output layer. It is no module of this class: its weight would then have two names."""
         return self.decoder.head
 
     @property
     def shares_prompts(self) -> bool:
-        """As the decoder."""
+        """See `Model.shares_prompts`; the decoder decides."""
         return self.decoder.shares_prompts
 
     def stays_float32(self, name: str) -> bool:
-        """See `Model.stays_float32`: as the part says that the weight belongs to."""
+        """See `Model.stays_float32`; the part that holds the weight decides."""
         part, _, rest = name.partition(".")
         owner = self.get_submodule(part)
         return isinstance(owner, Model) and owner.stays_float32(rest)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """See `Model.init_weights`: each part as its own family starts."""
+        """See `Model.init_weights`; each part draws its own weights."""
         super().init_weights(generator)
         self.vision.init_weights(generator)
         self.decoder.init_weights(generator)
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> Output:
-        """See `CausalLM.forward`; a prompt's images stand where it holds `image_token_id`.
+        """See `CausalLM.forward`; the images of a prompt are placed at its tokens `image_token_id`.
 
         Raises:
-            ValueError: a prompt's image tokens are not as many as its images need; images have another size.
+            ValueError: a prompt has more or fewer image tokens than its images need, or images have another size.
         """
         tokens = self._numbered(batch.tokens, batch.layout, batch.image_counts)
         with self._seeing(batch.images):
@@ -193,16 +193,16 @@ class VLM(CausalLM):
         """See `CausalLM.hidden`.
 
         Args:
-            tokens: [T], with `image_token_id` in place of each vision token.
-            positions: [T].
-            context: What sees what, also that of a prefill or of decoding.
-            images: [N, channels, height, width] of all segments in order; None = text only.
-            image_counts: Images of each segment; may be left out with `images`.
+            tokens: Token ids `[T]`, with `image_token_id` in place of each vision token.
+            positions: Position ids `[T]`.
+            context: Decides which tokens attend to which; also the context of a prefill or of decoding.
+            images: Pixels `[N, channels, height, width]` of all segments in order; None = text only.
+            image_counts: Number of images of each segment; empty without images.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: see `forward`.
         """
-        if not context.decodes:  # what is drawn is text, whatever its id
+        if not context.decodes:  # sampled tokens are text, also those with the id of an image token
             tokens = self._numbered(tokens, context.layout, image_counts)
         with self._seeing(images):
             return self.decoder.hidden(tokens, positions, context)
@@ -217,10 +217,18 @@ class VLM(CausalLM):
             yield
 
     def _numbered(self, tokens: Tensor, layout: Layout, counts: Sequence[int]) -> Tensor:
-        """Token ids in which each vision token has one of its own, counted on from the vocabulary in packed order.
+        """Give each vision token its own id: `vocab_size` plus its index in the pack.
 
-        So a decoder may embed tokens more than once and in any order, as multi-token prediction does. Images are
-        looked for in segments that continue no other: completions are text.
+        A decoder may then embed tokens more than once and in any order, as multi-token prediction does. Only segments
+        without a parent have images: completions are text.
+
+        Args:
+            tokens: Token ids `[T]`, with `image_token_id` in place of each vision token.
+            layout: The segments of the pack.
+            counts: Number of images of each segment; empty without images.
+
+        Raises:
+            ValueError: a segment has more or fewer image tokens than its images need.
         """
         size, id_ = self.config.vision.num_tokens, self.config.image_token_id
         begins = torch.tensor([parent < 0 for parent in layout.parents], dtype=torch.bool)
@@ -235,12 +243,12 @@ class VLM(CausalLM):
         return tokens.index_copy(0, rows, torch.arange(len(rows), device=tokens.device) + self.config.vocab_size)
 
     def after_update(self, applied: bool, all_reduce: Callable[[Tensor], None]) -> dict[str, float]:
-        """See `CausalLM.after_update`: the routers are the decoder's."""
+        """See `CausalLM.after_update`; the routers belong to the decoder."""
         return self.decoder.after_update(applied, all_reduce)
 
 
 def _names(config: VLMConfig) -> dict[str, str | Form]:
-    """Each part's own names, below a folder of its own."""
+    """Return the names of each part, with a prefix for the part."""
     names: dict[str, str | Form] = {"adapter": "adapter", "adapter.up": "adapter.up", "adapter.down": "adapter.down"}
     parts = [("vision", VISION, vit.HF, config.vision), ("decoder", LANGUAGE, config.language, config.text)]
     for ours, folder, hf, shape in parts:
@@ -266,7 +274,7 @@ def _fit(config: VLMConfig, keys: Collection[str]) -> VLMConfig:
 
 
 VISION, LANGUAGE = "vision_tower.", "language_model."
-"""What the keys of each part begin with on disk; the rest is as the part's own checkpoints have it."""
+"""The prefix of each part's keys on disk; the rest of a key is that of the part's own checkpoints."""
 
 HF = HFMap(
     architecture="VisionLanguageForCausalLM",

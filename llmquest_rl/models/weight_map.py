@@ -1,7 +1,8 @@
-"""How a model's weights are called and laid out on disk: the table that each architecture file ends with, and its use.
+"""The names and layouts of a model's weights on disk: `HFMap`, the table at the end of each architecture's file.
 
-A tensor on disk is always a view of one of ours (a renamed one, a transposed one, one expert of a stack), so the same
-table reads and writes: a view of an empty parameter is filled, a view of a trained one is saved or sent to an engine.
+A tensor on disk is always a view of one of our weights: the weight under another name, its transpose, or one expert of
+a stack. So the same table reads and writes: loading fills the views of empty weights, saving writes the views of
+trained ones.
 """
 
 import re
@@ -14,32 +15,39 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llmquest_rl.models.base import Model, ModelConfig
+from llmquest_rl.models.serving import VllmLimits
 
 View = Callable[[Tensor], Tensor]
 
 
 class Piece(NamedTuple):
-    """One tensor on disk."""
+    """One tensor on disk, as a view of one of our weights."""
 
     ours: str
-    """The parameter or buffer of ours that it is a view of."""
+    """The name of our parameter or buffer."""
     view: View
+    """Takes our weight and returns the tensor on disk, without a copy."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """The same tensor under another module path."""
+    """A weight that has another module path on disk."""
 
     path: str
 
     def pieces(self, ending: str, shape: tuple[int, ...]) -> dict[str, View]:
-        """Name on disk to view, for our weight with this `ending` and `shape`."""
+        """Return the view for each tensor on disk, by its name there.
+
+        Args:
+            ending: The last part of our weight's name, such as `weight` or `bias`.
+            shape: The shape of our weight.
+        """
         return {f"{self.path}.{ending}": _itself}
 
 
 @dataclass(frozen=True)
 class Transposed:
-    """Matrices lie transposed on disk, as GPT-2's Conv1D keeps them; vectors do not."""
+    """A layer whose matrices are transposed on disk, as in GPT-2's Conv1D; its vectors are not."""
 
     path: str
 
@@ -50,14 +58,14 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Experts:
-    """A stack [experts, parts * rows, columns] that lies on disk as one matrix for each expert and part."""
+    """A stack `[experts, parts * rows, columns]` that is saved as one matrix `[rows, columns]` per expert and part."""
 
     path: str
-    """Module path of one expert, with `{e}` for its number."""
+    """Module path of one expert on disk, with `{e}` for its index."""
     parts: tuple[str, ...]
-    """Modules of an expert, in the order of our rows."""
+    """Names of an expert's modules on disk, in the order of our rows."""
     fused: str = ""
-    """Key of the whole stack in files that keep it so: read, never written."""
+    """Key of the whole stack in files that are not split by expert: such files are read, but never written."""
 
     def pieces(self, ending: str, shape: tuple[int, ...]) -> dict[str, View]:
         """See `Renamed.pieces`."""
@@ -74,53 +82,66 @@ Form = Renamed | Transposed | Experts
 
 @dataclass(frozen=True)
 class HFMap:
-    """How an architecture lies on disk. Each architecture file ends with one, named `HF` (see `module_maps`)."""
+    """An architecture: its classes, the names of its weights on disk, and what can be made of it.
+
+    The file of each architecture ends with one, named `HF`; `architectures` finds it there.
+    """
 
     architecture: str
-    """As in `architectures` of config.json."""
+    """The name on the Hub, as in `architectures` of config.json."""
     config: type[ModelConfig]
     model: type[Model]
     names: Mapping[str, str | Form] | Callable[[Any], Mapping[str, str | Form]]
-    """Our module path, or the whole path of one weight, to the path on disk (a string means `Renamed`); a function of
-    the config where that decides. `{i}` stands for a layer's number, `{n+i}` for it counted on from the last layer."""
+    """The path on disk for each of our module paths, or for the full name of one weight; a string means `Renamed`.
+    `{i}` is replaced by the index of the layer, `{n+i}` by the number of layers plus that index. A function of the
+    configuration may return the table instead."""
     ignored: tuple[str, ...] = ()
-    """Shell patterns of keys that files carry and that hold no weights of ours."""
+    """Shell patterns of keys that occur in files and are not weights of the model."""
     prefix: str = ""
-    """Begins the keys of most files; a file without it is read too."""
+    """The beginning of the keys in most files; a file whose keys lack it is read, too."""
     copies: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    """Keys on disk that repeat another one, to the key that they repeat: they may be missing, are compared, and are
-    written again."""
+    """The keys that repeat another key's tensor, each with that key, for a configuration. Copies may be missing when a
+    file is read; otherwise they must be equal. They are written again."""
     fit: Callable[[Any, Collection[str]], Any] = lambda config, keys: config
-    """The config for the keys that a file really holds: some tools leave out weights that config.json announces."""
+    """Adapts the configuration to the keys that a file holds: some tools leave out weights that config.json names."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Architectures on the Hub that hold this one among other things, to what to do with their files."""
+    """Advice for architectures on the Hub that contain this one as a part and are not implemented, by their names."""
+    classifier: str | None = None
+    """The name on the Hub of the text classifier that is made of this decoder; None = none is made of it."""
+    vllm: VllmLimits | None = None
+    """The configurations that vLLM serves; None = vLLM does not serve this architecture."""
 
     def table(self, config: Any) -> Mapping[str, str | Form]:
-        """`names` for a shape."""
+        """Return `names` for a configuration."""
         return self.names(config) if callable(self.names) else self.names
 
 
 def module_maps(module: ModuleType) -> dict[str, HFMap]:
-    """What an architecture file ends with, by architecture: one map named `HF`, or several in `HF_MAPS`."""
+    """Return the maps of a file by their names on the Hub: `HF`, or those that its function `hf_maps` returns."""
     if hasattr(module, "HF"):
         return {module.HF.architecture: module.HF}
-    return getattr(module, "HF_MAPS", {})
+    return module.hf_maps() if hasattr(module, "hf_maps") else {}
 
 
 def hf_map(model: Model) -> HFMap:
-    """The map at the end of the architecture file that `model` comes from."""
+    """Return the map at the end of the file that defines the model's class."""
     found = module_maps(sys.modules[type(model).__module__])
     return found[model.config.architecture] if len(found) > 1 else next(iter(found.values()))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, a shared one once, and every buffer: what a checkpoint holds."""
+    """Yield the name and tensor of every weight in a checkpoint: parameters, a shared one once, and buffers."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def disk_pieces(model: Model, tied: bool = False) -> dict[str, Piece]:
-    """Name on disk to piece, in model order, copies last. With `tied`, also the second names of shared parameters."""
+    """Return the tensors on disk by their names, in the order of the model, copies last.
+
+    Args:
+        model: The model.
+        tied: Also return the second names of shared parameters.
+    """
     table = _Table(model)
     weights = [*model.named_parameters(remove_duplicate=not tied), *model.named_buffers()]
     pieces = {
@@ -132,7 +153,7 @@ def disk_pieces(model: Model, tied: bool = False) -> dict[str, Piece]:
 
 
 def fused_pieces(model: Model) -> dict[str, Piece]:
-    """Names on disk of whole expert stacks, for files that keep them so."""
+    """Return the whole stacks of experts by their names on disk, for files that are not split by expert."""
     table = _Table(model)
     found = {name: table.form(name) for name, _ in model.named_parameters()}
     return {
@@ -141,11 +162,12 @@ def fused_pieces(model: Model) -> dict[str, Piece]:
 
 
 def disk_tensors(model: Model, named: Iterable[tuple[str, Tensor]] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (name on disk, tensor), a shared parameter once: what `save_model` and a rollout engine take.
+    """Yield pairs (name on disk, tensor), a shared parameter once, for `save_model` and for rollout engines.
 
     Args:
-        model: Whose layout it is.
-        named: Pairs (our name, tensor) to take instead of the model's own: gathered shards, master weights, gradients.
+        model: The model that defines the names and layouts.
+        named: Pairs (our name, tensor) to use instead of the model's own weights: gathered shards, master weights or
+            gradients.
     """
     table, wanted = _Table(model), {name for name, _ in named_weights(model)}
     copies: dict[str, list[str]] = {}
@@ -154,14 +176,14 @@ def disk_tensors(model: Model, named: Iterable[tuple[str, Tensor]] | None = None
     for name, tensor in named_weights(model) if named is None else named:
         if name not in wanted:  # a second name of a shared parameter
             continue
-        # Shapes are those of the tensors given: a parameter of ZeRO-3 has none of its own between forwards.
+        # Use the shapes of the given tensors: with ZeRO-3 a parameter is empty between forward passes.
         for disk, view in table.pieces(name, tuple(tensor.shape)).items():
             for key in (disk, *copies.get(disk, ())):
                 yield key, view(tensor.detach())
 
 
 class _Table:
-    """A map's rows, filled in for one model."""
+    """The rows of a map for one model, with layer indices filled in."""
 
     def __init__(self, model: Model) -> None:
         self._hf = hf_map(model)
@@ -169,7 +191,7 @@ class _Table:
         self._num_layers = int(getattr(model.config, "num_layers", 0))
 
     def form(self, name: str) -> Form:
-        """The row for one of our weights, its layer number filled in."""
+        """Return the row for one of our weights, with its layer index filled in."""
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         whole = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name, count=1)
         row = self._names.get(whole, self._names.get(whole.rpartition(".")[0]))
@@ -178,7 +200,7 @@ class _Table:
         return _filled(row, {"{i}": str(i), "{n+i}": str(self._num_layers + i)})
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> dict[str, View]:
-        """Name on disk to view for one of our weights."""
+        """Return the views of one of our weights by their names on disk."""
         return self.form(name).pieces(name.rpartition(".")[2], shape)
 
 

@@ -16,8 +16,9 @@ from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packed_weights import can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.generation.quantize import round_weights
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import find_architecture, load_model, new_model
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model
 from llmquest_rl.models.weight_map import disk_pieces, named_weights
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling

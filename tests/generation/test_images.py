@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.vlm import VLM, VLMConfig

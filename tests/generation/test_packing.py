@@ -9,7 +9,8 @@ import torch
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.generation.packed_weights import PackedExperts, can_pack, pack_model, packed_bytes, unpack_model
 from llmquest_rl.layers.moe.experts import RoutedExperts
-from llmquest_rl.models.checkpoint.load_save import architectures, new_model
+from llmquest_rl.models.architectures import architectures
+from llmquest_rl.models.checkpoint.load_save import new_model
 
 SPARSE = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "Qwen3NextForCausalLM")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.moe.moe import Routing, SigmoidRouter, SoftmaxRouter
 from llmquest_rl.layers.moe.routing_replay import Router, noted_choices, num_changed, replaying, routers
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 
 torch.set_num_threads(1)
 

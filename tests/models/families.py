@@ -1,4 +1,4 @@
-"""What the tests of this folder are parametrised over: random checkpoints, a file of `variants/` each."""
+"""The parameters of the tests in this folder: random checkpoints of the shapes in `variants/`."""
 
 import importlib
 import json
@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from tests.models import variants
 
 FAMILIES: dict[str, ModuleType] = {
     info.name: importlib.import_module(f"{variants.__name__}.{info.name}")
     for info in pkgutil.iter_modules(variants.__path__)
 }
-"""Architecture file's name to its variants: `CONFIG` and `MODEL` (classes of transformers), `BASE` (tiny arguments),
-`VARIANTS` (what differs), `TOLERANCE`."""
+"""The variants of each architecture, by the name of its file: `CONFIG` and `MODEL` (classes of transformers), `BASE`
+(tiny arguments), `VARIANTS` (changes of them by name), `TOLERANCE`."""
 
 LANGUAGE_MODELS = {
     module.MODEL: name
     for name, module in FAMILIES.items()
     if module.MODEL in architectures() and issubclass(architectures()[module.MODEL].model, CausalLM)
 }
-"""Name on the Hub to the file's name."""
+"""The name of the file of each language model, by its name on the Hub."""
 
 
 CASES = [(family, variant) for family in LANGUAGE_MODELS.values() for variant in FAMILIES[family].VARIANTS]
@@ -33,7 +33,7 @@ CASES = [(family, variant) for family in LANGUAGE_MODELS.values() for variant in
 
 
 def case_name(case: tuple[str, str]) -> str:
-    """For a test's name."""
+    """Return the name of a case, for the name of a test."""
     return f"{case[0]}: {case[1]}"
 
 
@@ -45,7 +45,7 @@ def write_reference(
     kind: str | None = None,
     **changes: Any,
 ) -> Path:
-    """A random checkpoint, written by transformers' own class: the family's `MODEL`, or `kind`, of `changes`."""
+    """Write a random checkpoint with a class of transformers: the family's `MODEL`, or `kind`, with `changes`."""
     import transformers
 
     family, variant = FAMILIES[case[0]], FAMILIES[case[0]].VARIANTS[case[1]]
@@ -65,7 +65,7 @@ def write_reference(
 
 
 def tiny_folder(folder: Path, architecture: str) -> Path:
-    """A folder with the config.json of an architecture's `tiny()`, without weights."""
+    """Write the config.json of an architecture's `tiny()`, without weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(architectures()[architecture].config.tiny().to_hf()))
     return folder

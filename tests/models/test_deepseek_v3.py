@@ -1,4 +1,4 @@
-"""DeepSeek-V3 beyond logits: multi-token prediction beside transformers' own modules, router biases, files, shapes."""
+"""DeepSeek-V3 beyond logits: multi-token prediction against transformers, router biases, files, shapes."""
 
 import json
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from torch import Tensor
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.layers.moe.moe import SigmoidRouter
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.config.deepseek_v3 import DeepseekV3Config
 from llmquest_rl.models.deepseek_v3 import DeepseekV3
-from llmquest_rl.models.deepseek_v3_config import DeepseekV3Config
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ GROUPS = [
 
 
 def fresh(folder: Path, config: DeepseekV3Config = TINY) -> DeepseekV3:
-    """A model as a run makes it, with router biases that matter."""
+    """Create a model as a run does, with router biases that change the choice of experts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     model = new_model(folder, torch.float32, seed=1)
@@ -60,14 +60,14 @@ def saved(folder: Path, model: DeepseekV3) -> Path:
 
 
 def same(tensor: Tensor) -> None:
-    """What a process alone receives from all processes."""
+    """The sum over all processes, if there is only one."""
 
 
 # Multi-token prediction
 
 
 def reference_losses(folder: Path) -> tuple[torch.nn.Module, list[Tensor]]:
-    """Cross-entropy of each depth, as eq. 24 has it, with transformers' modules in float64 and a sequence at a time."""
+    """Compute the cross-entropy of each depth (eq. 24) with the modules of transformers, in float64, per sequence."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -104,7 +104,7 @@ def reference_losses(folder: Path) -> tuple[torch.nn.Module, list[Tensor]]:
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
 def test_mtp_equals_transformers_modules(depth: int, shared: bool, tmp_path: Path) -> None:
-    """Loss and gradients, for packed sequences with masks, prompts of their own or shared."""
+    """Loss and gradients agree, for packed sequences with masks, and prompts that are separate or shared."""
     model = fresh(tmp_path, replace(TINY, num_mtp_layers=depth, mtp_loss_weight=0.7))
     theirs, losses = reference_losses(saved(tmp_path, model))
     batch = collate(GROUPS if shared else [part for group in GROUPS for part in group.expanded()])
@@ -124,7 +124,7 @@ def test_mtp_equals_transformers_modules(depth: int, shared: bool, tmp_path: Pat
 
 
 def test_mtp_changes_nothing_else(tmp_path: Path) -> None:
-    """Log-probs are those of the model without the modules, and the modules reach them by no other way."""
+    """Log-probs equal those of the model without the modules; the modules do not change them."""
     model = fresh(tmp_path)
     plain = DeepseekV3(replace(TINY, num_mtp_layers=0))
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")})
@@ -156,7 +156,7 @@ def test_no_weight_freezes_the_modules(tmp_path: Path) -> None:
     "groups", [[SequenceGroup([1], [[3]])], [SequenceGroup([1], [[]])], [SequenceGroup([], [[5]])]]
 )
 def test_too_short_for_mtp(groups: list[SequenceGroup], tmp_path: Path) -> None:
-    """Nothing to predict further ahead: the loss and the modules' gradients are 0, where other processes have some."""
+    """Without tokens to predict further ahead, the loss and the gradients of the modules are 0, not missing."""
     model = fresh(tmp_path)
     output = model(collate(groups))
     assert float(output.aux["mtp"].detach()) == 0.0
@@ -224,7 +224,7 @@ def biases(model: DeepseekV3) -> list[Tensor]:
 
 
 def chosen(model: DeepseekV3, batch: TokenBatch) -> list[Tensor]:
-    """How often each router chose each expert, seen from outside."""
+    """Count how often each router chose each expert, from outside of the model."""
     counts = []
 
     def note(router: Any, inputs: Any, routing: Any) -> None:
@@ -240,7 +240,7 @@ def chosen(model: DeepseekV3, batch: TokenBatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_bias_follows_the_load_of_the_whole_update(checkpointing: bool, tmp_path: Path) -> None:
-    """Two microbatches and another process: `bias += rate * sign(mean - count)`, once, whatever is computed again."""
+    """With two microbatches and another process: `bias += rate * sign(mean - count)`, once, also with checkpointing."""
     model = fresh(tmp_path, replace(TINY, router_bias_update_rate=0.25))
     model.gradient_checkpointing = checkpointing
     microbatches = [collate(GROUPS[:2]), collate(GROUPS[2:])]
@@ -287,7 +287,7 @@ def test_when_the_bias_stays(tmp_path: Path) -> None:
 
 
 def test_the_bias_evens_out_the_load(tmp_path: Path) -> None:
-    """From a bias that sends every token to the same experts, the loads become even without any gradient."""
+    """If the biases send every token to the same experts, updates without gradients balance the loads."""
     model = fresh(tmp_path, replace(TINY, num_mtp_layers=0, router_bias_update_rate=0.05, n_group=1, topk_group=1))
     (router,) = (module for module in model.modules() if isinstance(module, SigmoidRouter))
     router.get_buffer("e_score_correction_bias").copy_(torch.tensor([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
@@ -302,7 +302,7 @@ def test_the_bias_evens_out_the_load(tmp_path: Path) -> None:
 
 
 def test_the_balance_loss_is_scaled_and_summed_over_layers(tmp_path: Path) -> None:
-    """Beside eq. 17 to 20 in float64, with what the routers returned, those of modules further ahead too."""
+    """It equals eq. 17 to 20 in float64 on the outputs of all routers, also those of the MTP modules."""
     model = fresh(tmp_path, replace(TINY, first_k_dense_replace=0, num_mtp_layers=1, aux_loss_alpha=0.3))
     sequences = {6: (slice(0, 4), slice(4, 6)), 4: (slice(0, 3), slice(3, 4))}  # by tokens: of the model, of the module
     batch = collate([SequenceGroup([], [[4, 8, 15, 16, 23]]), SequenceGroup([], [[42, 7, 9]])])
@@ -373,7 +373,7 @@ def test_a_missing_field_is_named() -> None:
     [("deepseek-v3", 671_026_404_352, 11_610_067_968), ("moonlight-16b-a3b", 15_960_108_544, 0)],
 )
 def test_published_sizes(size: str, main: int, modules: int) -> None:
-    """Parameters of the model are those of transformers, 671B and 16B; the report has 11.5B for the further module."""
+    """The models have as many parameters as in transformers, 671B and 16B; the report has 11.5B for the MTP module."""
     from transformers import DeepseekV3Config as TheirConfig
     from transformers import DeepseekV3ForCausalLM
 

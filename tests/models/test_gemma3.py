@@ -1,4 +1,4 @@
-"""What the tests over all families cannot see of Gemma 3: roundings, windows, soft caps, old configs, refusals."""
+"""Gemma 3 beyond the tests of all families: rounding, windows, soft caps, old configurations, refused shapes."""
 
 import json
 import re
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def logits(model: Gemma3, tokens: Tensor) -> Tensor:
-    """Of one text."""
+    """Return the logits `[tokens, vocab]` of one text."""
     layout = Layout((len(tokens),), (-1,))
     return model.logits(model.hidden(tokens, layout.positions(), PackedAttention(layout, "cpu")).states)
 
@@ -64,7 +64,7 @@ def test_embedding_scale_is_rounded_to_the_weights() -> None:
 
 
 def test_a_sliding_layer_sees_its_window_and_no_more() -> None:
-    """Two layers of window 8 reach back 14 tokens: a change shows in the next 15 places and nowhere else."""
+    """Two layers of window 8 reach back 14 tokens: a change affects this token and the next 14, and no others."""
     tokens = torch.arange(40)
     for kinds, reach in (([SLIDING, SLIDING], 14), ([SLIDING, FULL], 39)):
         model = tiny(layer_types=kinds)
@@ -76,7 +76,7 @@ def test_a_sliding_layer_sees_its_window_and_no_more() -> None:
 
 
 def test_soft_cap_of_attention_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' attention knows the cap, but its Gemma 3 does not hand it over: here it is told."""
+    """The attention of transformers has the cap, but its Gemma 3 does not pass it on; this test does."""
     from transformers import AutoModelForCausalLM
     from transformers.models.gemma3 import modeling_gemma3
 
@@ -102,7 +102,7 @@ def test_soft_cap_of_attention_scores(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_generation_past_the_window(packed: bool) -> None:
-    """Both soft caps, a ring of 8 tokens that prompt and completions wrap around: log-probs as in a packed forward."""
+    """With both soft caps and a cache of 8 tokens that wraps around, log-probs equal those of a packed forward pass."""
     model = tiny(attn_logit_softcapping=0.7, final_logit_softcapping=3.0).requires_grad_(False)
     prompts = [list(range(1, length)) for length in (4, 9, 31)]
     if packed:
@@ -194,7 +194,7 @@ def test_a_window_is_needed_by_sliding_layers_alone() -> None:
 
 
 def write_multimodal(folder: Path) -> Tensor:
-    """A tiny checkpoint with an image tower; the weight of its text part that belongs to `up_proj` of layer 0."""
+    """Write a tiny checkpoint with a vision tower; return the weight of `up_proj` in layer 0 of its text part."""
     from transformers import Gemma3Config as WholeConfig
     from transformers import Gemma3ForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""What is GPT-2's own: files of several layouts, positions that end, and how it starts."""
+"""GPT-2 beyond the tests of all families: layouts of files, the limit of positions, and initial weights."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ PREFIX = "transformer."
 
 
 def with_masks(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """As older versions of transformers wrote them: with the causal mask of each layer."""
+    """Write tensors as older versions of transformers did: with the causal mask of each layer."""
     masks = {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 4, 4) for i in range(3)}
     return tensors | masks | {f"{prefix}h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
 
@@ -29,7 +29,7 @@ def with_masks(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("variant", ["tied", "untied"])
 @pytest.mark.parametrize("prefix", [PREFIX, ""])
 def test_layouts_of_older_files(variant: str, prefix: str, tmp_path: Path) -> None:
-    """The first GPT-2's file has no prefix, and a mask in each layer. What we write has a prefix, and no mask."""
+    """The file of the first GPT-2 has no prefix, and a mask in each layer. Our file has a prefix and no mask."""
     folder = write_reference(tmp_path, ("gpt2", variant))
     tensors = load_file(folder / "model.safetensors")
     expected = dict(disk_tensors(load_model(folder, torch.float32)))
@@ -77,7 +77,7 @@ def test_what_is_added_to_the_residual_stream_starts_smaller() -> None:
 
 
 def test_what_config_json_leaves_out() -> None:
-    """The first file names neither the inner size, the scaling, nor whether the output layer is tied."""
+    """The first file has no field for the inner size, the scaling, or the tied output layer."""
     path = Path(__file__).parents[2] / "configs" / "models" / "gpt2.json"
     config = GPT2Config.from_hf(json.loads(path.read_text()))
     assert config == GPT2Config(

@@ -1,4 +1,4 @@
-"""The Hub's folder layout: the same bytes back, and an error that names the fault for whatever does not fit."""
+"""The Hub's folder layout: load and save give the same bytes, and an error names every fault."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def write_tiny(folder: Path, dtype: torch.dtype = torch.float32, tied: bool = True, shard: int = 2**30) -> Path:
-    """A tiny Llama with tokenizer files, saved by us."""
+    """Save a tiny Llama with tokenizer files."""
     source = folder.parent / f"{folder.name}-source"
     source.mkdir()
     values = {**LlamaConfig.tiny().to_hf(), "tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")}
@@ -78,7 +78,7 @@ def test_transformers_reads_what_we_save(tmp_path: Path) -> None:
 
 
 def test_disk_tensors_of_other_values(tmp_path: Path) -> None:
-    """Gathered shards or master weights go out under the same names; a tied weight goes once."""
+    """Gathered shards or master weights get the same names; a tied weight occurs once."""
     model = load_model(write_tiny(tmp_path / "a"), torch.float32)
     doubled = [(name, parameter * 2) for name, parameter in model.state_dict().items()]
     assert "head.weight" in dict(doubled)
@@ -217,7 +217,7 @@ def test_bad_config(content: str | None, message: str, tmp_path: Path) -> None:
 
 
 def test_every_parameter_has_a_name_on_disk() -> None:
-    """The table has no row too many either."""
+    """The table has no superfluous row."""
     values = {**LlamaConfig.tiny().to_hf(), "tie_word_embeddings": False}
     names = disk_pieces(HF.model(LlamaConfig.from_hf(values)))
     used = {disk.rpartition(".")[0] for disk in names}

@@ -1,4 +1,4 @@
-"""Where models come from, without a network."""
+"""Finding the folder of a model, without a network."""
 
 import json
 import time
@@ -71,7 +71,7 @@ def test_packaged_model_is_complete() -> None:
 
 
 def _fake_conversion(gguf: Path, folder: Path) -> None:
-    """A small model in place of the real one: what is tested is the race for the folder."""
+    """Convert a small model instead of the real one: the test is about the race for the folder."""
     (folder / "config.json").write_text(json.dumps(LlamaConfig.tiny().to_hf()))
     time.sleep(0.5)
     save_model(folder, disk_tensors(new_model(folder, torch.float32)), folder)
@@ -79,7 +79,7 @@ def _fake_conversion(gguf: Path, folder: Path) -> None:
 
 @needs_package
 def test_two_convert_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share nothing but the file system, as two processes would."""
+    """The threads share only the file system, like two processes."""
     monkeypatch.setenv("LLMQUEST_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "_convert_gguf", _fake_conversion)
     with ThreadPoolExecutor(2) as pool:

@@ -1,4 +1,4 @@
-"""Every language model trains: it starts at chance, every parameter is reached, and a batch is learned by heart."""
+"""Every language model trains: it starts at chance, every parameter gets a gradient, and it memorises a batch."""
 
 import math
 from pathlib import Path

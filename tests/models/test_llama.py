@@ -1,4 +1,4 @@
-"""What is Llama's own: shapes that are refused, and fields that config.json may leave out."""
+"""Llama beyond the tests of all families: refused shapes, and optional fields of config.json."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is Mixtral's own: capacity, losses of its routers, names on disk, bad shapes."""
+"""Mixtral beyond the tests of all families: capacity, losses of the routers, names on disk, refused shapes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_capacity_limits_training_only() -> None:
 
 
 def test_capacity_without_gradient_is_that_of_training() -> None:
-    """Log-probs that are computed first and those of the update are the same function of the same batch."""
+    """Log-probs before the update and during the update are the same function of the same batch."""
     model = tiny(expert_capacity_factor=0.5)
     with torch.no_grad():
         before = model(BATCH).logprobs
@@ -43,7 +43,7 @@ def test_capacity_without_gradient_is_that_of_training() -> None:
 
 
 def test_dropped_tokens_are_counted_as_chosen() -> None:
-    """Losses and loads are of the router's choices, as in Switch (arXiv:2101.03961, eq. 5)."""
+    """Losses and loads count the choices of the router, as in Switch (arXiv:2101.03961, eq. 5)."""
     first, second = (tiny(num_layers=1, expert_capacity_factor=factor) for factor in (None, 0.25))
     torch.testing.assert_close(first(BATCH).aux, second(BATCH).aux)
     metrics = [model.after_update(True, lambda tensor: None) for model in (first, second)]

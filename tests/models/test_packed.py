@@ -1,4 +1,4 @@
-"""A packed batch computes what separate sequences would, for every architecture: values, gradients, and no leak."""
+"""A packed batch equals separate sequences for every architecture, in values and gradients, and nothing leaks."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import Tensor
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.moe.experts import RoutedExperts
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.load_save import architectures
 from tests.models.families import LANGUAGE_MODELS
 
 torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: CausalLM) -> Non
 
 
 def saved_bytes(model: CausalLM) -> int:
-    """Bytes that the forward of a batch keeps for its backward, parameters not counted."""
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters."""
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

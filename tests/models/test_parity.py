@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import PackedAttention
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.checkpoint.weight_files import weight_entries
 from llmquest_rl.models.weight_map import disk_tensors
@@ -30,7 +31,7 @@ def first_case(architecture: str) -> tuple[str, str]:
 
 
 def test_every_language_model_has_variants() -> None:
-    """A new architecture needs a file of variants, and nothing else here. The VLM has no peer in transformers."""
+    """A new architecture needs only a file of variants here. The VLM has no counterpart in transformers."""
     models = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
     assert models - set(LANGUAGE_MODELS) <= {"VisionLanguageForCausalLM"}
     assert all(len(FAMILIES[family].VARIANTS) >= 6 for family in LANGUAGE_MODELS.values())
@@ -82,7 +83,7 @@ def named_gradients(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def reference_gradients(theirs: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Gradients of transformers' model under their names on disk: saved in the place of the weights."""
+    """Return the gradients of a model of transformers by their names on disk, by saving them as weights."""
     from safetensors.torch import load_file
 
     buffers = {name for name, _ in theirs.named_buffers()}
@@ -134,7 +135,7 @@ def test_what_does_not_fit_is_named(architecture: str, tmp_path: Path) -> None:
 
 @every_architecture
 def test_what_we_write_equals_transformers(architecture: str, tmp_path: Path) -> None:
-    """Our own config.json and weights are read by transformers, with the same logits."""
+    """transformers reads our own config.json and weights, and gets the same logits."""
     hf = architectures()[architecture]
     source = tiny_folder(tmp_path / "source", architecture)
     config = hf.config.tiny()
@@ -174,7 +175,7 @@ def test_smollm2() -> None:
 
 
 def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measure itself: with two matrices of one layer exchanged in our copy, parity is lost."""
+    """The comparison itself works: it fails if two matrices of one layer are exchanged in our copy."""
 
     def exchanged(path: Path, dtype: torch.dtype) -> Model:
         model = load_any_model(path, dtype)

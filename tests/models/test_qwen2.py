@@ -1,10 +1,10 @@
-"""What is Qwen2's own: where its biases are, which layers see a window, and shapes that are refused."""
+"""Qwen2 beyond the tests of all families: its biases, the layers with a window, and refused shapes."""
 
 from typing import Any
 
 import pytest
 
-from llmquest_rl.models.config_checks import FULL, SLIDING
+from llmquest_rl.models.config.checks import FULL, SLIDING
 from llmquest_rl.models.qwen2 import Qwen2, Qwen2Config
 
 SHAPE = {

@@ -1,10 +1,10 @@
-"""What is the dense Qwen3's own: which layers see a window, and shapes that are refused."""
+"""The dense Qwen3 beyond the tests of all families: the layers with a window, and refused shapes."""
 
 from typing import Any
 
 import pytest
 
-from llmquest_rl.models.config_checks import FULL, SLIDING
+from llmquest_rl.models.config.checks import FULL, SLIDING
 from llmquest_rl.models.qwen3 import Qwen3, Qwen3Config
 
 SHAPE = {

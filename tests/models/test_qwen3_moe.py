@@ -1,4 +1,4 @@
-"""What is Qwen3-MoE's own: losses and loads of its routers, layers without experts, both forms on disk, bad shapes."""
+"""Qwen3-MoE beyond the tests of all families: router losses and loads, dense layers, files, refused shapes."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def weighted(batch: TokenBatch, weight: float) -> TokenBatch:
 
 
 def test_balance_loss_is_that_of_transformers(tmp_path: Path) -> None:
-    """One layer with experts and one sequence, where the two definitions differ by the factor k alone."""
+    """With one layer with experts and one sequence, the two definitions differ only by the factor k."""
     from transformers import AutoModelForCausalLM
 
     folder = write_reference(tmp_path, ("qwen3_moe", "dense layers named"))
@@ -77,7 +77,7 @@ def test_routers_are_watched_in_training_only() -> None:
 
 
 def test_an_update_sums_microbatches_and_processes() -> None:
-    """Batches without weight only keep processes in step: they count nothing."""
+    """Batches in which all weights are 0 only keep processes in step: they are not counted."""
     model = tiny()
     for weight in (1.0, 0.0, 0.5):
         model(weighted(BATCH, weight))
@@ -103,7 +103,7 @@ def test_which_layers_have_experts() -> None:
 
 
 def test_whole_stacks_on_disk_are_read(tmp_path: Path) -> None:
-    """As files are that transformers 5 wrote without converting them back."""
+    """Files that transformers 5 wrote without converting them back are read."""
     from safetensors.torch import load_file, save_file
 
     folder = write_reference(tmp_path, ("qwen3_moe", "normalized weights"))

@@ -1,5 +1,5 @@
-"""Qwen3-Next beyond the tests that all families share: texts longer than a chunk, files with the module for further
-prediction, the routers' loss, random weights, roundings, shapes."""
+"""Qwen3-Next beyond the tests of all families: texts longer than a chunk, files with an MTP module, the loss of the
+routers, random weights, rounding, refused shapes."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import check_weights, load_model, new_model, save_model
+from llmquest_rl.models.config.qwen3_next import FULL, LINEAR, Qwen3NextConfig
 from llmquest_rl.models.qwen3_next import GatedDeltaNet, Qwen3Next
-from llmquest_rl.models.qwen3_next_config import FULL, LINEAR, Qwen3NextConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import tiny_folder, write_reference
 
@@ -54,7 +54,7 @@ def test_texts_longer_than_a_chunk(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_generation_after_prompts_longer_than_a_chunk(tmp_path: Path) -> None:
-    """Steps continue the states that chunks left: of both completions of the first prompt, and the second's."""
+    """Decoding continues the states of the chunks, for two completions of the first prompt and one of the second."""
     model = load_model(write_reference(tmp_path, CASE), torch.float32)
     *prompts, a, b, c = random_tokens(130, 64, 5, 5, 5)
     expected = packed_logits(model, [*prompts, a, b, c], (-1, -1, 0, 0, 1))[2:]
@@ -71,7 +71,7 @@ def test_generation_after_prompts_longer_than_a_chunk(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_bfloat16_is_rounded_as_in_transformers(tmp_path: Path) -> None:
-    """A rounding in another place would cost about as much as bfloat16 itself does."""
+    """Rounding in another place would have an error as large as that of bfloat16 itself."""
     from transformers import AutoModelForCausalLM
 
     folder = write_reference(tmp_path, CASE, torch.bfloat16)
@@ -87,7 +87,7 @@ def test_bfloat16_is_rounded_as_in_transformers(tmp_path: Path) -> None:
 
 
 def add_prediction(folder: Path) -> dict[str, Tensor]:
-    """Write `mtp.*` beside the other weights, as the published files have it. Returns those weights."""
+    """Write `mtp.*` with the other weights, as in the published files. Returns these weights."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -135,7 +135,7 @@ def test_a_part_of_further_prediction_that_is_missing_is_named(tmp_path: Path) -
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 def test_balance_loss(coefficient: float) -> None:
-    """With one layer that has experts it is transformers' loss divided by the experts of a token."""
+    """With one layer with experts it equals the loss of transformers divided by the experts per token."""
     from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
     values = Qwen3NextConfig.tiny().to_hf() | {"mlp_only_layers": [0], "router_aux_loss_coef": coefficient}
@@ -157,7 +157,7 @@ def test_balance_loss(coefficient: float) -> None:
 
 
 def test_random_weights(tmp_path: Path) -> None:
-    """As transformers starts: rates of fading from 0.01 to 16, everything that is added to 1 at 0."""
+    """Weights start as in transformers: decay rates from 0.01 to 16, offsets of norms at 0."""
     model = new_model(tiny_folder(tmp_path, ARCHITECTURE), torch.float32, seed=3)
     again = new_model(tmp_path, torch.float32, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 0}, "num_experts is 0"),
     ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
-    ({"mlp_only_layers": [2]}, r"mlp_only_layers \[2\] are none of the 2 layers"),
+    ({"mlp_only_layers": [2]}, r"mlp_only_layers \[2\] are not among the 2 layers"),
     ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef -0.1 is below 0"),
     ({"layer_types": [LINEAR]}, "layer_types has 1 entries for num_hidden_layers 2"),
     ({"layer_types": [LINEAR, "sliding_attention"]}, "layer_types holds .'sliding_attention'."),
@@ -209,7 +209,7 @@ def test_missing_fields_are_named() -> None:
 
 
 def test_published_shape() -> None:
-    """As many parameters as in transformers, which does not have `mtp.*`."""
+    """The model has as many parameters as in transformers, which does not have `mtp.*`."""
     from transformers import Qwen3NextConfig as TheirConfig
     from transformers import Qwen3NextForCausalLM
 

@@ -1,4 +1,4 @@
-"""Every decoder as a classifier of texts: beside transformers' class, on disk, in a pack, and made of other folders."""
+"""Every decoder as a text classifier: against transformers, on disk, in a pack, and made from other folders."""
 
 import json
 import math
@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM, ClassifierModel
 from llmquest_rl.models.checkpoint.hub import check_model_files
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier, load_classifier, new_classifier
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, save_model
 from llmquest_rl.models.checkpoint.parity import parity
-from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig, decoders
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from tests.models.families import CASES, FAMILIES, LANGUAGE_MODELS, case_name, tiny_folder, write_reference
 from tests.models.test_parity import first_case, named_gradients, reference_gradients
@@ -26,8 +27,8 @@ from tests.models.test_parity import first_case, named_gradients, reference_grad
 torch.set_num_threads(1)
 
 LABELS = ("no", "perhaps", "yes")
-KINDS = {hf.architecture: name for name, hf in DECODERS.items()}
-"""A decoder's architecture to its classifier's."""
+KINDS = {hf.architecture: name for name, hf in decoders().items()}
+"""The architecture of the classifier, by that of its decoder."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 every_decoder = pytest.mark.parametrize("decoder", LANGUAGE_MODELS)
@@ -40,7 +41,7 @@ GROUPS = [
 
 
 def write_classifier(folder: Path, case: tuple[str, str], dtype: torch.dtype = torch.float32) -> Path:
-    """A random classifier of transformers' own, whose labels have names."""
+    """Write a random classifier with transformers; its labels have names."""
     kind = KINDS[FAMILIES[case[0]].MODEL]
     write_reference(folder, case, dtype, kind=kind, num_labels=len(LABELS), pad_token_id=0)
     config = json.loads((folder / "config.json").read_text())
@@ -69,9 +70,9 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 
 def test_every_decoder_has_a_classifier() -> None:
-    decoders = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
-    assert decoders - set(KINDS) == {"VisionLanguageForCausalLM"}
-    assert set(DECODERS) <= set(architectures())
+    writing = {name for name, hf in architectures().items() if issubclass(hf.model, CausalLM)}
+    assert writing - set(KINDS) == {"VisionLanguageForCausalLM"}
+    assert set(decoders()) <= set(architectures())
 
 
 @every_case
@@ -144,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing(decoder: str, tmp_path: Path) ->
 
 @every_decoder
 def test_a_decoders_folder_gets_a_new_head(decoder: str, tmp_path: Path) -> None:
-    """Everything else is the decoder's; its output layer, and modules that predict further, are dropped."""
+    """All other weights are those of the decoder; its output layer and MTP modules are dropped."""
     folder = write_reference(tmp_path / "decoder", first_case(decoder))
     source = dict(named_weights(load_model(folder, torch.float32)))
     check_classifier(folder, LABELS)
@@ -202,7 +203,7 @@ def test_other_names_for_as_many_labels_keep_the_head_and_the_same_in_another_or
     model = load(folder, ("a", "b", "c"))
     assert torch.equal(model.score.weight, load(folder).score.weight)
     assert list(model.config_fields["id2label"].values()) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"has the labels no, perhaps, yes in this order: name them in the same"):
+    with pytest.raises(ValueError, match=r"has the labels no, perhaps, yes in this order: list them in the same order"):
         load(folder, ("yes", "no", "perhaps"))
     with pytest.raises(ValueError, match="in this order"):
         check_classifier(folder, ("yes", "no", "perhaps"))
@@ -217,9 +218,9 @@ def test_a_decoders_folder_must_be_whole(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_nothing_that_scores_is_made_of_a_vision_language_model(tmp_path: Path) -> None:
+def test_no_classifier_is_made_of_a_vision_language_model(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "VisionLanguageForCausalLM")
-    message = "holds a VisionLanguageForCausalLM, of which nothing that scores is made"
+    message = "holds a VisionLanguageForCausalLM, which cannot be turned into a classifier"
     with pytest.raises(ValueError, match=message):
         check_classifier(folder, LABELS)
     with pytest.raises(ValueError, match=message):
@@ -228,7 +229,7 @@ def test_nothing_that_scores_is_made_of_a_vision_language_model(tmp_path: Path) 
 
 def test_it_is_no_language_model(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path, first_case("LlamaForCausalLM"))
-    with pytest.raises(ValueError, match="SequenceClassifier, which is no language model"):
+    with pytest.raises(ValueError, match="SequenceClassifier, which is not a language model"):
         load_model(folder, torch.float32)
     assert isinstance(load_any_model(folder, torch.float32), SequenceClassifier)
 
@@ -271,7 +272,7 @@ def test_six_texts_are_learned_by_heart(decoder: str, tmp_path: Path) -> None:
 
 
 def step(model: ClassifierModel, batch: TokenBatch) -> float:
-    """One backward pass; the cross-entropy before it."""
+    """Run one backward pass; return the cross-entropy before it."""
     output = model(batch)
     loss = F.cross_entropy(output.values, batch.targets)
     (loss + sum(output.aux.values())).backward()

@@ -1,4 +1,4 @@
-"""The published shapes in configs/models: as many parameters as in transformers, and as their publishers say."""
+"""The shapes in configs/models have as many parameters as in transformers and in their publications."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ PARAMETERS = {
     "vit-base-patch16-224": 86_567_656,
 }
 PREDICTION = {"deepseek-v3": 11_610_067_968}
-"""Parameters of multi-token prediction, which transformers leaves out (14B in the report with its copies on disk)."""
+"""Parameters for multi-token prediction, which transformers leaves out (14B in the report, with copies on disk)."""
 ACTIVE = {"deepseek-v3": 37_552_282_624, "qwen3-30b-a3b": 3_353_032_704, "mixtral-8x7b": 12_879_925_248}
 
 
@@ -62,7 +62,7 @@ def test_number_of_parameters(name: str) -> None:
         theirs = getattr(transformers, values["architectures"][0])(config)
     count = count_parameters(path)
     assert count.total == sum(parameter.numel() for parameter in theirs.parameters()) == PARAMETERS[name]
-    assert count.prediction == PREDICTION.get(name, 0)
+    assert count.mtp == PREDICTION.get(name, 0)
     assert count.active == ACTIVE.get(name, count.active) <= count.total
 
 

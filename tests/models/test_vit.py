@@ -1,4 +1,4 @@
-"""ViT beside transformers' class, and what it refuses."""
+"""ViT against transformers, and refused shapes and inputs."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup, collate
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, save_model
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from tests.models.families import FAMILIES, write_reference
@@ -177,7 +178,7 @@ def test_a_tower_without_classifier_is_no_checkpoint_of_this_class(tmp_path: Pat
 def test_it_is_no_language_model(tmp_path: Path) -> None:
     assert "ViTForImageClassification" in architectures()
     folder = write_reference(tmp_path, ("vit", "square"))
-    with pytest.raises(ValueError, match="ViT, which is no language model"):
+    with pytest.raises(ValueError, match="ViT, which is not a language model"):
         load_model(folder, torch.float32)
 
 
@@ -217,5 +218,5 @@ def test_labels_keep_their_names_and_others_get_a_head_of_zeros(tmp_path: Path) 
     assert two.logits(pixels).tolist() == [[0.0, 0.0]] * len(pixels)
     torch.testing.assert_close(two.features(pixels), same.features(pixels))
     assert two.config_fields["id2label"] == {"0": "cat", "1": "dog"}
-    with pytest.raises(ValueError, match="in this order: name them in the same"):
+    with pytest.raises(ValueError, match="in this order: list them in the same order"):
         load_classifier(folder, names[::-1], torch.float32)

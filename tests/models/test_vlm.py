@@ -1,4 +1,4 @@
-"""Vision-language models: every decoder with images, beside transformers' classes, and what is refused."""
+"""Vision-language models: every decoder with images, against transformers, and refused inputs."""
 
 import json
 import math
@@ -16,9 +16,10 @@ from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.layers.attention.cache import Decode, Prefill
 from llmquest_rl.layers.attention.cache_slots import SlotCache
+from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.assemble_vlm import assemble
-from llmquest_rl.models.checkpoint.load_save import architectures, load_any_model, load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.vlm import HF, VLM, VLMConfig
@@ -44,7 +45,7 @@ def fresh(decoder: str = "LlamaForCausalLM", adapter: str = "mlp", frozen: tuple
 
 
 def far_from_uniform(model: VLM) -> VLM:
-    """Random weights large enough for differences to show."""
+    """Draw random weights that are large enough to make differences visible."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -57,7 +58,7 @@ def pictures(number: int, seed: int = 0) -> Tensor:
 
 
 def groups() -> list[SequenceGroup]:
-    """0, 1 and 2 images, one of them before text and one within, prompts that are shared, and no prompt."""
+    """Return groups with 0, 1 and 2 images, before and within text, with shared prompts and without a prompt."""
     return [
         SequenceGroup([*IMAGE, 1, 2], [[3, 4], [5, 6, 7]], images=pictures(1, 1)),
         SequenceGroup([7, 8], [[8, MARK, 9]]),
@@ -130,7 +131,7 @@ def test_every_part_learns_and_checkpointing_changes_nothing(decoder: str) -> No
 
 
 def test_multi_token_prediction_sees_images() -> None:
-    """Its modules embed the tokens again, shifted."""
+    """The MTP modules embed the tokens again, shifted."""
     text = replace(architectures()["DeepseekV3ForCausalLM"].config.tiny(), num_mtp_layers=2)
     model = VLM(VLMConfig(TOWER, text, "mlp", MARK))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -163,7 +164,7 @@ def test_folder_round_trip(decoder: str, tmp_path: Path) -> None:
 
 
 def write_parts(folder: Path) -> tuple[Path, Path]:
-    """A ViT and a Llama, written by transformers."""
+    """Write a ViT and a Llama with transformers."""
     llama = next(iter(FAMILIES["llama"].VARIANTS))
     return write_reference(folder / "vit", ("vit", "square")), write_reference(folder / "llama", ("llama", llama))
 
@@ -200,7 +201,7 @@ def test_logits_equal_transformers_on_fused_embeddings(adapter: str, tmp_path: P
 
 @every_decoder
 def test_prefill_with_images_and_decoding(decoder: str) -> None:
-    """The cache keeps vision tokens as any: what follows them is that of a forward over the whole."""
+    """The cache treats vision tokens like others: later tokens equal those of one forward pass over everything."""
     model = far_from_uniform(fresh(decoder)).eval().requires_grad_(False)
     if not model.shares_prompts:
         pytest.skip("there is no forward over shared prompts to compare with")
@@ -231,7 +232,7 @@ def test_the_native_engine_serves_its_text() -> None:
 
 
 def test_eight_captions_are_learned_by_heart() -> None:
-    """All prompts have the same tokens: only the image tells which caption it is."""
+    """All prompts have the same tokens: only the image determines the caption."""
     model = fresh(seed=1).train()
     images = pictures(8)
     batch = collate(
@@ -307,7 +308,7 @@ def test_images_that_do_not_fit_their_tokens(group: SequenceGroup, message: str)
 
 
 def test_images_of_the_wrong_prompt_are_seen() -> None:
-    """In sum there are as many image tokens as needed."""
+    """The total number of image tokens is right, but not that of each segment."""
     pack = [
         SequenceGroup([*IMAGE, 1], [[2]], images=pictures(2)),
         SequenceGroup([*IMAGE, *IMAGE, 1], [[2]], images=pictures(1)),
@@ -351,8 +352,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_token_id": 256}, "image_token_id 256 is not in the vocabulary of 256"),
     ({"image_token_id": -1}, "image_token_id -1"),
     ({"vision_config": LlamaConfig.tiny().to_hf()}, "vision_config names LlamaForCausalLM"),
-    ({"text_config": ViTConfig.tiny().to_hf()}, "text_config names ViTForImageClassification, which is no decoder"),
-    ({"text_config": VLMConfig.tiny().to_hf()}, "text_config names VisionLanguageForCausalLM, which is no decoder"),
+    (
+        {"text_config": ViTConfig.tiny().to_hf()},
+        "text_config names ViTForImageClassification, which is not a text decoder",
+    ),
+    (
+        {"text_config": VLMConfig.tiny().to_hf()},
+        "text_config names VisionLanguageForCausalLM, which is not a text decoder",
+    ),
     ({"text_config": {"architectures": ["Unknown"]}}, "text_config names architecture 'Unknown'"),
     ({"frozen": ["tower.*"]}, r"frozen: 'tower.\*' matches no weight"),
 ]

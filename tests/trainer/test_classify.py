@@ -13,7 +13,7 @@ import torch
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import disk_shapes
-from llmquest_rl.models.sequence_classifier import DECODERS
+from llmquest_rl.models.sequence_classifier import decoders
 from llmquest_rl.models.vit import ViTConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives.classify import Classify
@@ -70,7 +70,7 @@ def test_two_steps_from_a_decoders_folder(decoder: str, tiny_model: Path, runs: 
     assert 0 <= logged[-1]["eval/accuracy"] <= 1
     exported = run / "checkpoints" / "step-000002" / "model"
     config = json.loads((exported / "config.json").read_text())
-    assert [DECODERS[config["architectures"][0]].architecture] == [decoder]
+    assert [decoders()[config["architectures"][0]].architecture] == [decoder]
     assert list(config["id2label"].values()) == list(LABELS)
     before, after = (dict(disk_tensors(load_classifier(path, LABELS, torch.float32))) for path in (folder, exported))
     assert before.keys() == after.keys()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.models.checkpoint.load_save import architectures, load_model, new_model, save_model
+from llmquest_rl.models.architectures import architectures
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
 from rollout.weights import WeightSnapshot, take_snapshot, verify
 from tests.models.families import LANGUAGE_MODELS, tiny_folder

@@ -69,8 +69,8 @@ def models(
     ] = None,
 ) -> None:
     """List the architectures and count the parameters of model configurations, without allocating them."""
+    from llmquest_rl.models.architectures import architectures
     from llmquest_rl.models.checkpoint.count import config_files, count_parameters
-    from llmquest_rl.models.checkpoint.load_save import architectures
 
     files = Table("architecture", "file", box=None)
     for name, hf in architectures().items():
@@ -78,7 +78,7 @@ def models(
     counts = Table("configuration", "architecture", "parameters", "active", "multi-token prediction", box=None)
     for path in config_files(paths or [Path("configs/models")]):
         count = count_parameters(path)
-        numbers = (f"{number:,}" for number in (count.total, count.active, count.prediction))
+        numbers = (f"{number:,}" for number in (count.total, count.active, count.mtp))
         counts.add_row(Text(path.stem if path.is_file() else path.name), count.architecture, *numbers)
     console.print(files, "", counts, width=max(console.width, 120), crop=False)
 

@@ -1,4 +1,4 @@
-"""Models on disk: reading and writing the Hub's layout, finding folders, counting and comparing.
+"""Models on disk: reading, writing and finding folders of the Hub's layout, counting parameters, comparing logits.
 
 May import the models; the models do not import it.
 """

@@ -1,4 +1,4 @@
-"""A new vision-language model from the folders of its parts. See `vlm.py`."""
+"""Assemble a new vision-language model (`vlm.py`) from the folders of its parts."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from llmquest_rl.models.vit import ViT
 from llmquest_rl.models.vlm import VLM, VLMConfig
 from llmquest_rl.models.weight_map import disk_tensors
 
-OF_VISION = {"preprocessor_config.json"}
-"""The companions that say how images are normalised."""
+VISION_COMPANIONS = {"preprocessor_config.json"}
+"""The companion files that describe how images are normalised."""
 
 
 def assemble(
@@ -31,20 +31,23 @@ def assemble(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder whose tower and decoder are those of two other folders, with a new adapter.
+    """Write the checkpoint folder of a vision-language model: two parts from other folders, and a new adapter.
 
     Args:
-        vision: A Vision Transformer's folder; without weights the tower is random. Its classifier is left out; its
-            `preprocessor_config.json` is copied.
-        language: A decoder's folder, the same; its tokenizer files and special token ids are copied.
-        target: Folder to write into; made if needed.
-        image_token_id: See `VLMConfig`, as `adapter` and `frozen`.
-        dtype: Of the weights that are written.
-        seed: Draws the adapter, and parts without weights.
-        tokenizer: Folder whose tokenizer files are copied in place of the decoder's.
+        vision: Folder of a Vision Transformer; the tower is random if the folder has no weights. The classifier is left
+            out; `preprocessor_config.json` is copied.
+        language: Folder of a decoder; it is random if the folder has no weights. The tokenizer files and the special
+            token ids are copied.
+        target: Folder to write into; it is created if needed.
+        image_token_id: See `VLMConfig`.
+        adapter: See `VLMConfig`.
+        frozen: See `VLMConfig`.
+        dtype: The dtype of the weights in the new folder.
+        seed: Seeds the random weights of the adapter and of parts without weights.
+        tokenizer: Folder whose tokenizer files are copied instead of the decoder's.
 
     Raises:
-        ValueError: a folder does not load or holds another kind of model; a choice is not sound.
+        ValueError: a folder does not load or holds another kind of model, or `VLMConfig` refuses a value.
     """
     tower, decoder = _part(vision, dtype, seed), _part(language, dtype, seed + 1)
     if not isinstance(tower, ViT):
@@ -58,7 +61,7 @@ def assemble(
     model.vision.load_state_dict(seen)
     model.decoder.load_state_dict(decoder.state_dict())
     target.mkdir(parents=True, exist_ok=True)
-    for folder, patterns in ((tokenizer or language, set(COMPANIONS) - OF_VISION), (vision, OF_VISION)):
+    for folder, patterns in ((tokenizer or language, set(COMPANIONS) - VISION_COMPANIONS), (vision, VISION_COMPANIONS)):
         for file in folder.iterdir():
             if any(fnmatch(file.name, pattern) for pattern in patterns):
                 shutil.copyfile(file, target / file.name)

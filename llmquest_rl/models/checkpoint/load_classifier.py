@@ -1,6 +1,6 @@
-"""Models that score, from a folder of any kind: a classifier as it is, or a decoder or ViT with a new head.
+"""Load a classifier from a folder: a classifier as it is, or a decoder or Vision Transformer with a new head.
 
-Reading is as strict as in `hf.py`: whatever the folder's own architecture asks for must be there.
+Reading is as strict as in `load_save`: every weight of the folder's own architecture must be there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,31 +13,31 @@ from torch import Tensor
 
 from llmquest_rl.models.base import ClassifierModel
 from llmquest_rl.models.checkpoint.load_save import allocate, load_any_model, read_shape
-from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.models.weight_map import HFMap, hf_map, named_weights
 
 
 def load_classifier(
     path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> ClassifierModel:
-    """A model that scores `labels`, from a checkpoint folder.
+    """Load a classifier of `labels` from a checkpoint folder.
 
-    A classifier with that many labels is read as it is. With another number, and from a decoder, everything but the
-    head is read, and the head is new; a decoder's output layer is read and dropped.
+    A classifier with the same number of labels is read as it is. From a classifier with another number of labels, and
+    from a decoder, everything but the head is taken over, and the head is new.
 
     Args:
         path: Folder of a decoder, a text classifier or a Vision Transformer.
-        labels: Names, in the order of the numbers that data and scores have.
-        dtype: Of the weights, but those that stay float32.
-        device: Where they lie.
-        seed: Draws a new head.
+        labels: The names of the labels, in the order of their indices in data and scores.
+        dtype: The dtype of the weights, except of those that stay float32.
+        device: The device of the weights.
+        seed: Seeds a new head.
 
     Raises:
-        ValueError: as `load_any_model`; nothing that scores is made of this architecture; the folder's labels are the
-            same names in another order.
+        ValueError: the folder does not load (see `load_any_model`), its architecture cannot be turned into a
+            classifier, or its labels have the same names in another order.
     """
     source = load_any_model(path, dtype, device)
-    kind, shape = _scorer_shape(hf_map(source), source.config, tuple(labels), path)
+    kind, shape = _classifier_shape(hf_map(source), source.config, tuple(labels), path)
     if isinstance(source, ClassifierModel) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
@@ -54,12 +54,14 @@ def load_classifier(
 def new_classifier(
     path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> ClassifierModel:
-    """As `load_classifier`, with random weights of the shape in `path`/config.json; they depend on the seed alone.
+    """Create a classifier of `labels` with random weights, of the shape in `path`/config.json.
+
+    The weights depend on the seed only, not on the device. The arguments are those of `load_classifier`.
 
     Raises:
-        ValueError: config.json is missing or damaged, or nothing that scores is made of its architecture.
+        ValueError: config.json is missing or damaged, or its architecture cannot be turned into a classifier.
     """
-    kind, shape = _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
+    kind, shape = _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
     with torch.device("meta"):
         model = kind(shape)
     allocate(model, dtype, device)
@@ -68,35 +70,35 @@ def new_classifier(
 
 
 def check_classifier(path: Path | str, labels: Sequence[str]) -> None:
-    """Check that a folder's config.json can be turned into a classifier. No weight is read.
+    """Check that a classifier of `labels` can be made of the model in a folder. Reads config.json only.
 
     Raises:
-        ValueError: as they.
+        ValueError: see `new_classifier`, and labels that have the same names in another order.
     """
-    _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
+    _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
 
 
-def _scorer_shape(
+def _classifier_shape(
     hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str
 ) -> tuple[type[ClassifierModel], Any]:
-    """The class and config of what scores `labels` and is made of a model with map `hf` and config `shape`."""
+    """Return the class and configuration of a classifier of `labels`, made of a model with this map and shape."""
     if issubclass(hf.model, ClassifierModel):
         own = shape.labels
         if own != labels and sorted(own) == sorted(labels):
-            raise ValueError(f"{path} has the labels {', '.join(own)} in this order: name them in the same")
+            raise ValueError(f"{path} has the labels {', '.join(own)} in this order: list them in the same order")
         return hf.model, replace(shape, labels=labels)
-    if hf not in DECODERS.values():
+    if hf.classifier is None:
         raise ValueError(
-            f"{path} holds a {hf.architecture}, of which nothing that scores is made: give a decoder of text, a text "
+            f"{path} holds a {hf.architecture}, which cannot be turned into a classifier: use a text decoder, a text "
             "classifier or a Vision Transformer"
         )
     return SequenceClassifier, SequenceClassifierConfig.of_decoder(hf, shape, labels)
 
 
 def _take_over(model: ClassifierModel, weights: Mapping[str, Tensor]) -> None:
-    """Give a skeleton these weights, without a copy; what it does not have is dropped, its head stays without."""
+    """Give an empty model these weights, without copying them. The head stays empty; unused weights are dropped."""
     is_head = f"{model.new_head}."
     wanted = {name for name, _ in named_weights(model) if not name.startswith(is_head)}
-    assert wanted <= weights.keys(), "one map gave the names of both"
+    assert wanted <= weights.keys(), "both models have the names of one map"
     state = {name: weights[name] for name in wanted}
     model.load_state_dict(state, strict=False, assign=True)

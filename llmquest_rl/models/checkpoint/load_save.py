@@ -1,17 +1,12 @@
-"""Models from and to the Hub's folder layout: config.json, safetensors, tokenizer files.
+"""Load and save models in the Hub's folder layout: config.json, safetensors, tokenizer files.
 
-`architectures: ["Qwen3MoeForCausalLM"]` in config.json means the file of this folder whose `HF` has that name and says
-how weights are called on disk. Reading is strict both ways: a key that maps nowhere, a missing one and a wrong shape
-are errors.
+Reading is strict: an unknown key, a missing key and a wrong shape are errors.
 """
 
-import importlib
 import json
-import pkgutil
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl import models
+from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.weight_files import (
     Entry,
@@ -35,7 +30,6 @@ from llmquest_rl.models.weight_map import (
     disk_pieces,
     disk_tensors,
     fused_pieces,
-    module_maps,
     named_weights,
 )
 
@@ -49,24 +43,24 @@ COMPANIONS = (
     "chat_template*",
     "preprocessor_config.json",
 )
-"""Files besides config.json and weights that make a folder usable: they are copied as they are."""
+"""Shell patterns of the other files that a checkpoint folder needs: they are copied unchanged."""
 
 MAX_SHARD_BYTES = 2 * 2**30
-"""Largest weight file written: what has to fit into memory at once while saving."""
+"""Size of the largest weight file that is written. Saving holds one file in memory at a time."""
 
 
 def load_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> CausalLM:
-    """The language model in checkpoint folder `path`, its weights cast to `dtype`. Reads one tensor at a time.
+    """Load the language model in checkpoint folder `path`, one tensor at a time, and cast its weights to `dtype`.
 
     Raises:
-        ValueError: the architecture is unknown or no language model; a file is missing or damaged; keys or shapes do
-            not fit.
+        ValueError: the architecture is unknown or not a language model, a file is missing or damaged, or keys or
+            shapes do not match.
     """
     return _language_model(load_any_model(path, dtype, device), path)
 
 
 def load_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
-    """As `load_model`, of any kind of model."""
+    """Load a model of any kind; otherwise the same as `load_model`."""
     folder = Path(path)
     entries = weight_entries(folder)
     model, hf = _skeleton(folder, entries)
@@ -80,21 +74,23 @@ def load_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | 
                 pieces[key].view(weights[pieces[key].ours]).copy_(tensor)
             else:
                 spare[key] = tensor
-    _check_spare(model, spare, folder)
+    _check_duplicates(model, spare, folder)
     return model
 
 
 def new_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> CausalLM:
-    """A language model of the shape in `path`/config.json with random weights: the same for a seed on every device.
+    """Create a language model of the shape in `path`/config.json with random weights.
+
+    A seed gives the same weights on every device.
 
     Raises:
-        ValueError: config.json is missing or damaged, or names an unknown architecture.
+        ValueError: config.json is missing or damaged, or the architecture is unknown or not a language model.
     """
     return _language_model(new_any_model(path, dtype, device, seed), path)
 
 
 def new_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Model:
-    """As `new_model`, of any kind of model."""
+    """Create a model of any kind; otherwise the same as `new_model`."""
     model = _skeleton(Path(path))[0]
     allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))
@@ -102,10 +98,10 @@ def new_any_model(path: Path | str, dtype: torch.dtype, device: torch.device | s
 
 
 def check_weights(path: Path | str) -> None:
-    """Check that `load_model` will find every weight of `path`, in its right shape, without reading one.
+    """Check that `path` holds every weight in the right shape. Reads the headers of the weight files only.
 
     Raises:
-        ValueError: as `load_model`.
+        ValueError: see `load_any_model`.
     """
     entries = weight_entries(Path(path))
     model, hf = _skeleton(Path(path), entries)
@@ -114,7 +110,7 @@ def check_weights(path: Path | str) -> None:
 
 def _language_model(model: Model, path: Path | str) -> CausalLM:
     if not isinstance(model, CausalLM):
-        raise ValueError(f"{path} holds a {type(model).__name__}, which is no language model")
+        raise ValueError(f"{path} holds a {type(model).__name__}, which is not a language model")
     return model
 
 
@@ -128,11 +124,13 @@ def save_model(
     """Write a checkpoint folder that transformers, vLLM and `load_model` read.
 
     Args:
-        config_source: Folder whose config.json and tokenizer files the new one gets.
-        tensors: Pairs (name on disk, tensor), as from `disk_tensors`. Their dtype is kept, and noted in config.json.
-        path: Folder to write into; made if needed. Whoever needs it atomic writes elsewhere and renames.
-        max_shard_bytes: Largest weight file.
-        config_fields: What config.json says otherwise than its source; see `Model.config_fields`.
+        config_source: Folder whose config.json and tokenizer files are copied.
+        tensors: Pairs (name on disk, tensor), for example from `disk_tensors`. Their dtype is kept, and written to
+            config.json.
+        path: Folder to write into; it is created if needed. Writing is not atomic: if that matters, write to another
+            folder and rename it.
+        max_shard_bytes: Size of the largest weight file.
+        config_fields: Fields of config.json that replace those of the source; see `Model.config_fields`.
     """
     source, target = Path(config_source), Path(path)
     target.mkdir(parents=True, exist_ok=True)
@@ -165,47 +163,23 @@ def _write_config(source: Path, target: Path, dtypes: list[torch.dtype], fields:
 
 
 def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name on disk to shape of every weight of the model in `path`, a shared one once. No weight is read.
+    """Return the shape of every weight of the model in `path` by its name on disk, a shared weight once.
+
+    Reads config.json and the headers of the weight files only.
 
     Raises:
-        ValueError: config.json is missing or damaged, or names an unknown architecture.
+        ValueError: config.json is missing or damaged, or the architecture is unknown.
     """
     folder = Path(path)
     model, _ = _skeleton(folder, weight_entries(folder) if has_weights(folder) else None)
     return {name: tuple(tensor.shape) for name, tensor in disk_tensors(model)}
 
 
-@cache
-def architectures() -> dict[str, HFMap]:
-    """Every architecture in this folder's files: name on the Hub to its map."""
-    names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
-    modules = [importlib.import_module(name) for name in names]
-    return {name: hf for module in modules for name, hf in module_maps(module).items()}
-
-
-def find_architecture(config: dict[str, Any], source: Path) -> HFMap:
-    """The map for a config.json's content.
-
-    Raises:
-        ValueError: config.json names no architecture, or one that has no file here.
-    """
-    name = (config.get("architectures") or [None])[0]
-    supported = ", ".join(architectures())
-    if name is None:
-        raise ValueError(f'{source} names no architecture: add "architectures": one of {supported}')
-    advice = [hf.refused[name] for hf in architectures().values() if name in hf.refused]
-    if advice:
-        raise ValueError(f"{source} names architecture {name!r}: {advice[0]}")
-    if name not in architectures():
-        raise ValueError(f"{source} names architecture {name!r}, which is not supported: expected one of {supported}")
-    return architectures()[name]
-
-
 def read_shape(folder: Path) -> tuple[HFMap, Any]:
-    """The map and the config of the model in `folder`.
+    """Return the map and the configuration of the model in `folder`. Reads config.json only.
 
     Raises:
-        ValueError: config.json is missing or damaged, names an unknown architecture or a shape that cannot be.
+        ValueError: config.json is missing or damaged, the architecture is unknown, or the shape is impossible.
     """
     config = read_json(folder / "config.json")
     hf = find_architecture(config, folder / "config.json")
@@ -216,14 +190,17 @@ def read_shape(folder: Path) -> tuple[HFMap, Any]:
 
 
 def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
-    """The model without memory for its weights; with `keys` on disk, as those keys ask for."""
+    """Return the model without memory for its weights; `keys` are those on disk, if there are any."""
     hf, shape = read_shape(folder)
     with torch.device("meta"):
         return hf.model(shape if keys is None else hf.fit(shape, keys)), hf
 
 
 def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a skeleton memory; what was one parameter in two places stays one, and what was frozen stays frozen."""
+    """Allocate the weights of a model on the meta device. Shared parameters stay shared, frozen ones stay frozen.
+
+    The values of the weights are undefined.
+    """
     made: dict[Tensor, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -238,10 +215,10 @@ def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> No
 
 
 def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path) -> dict[str, Piece]:
-    """Key on disk to the part of our weights that it fills, for a checkpoint that fits the model exactly.
+    """Return the part of our weights that each key on disk fills, after checking that all keys and shapes match.
 
     Raises:
-        ValueError: a key maps nowhere, one is missing, or a shape differs; names them.
+        ValueError: a key is unknown or missing, or a shape differs; the message names them.
     """
     plain = hf.prefix if not any(key.startswith(hf.prefix) for key in entries) else ""
     pieces, second_names, fused = (
@@ -262,27 +239,27 @@ def match_keys(model: Model, hf: HFMap, entries: dict[str, Entry], folder: Path)
         for key, shape in shapes.items()
         if entries[key].shape != shape
     ]
-    problems = [f"unknown {_some(unmapped)}"] * bool(unmapped) + [f"missing {_some(missing)}"] * bool(missing)
-    problems += [f"wrong shape: {_some(wrong)}"] * bool(wrong)
+    problems = [f"unknown {_first_few(unmapped)}"] * bool(unmapped) + [f"missing {_first_few(missing)}"] * bool(missing)
+    problems += [f"wrong shape: {_first_few(wrong)}"] * bool(wrong)
     if problems:
         raise ValueError(
-            f"the weights in {folder} do not fit {hf.architecture}: {'; '.join(problems)}. "
+            f"the weights in {folder} do not match {hf.architecture}: {'; '.join(problems)}. "
             "Check that config.json and the weights come from the same checkpoint and that no file is missing"
         )
     return wanted
 
 
 def _weights_by_any_name(model: Model) -> dict[str, Tensor]:
-    """Every parameter and buffer, a shared one under each of its names."""
+    """Return every parameter and buffer, a shared one under each of its names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def _some(items: list[str]) -> str:
+def _first_few(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def _check_spare(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
-    """A weight may be on disk a second time (a tied output layer), if it is the same."""
+def _check_duplicates(model: Model, spare: dict[str, Tensor], folder: Path) -> None:
+    """Check tensors that are on disk a second time, such as a tied output layer: both must be equal."""
     pieces = disk_pieces(model, tied=True)
     weights = _weights_by_any_name(model)
     for key, tensor in spare.items():

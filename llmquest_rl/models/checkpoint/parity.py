@@ -1,7 +1,7 @@
-"""Our logits beside those of transformers, for any checkpoint folder: the proof that an architecture file is right.
+"""Compare our logits with those of transformers, for any checkpoint folder.
 
-Both run in float32 on the CPU, transformers with its plain ("eager") attention and one sequence at a time. Ours runs
-all sequences in one pack and, a second time, with a prompt shared between continuations.
+Both models run in float32 on the CPU. transformers uses its plain ("eager") attention and one sequence at a time; our
+model runs all sequences in one pack, and a second time with a prompt that several continuations share.
 """
 
 from collections.abc import Callable
@@ -22,40 +22,44 @@ from llmquest_rl.models.weight_map import hf_map
 
 PROMPT_LENGTH = 24
 CONTINUATION_LENGTHS = (1, 8, 40, 120)
-"""Short on purpose, because a large model on a CPU is slow; the longest crosses windows of tests and chunks of 64."""
+"""In tokens. They are short because large models are slow on a CPU; the longest one exceeds attention windows in tests,
+and the chunks of 64 tokens of linear attention."""
 IMAGES = 4
+"""Number of random images for an image model."""
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How far two implementations are apart."""
+    """The differences between two implementations."""
 
     max_abs_diff: float
-    """Largest difference of a logit in packed sequences."""
+    """Largest absolute difference of a logit, with packed sequences."""
     max_abs_diff_shared: float
-    """The same where a prompt is computed once for several continuations; 0 for models that do not share prompts."""
+    """The same with a prompt computed once for several continuations; 0 for models that do not share prompts."""
     max_abs_logit: float
-    """Largest logit, to judge the differences by."""
+    """Largest absolute logit, the scale of the differences."""
     positions: int
-    """Positions (or sequences, or images) compared, each over the whole vocabulary (or all labels)."""
+    """Number of positions, sequences or images compared, each over the whole vocabulary or all labels."""
     architecture: str
+    """Name of the class in transformers."""
 
     @property
     def worst(self) -> float:
-        """The number that a tolerance is held against."""
+        """The larger of both differences, to compare with a tolerance."""
         return max(self.max_abs_diff, self.max_abs_diff_shared)
 
 
 def parity(path: Path | str, seed: int = 0) -> ParityReport:
-    """Compare our float32 logits with transformers' on random tokens, of a classifier of texts the scores of whole
-    sequences, of an image model on random images.
+    """Compare our float32 logits with those of transformers.
+
+    Language models run on random tokens, text classifiers on random sequences, and image models on random images.
 
     Args:
         path: A checkpoint folder.
-        seed: Draws the tokens.
+        seed: Seeds the random inputs.
 
     Raises:
-        ValueError: the folder does not load here, or transformers has no such class.
+        ValueError: the folder does not load (see `load_any_model`), or transformers does not have the class.
     """
     import transformers
 
@@ -88,7 +92,7 @@ def _compare_images(model: Any, theirs: Any, seed: int) -> ParityReport:
 
 def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
     prompt, *continuations = _random_tokens(model, seed)
-    theirs.config.pad_token_id = None  # a last token that happens to be it would be passed over
+    theirs.config.pad_token_id = None  # transformers would skip a last token with this id
     expected = [theirs(torch.cat((prompt, tail))[None], use_cache=False).logits for tail in continuations]
     separate = [SequenceGroup([], [[*prompt.tolist(), *tail.tolist(), 0]]) for tail in continuations]
     shared = SequenceGroup(prompt.tolist(), [[*tail.tolist(), 0] for tail in continuations])
@@ -98,7 +102,7 @@ def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
 
 
 def _scores(model: Any, groups: list[SequenceGroup]) -> list[Tensor]:
-    """Of the last token but the placeholder, [1, labels] for each completion."""
+    """Return the scores `[1, labels]` of each completion at its last token before the placeholder of the label."""
     last = [replace(group, mask=[[*[False] * (len(c) - 1), True] for c in group.completions]) for group in groups]
     return list(model(collate(last)).values.split(1))
 
@@ -108,7 +112,7 @@ COMPARISONS: dict[type[Model], Callable[[Any, Any, int], ParityReport]] = {
     SequenceClassifier: _compare_scores,
     ViT: _compare_images,
 }
-"""What is compared, by the kind of model."""
+"""The comparison for each kind of model."""
 
 
 def _report(theirs: Any, expected: list[Tensor], ours: list[Tensor], shared: float) -> ParityReport:
@@ -135,5 +139,5 @@ def _packed_logits(model: CausalLM, segments: list[Tensor], parents: list[int]) 
 
 
 def _largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """NaN if either holds one: a comparison with a tolerance then fails, as it should."""
+    """Return the largest absolute difference; it is NaN if there is a NaN, and no NaN is within a tolerance."""
     return float(torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).max())

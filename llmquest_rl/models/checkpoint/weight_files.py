@@ -1,6 +1,6 @@
-"""The safetensors files of a checkpoint folder: found, checked against their own headers, read one tensor at a time.
+"""Find, check, read and write the safetensors files of a checkpoint folder, one tensor at a time.
 
-Everything here knows only the folder, never a model.
+This file knows nothing of models.
 """
 
 import json
@@ -19,38 +19,40 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies, as its file's header says."""
+    """The place and form of one tensor, from the header of its file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors spells it: `F32`, `BF16`, ..."""
+    """In the spelling of safetensors: `F32`, `BF16`, ..."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint folder.
+    """Return the object in a JSON file of a checkpoint folder.
 
     Raises:
-        ValueError: the file is missing, or is no JSON object.
+        ValueError: the file is missing, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: is {path.parent} a checkpoint folder in the Hub's layout?") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, fetch or save it again") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): the file is damaged, download or save it again"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has weight files, sound or not."""
+    """Return whether a folder has weight files, damaged or not."""
     return (folder / INDEX).exists() or (folder / SINGLE).exists()
 
 
 def weight_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint by its key, from the headers alone: no weight is read.
+    """Return every tensor of a checkpoint by its key. Reads the headers of the files only.
 
     Raises:
         ValueError: there are no weights, a file is missing or damaged, or the index and the files disagree.
@@ -61,8 +63,8 @@ def weight_entries(folder: Path) -> dict[str, Entry]:
         promised: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         for key, name in promised.items():
             if key not in entries or entries[key].file.name != name:
-                problem = f"{folder / INDEX} places {key!r} in {name}, which does not hold it"
-                raise ValueError(f"{problem}: fetch or save the checkpoint again")
+                problem = f"{folder / INDEX} places {key!r} in {name}, which does not contain it"
+                raise ValueError(f"{problem}: download or save the checkpoint again")
     return entries
 
 
@@ -70,12 +72,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map: the file is damaged, fetch or save it again")
+            raise ValueError(f"{folder / INDEX} has no weight_map: the file is damaged, download or save it again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             lost = ", ".join(missing)
-            raise ValueError(f"{folder} lacks {lost}, which {INDEX} names: fetch or save the checkpoint again")
+            raise ValueError(f"{folder} lacks {lost}, which {INDEX} names: download or save the checkpoint again")
         return files
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
@@ -85,10 +87,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors that a safetensors file says it holds.
+    """Return the tensors in the header of a safetensors file by their keys.
 
     Raises:
-        ValueError: the header is damaged, or the file's size is not what the header promises (a broken download).
+        ValueError: the header is damaged, or the size of the file contradicts it (an incomplete download).
     """
     size = file.stat().st_size
     try:
@@ -101,29 +103,40 @@ def read_header(file: Path) -> dict[str, Entry]:
         entries = {key: Entry(file, tuple(value["shape"]), value["dtype"]) for key, value in header.items()}
         end = max((value["data_offsets"][1] for value in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file} is damaged ({error}): fetch or save it again") from error
+        raise ValueError(f"{file} is damaged ({error}): download or save it again") from error
     promised = 8 + header_size + end
     if promised != size:
         state = "truncated" if size < promised else "damaged"
-        raise ValueError(f"{file} is {state}: {size} bytes, but its header promises {promised}; fetch or save it again")
+        raise ValueError(
+            f"{file} is {state}: {size} bytes, but its header promises {promised}; download or save it again"
+        )
     return entries
 
 
 def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor with its key, on the CPU in its dtype on disk, file by file."""
+    """Yield each key with its tensor, file by file, on the CPU and in the dtype on disk.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     for file in sorted({entry.file for entry in entries.values()}):
         try:
             with safe_open(file, framework="pt", device="cpu") as stream:
                 for key in stream.keys():  # noqa: SIM118 (not a dict)
                     yield key, stream.get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): fetch or save it again") from error
+            raise ValueError(f"{file} is damaged ({error}): download or save it again") from error
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
-    """Write safetensors into `folder`: one file, or shards with an index. Holds one shard in memory at a time.
+    """Write safetensors into `folder`: one file, or shards with an index.
 
-    Files get their final names after all are written, the index last.
+    One shard is in memory at a time. The files get their final names after all are written, the index last.
+
+    Args:
+        tensors: Pairs (key, tensor).
+        folder: Folder to write into.
+        max_shard_bytes: Size of the largest file.
     """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -135,7 +148,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard
             shards.append(_write_part(shard, folder, len(shards)))
             shard, memory, size = {}, set(), 0
         written = tensor.detach().cpu().contiguous()
-        # The format has no two names for one memory: a weight that is written a second time is copied.
+        # safetensors refuses two names for the same memory, so a repeated weight is copied.
         shard[key] = written.clone() if written.data_ptr() in memory else written
         memory.add(written.data_ptr())
         size += bytes_

@@ -1,4 +1,5 @@
-"""DeepSeek-V3's shapes beside transformers. `num_nextn_predict_layers` is what its class announces and never saves."""
+"""Shapes of DeepSeek-V3 for the tests against transformers. The class writes `num_nextn_predict_layers` to
+config.json, but never saves these layers."""
 
 CONFIG = "DeepseekV3Config"
 MODEL = "DeepseekV3ForCausalLM"

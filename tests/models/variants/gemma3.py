@@ -1,4 +1,4 @@
-"""Gemma 3's shapes beside transformers. Texts of the tests are longer than every window here."""
+"""Shapes of Gemma 3 for the tests against transformers. The texts are longer than every window."""
 
 CONFIG = "Gemma3TextConfig"
 MODEL = "Gemma3ForCausalLM"

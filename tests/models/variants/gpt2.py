@@ -1,4 +1,4 @@
-"""GPT-2's shapes beside transformers."""
+"""Shapes of GPT-2 for the tests against transformers."""
 
 CONFIG = "GPT2Config"
 MODEL = "GPT2LMHeadModel"

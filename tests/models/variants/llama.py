@@ -1,4 +1,4 @@
-"""Llama's shapes beside transformers."""
+"""Shapes of Llama for the tests against transformers."""
 
 CONFIG = "LlamaConfig"
 MODEL = "LlamaForCausalLM"

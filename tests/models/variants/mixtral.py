@@ -1,4 +1,4 @@
-"""Mixtral shapes beside transformers."""
+"""Shapes of Mixtral for the tests against transformers."""
 
 CONFIG = "MixtralConfig"
 MODEL = "MixtralForCausalLM"

@@ -1,4 +1,4 @@
-"""Qwen2 shapes beside transformers."""
+"""Shapes of Qwen2 for the tests against transformers."""
 
 CONFIG = "Qwen2Config"
 MODEL = "Qwen2ForCausalLM"

@@ -1,4 +1,4 @@
-"""Dense Qwen3 shapes beside transformers."""
+"""Shapes of the dense Qwen3 for the tests against transformers."""
 
 CONFIG = "Qwen3Config"
 MODEL = "Qwen3ForCausalLM"

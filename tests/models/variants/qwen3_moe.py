@@ -1,4 +1,4 @@
-"""Qwen3-MoE shapes beside transformers."""
+"""Shapes of Qwen3-MoE for the tests against transformers."""
 
 CONFIG = "Qwen3MoeConfig"
 MODEL = "Qwen3MoeForCausalLM"

@@ -1,11 +1,12 @@
-"""Qwen3-Next beside transformers. Texts of these tests fit into a chunk; test_qwen3_next.py has longer ones."""
+"""Shapes of Qwen3-Next for the tests against transformers. The texts fit into a chunk;
+test_qwen3_next.py has longer ones."""
 
 CONFIG = "Qwen3NextConfig"
 MODEL = "Qwen3NextForCausalLM"
 TOLERANCE = 5e-5
 GRADIENT_TOLERANCES = {"A_log": 1e-3, "dt_bias": 1e-3}
-"""transformers sums these gradients in float32, where heads that forget fast leave mostly noise: in these shapes it is
-up to 6e-4 from the same gradients in float64, and we are 4e-5 at most."""
+"""transformers sums these gradients in float32, where heads with fast decay leave mostly noise: in these shapes its
+error is up to 6e-4 against float64, ours at most 4e-5."""
 
 LINEAR, FULL = "linear_attention", "full_attention"
 

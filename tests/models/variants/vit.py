@@ -1,4 +1,4 @@
-"""ViT's shapes beside transformers."""
+"""Shapes of ViT for the tests against transformers."""
 
 CONFIG = "ViTConfig"
 MODEL = "ViTForImageClassification"

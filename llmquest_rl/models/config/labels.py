@@ -1,14 +1,16 @@
-"""The names of what a model scores, as config.json keeps them."""
+"""The names of a classifier's labels in config.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in a config.json, by number: 2 where it gives neither names nor a number, as in transformers.
+    """Return the labels of a config.json in the order of their indices.
+
+    As in transformers, there are two labels if the file has neither names nor a number.
 
     Raises:
-        ValueError: names and number contradict each other, or the names are not numbered from 0 on.
+        ValueError: `num_labels` contradicts `id2label`, or the indices of the names are not 0, 1, 2, ...
     """
     named = values.get("id2label")
     number = int(values.get("num_labels", 2 if named is None else len(named)))
@@ -23,7 +25,7 @@ def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def label_fields(labels: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config.json from which transformers reads these labels."""
+    """Return the fields of config.json from which transformers reads these labels."""
     return {
         "num_labels": len(labels),
         "id2label": {str(i): label for i, label in enumerate(labels)},

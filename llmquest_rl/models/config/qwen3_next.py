@@ -1,6 +1,6 @@
-"""The shape of a Qwen3-Next, and its config.json.
+"""The shape of a Qwen3-Next and its config.json.
 
-Fields have config.json's names, but for those that every architecture here calls alike.
+Fields have the names of config.json, except for those that have a common name in all architectures here.
 """
 
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from llmquest_rl.layers.rope import RoPE, rope_parameters
-from llmquest_rl.models.config_checks import check_heads, check_sizes
+from llmquest_rl.models.config.checks import check_heads, check_sizes, check_supported, listed_layer_types
 
 LINEAR, FULL = "linear_attention", "full_attention"
-"""The kinds of layers, as config.json calls them."""
+"""The types of layers, in the words of config.json."""
 
 OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -20,13 +20,13 @@ OTHER_NAMES = {
     "tied": "tie_word_embeddings",
     "max_positions": "max_position_embeddings",
 }
-"""Fields that config.json calls otherwise. All others have the same name there."""
+"""The names in config.json of fields that have another name here."""
 
 DERIVED = ("layer_types", "mlp_only_layers", "rope", "num_mtp_layers")
-"""Fields that are more than a value of config.json."""
+"""Fields that are not read from one value of config.json."""
 
-ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
-"""Fields of config.json for which one value is implemented; they may be left out."""
+SUPPORTED_VALUES: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+"""Fields of config.json for which one value is implemented; a missing field has it."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,37 @@ class Qwen3NextConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of dense feed-forward layers, of which the published models have none."""
+    """Intermediate size of dense feed-forward layers; the published models have none."""
     num_heads: int
-    """Query heads of full attention."""
+    """Number of query heads of full attention."""
     num_kv_heads: int
     head_dim: int
     layer_types: tuple[str, ...]
     """`LINEAR` or `FULL` for each layer."""
     linear_num_key_heads: int
-    """Heads of queries and of keys in linear attention; each serves the same number of value heads."""
+    """Number of query heads and of key heads in linear attention; each serves the same number of value heads."""
     linear_num_value_heads: int
     linear_key_head_dim: int
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
-    """Tokens that the convolution before linear attention sees."""
+    """Width in tokens of the convolution before linear attention."""
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     shared_expert_intermediate_size: int
     norm_topk_prob: bool = True
-    """The weights of a token's experts are divided by their sum."""
+    """Whether the weights of a token's experts are divided by their sum."""
     decoder_sparse_step: int = 1
-    """Layers n - 1, 2n - 1, ... have experts, the others are dense."""
+    """Every n-th layer has experts, counted from 1; the others are dense."""
     mlp_only_layers: tuple[int, ...] = ()
-    """Layers that are dense all the same."""
+    """Indices of layers that are dense in any case."""
     router_aux_loss_coef: float = 0.001
-    """Weight of the experts' balance loss in training; 0 = without."""
+    """Coefficient of the load-balancing loss in training, a mean over layers; 0 = no such loss."""
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     tied: bool = False
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
     max_positions: int = 32768
@@ -75,20 +75,20 @@ class Qwen3NextConfig:
         default_factory=lambda: {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     )
     num_mtp_layers: int = 0
-    """Layers of the module for multi-token prediction that the weights' files hold; config.json does not tell."""
+    """Number of layers of the MTP module in the weight files; config.json does not hold it."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         sizes = {_config_name(item.name): getattr(self, item.name) for item in fields(self) if item.type is int}
         del sizes["num_mtp_layers"]
         check_sizes(num_hidden_layers=self.num_layers, **sizes)
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
-        RoPE(self.head_dim, self.rope)  # refuses an impossible rotation
+        RoPE(self.head_dim, self.rope)  # raises an error if the rotation is impossible
         unknown = sorted({str(kind) for kind in self.layer_types} - {LINEAR, FULL})
         outside = [layer for layer in self.mlp_only_layers if layer not in range(self.num_layers)]
         faults = {
             f"layer_types holds {unknown}: expected {LINEAR!r} or {FULL!r}": unknown,
-            f"mlp_only_layers {outside} are none of the {self.num_layers} layers": outside,
+            f"mlp_only_layers {outside} are not among the {self.num_layers} layers": outside,
             f"linear_num_value_heads {self.linear_num_value_heads} is not a multiple of linear_num_key_heads "
             f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads,
             f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}": (
@@ -105,7 +105,7 @@ class Qwen3NextConfig:
         return len(self.layer_types)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     @classmethod
@@ -113,13 +113,13 @@ class Qwen3NextConfig:
         """Read a config.json of transformers 4 or 5.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
         if values.get("quantization_config"):
             raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
-        for name, value in ONLY.items():
-            if values.get(name) not in (None, value):
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; Qwen3-Next here has {value!r} only")
+        check_supported(
+            {name: value for name, value in values.items() if value is not None}, SUPPORTED_VALUES, "Qwen3-Next"
+        )
         plain = [item for item in fields(cls) if item.name not in DERIVED]
         found: dict[str, Any] = {item.name: values.get(_config_name(item.name)) for item in plain}
         given = {name: value for name, value in found.items() if value is not None}
@@ -136,13 +136,13 @@ class Qwen3NextConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         plain = [item.name for item in fields(self) if item.name not in DERIVED]
         return {
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
             **{_config_name(name): getattr(self, name) for name in plain},
-            **ONLY,
+            **SUPPORTED_VALUES,
             "num_hidden_layers": self.num_layers,
             "layer_types": list(self.layer_types),
             "mlp_only_layers": list(self.mlp_only_layers),
@@ -151,7 +151,7 @@ class Qwen3NextConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: a linear layer and a full one, each with six experts."""
+        """Return a shape for tests: a linear layer and a full one, each with six experts."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -162,7 +162,7 @@ class Qwen3NextConfig:
             layer_types=(LINEAR, FULL),
             linear_num_key_heads=1,
             linear_num_value_heads=2,
-            linear_key_head_dim=128,  # what vLLM's kernels have
+            linear_key_head_dim=128,  # the kernels of vLLM support 64 and 128
             linear_value_head_dim=128,
             linear_conv_kernel_dim=4,
             num_experts=6,
@@ -178,12 +178,14 @@ def _config_name(field_name: str) -> str:
 
 
 def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kind of each layer: a list in config.json, or every how many layers a full one comes."""
-    num_layers, kinds = values["num_hidden_layers"], values.get("layer_types")
-    interval = values.get("full_attention_interval") or 4
+    """Return the type of each layer: `layer_types`, or one full layer every `full_attention_interval` layers.
+
+    Raises:
+        ValueError: `layer_types` has another length than the number of layers, or a number is not positive.
+    """
+    num_layers, interval = values["num_hidden_layers"], values.get("full_attention_interval") or 4
     check_sizes(num_hidden_layers=num_layers, full_attention_interval=interval)
-    if kinds is None:
-        return tuple(LINEAR if (layer + 1) % interval else FULL for layer in range(num_layers))
-    if len(kinds) != num_layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}")
-    return tuple(kinds)
+    listed = listed_layer_types(values)
+    if listed is not None:
+        return listed
+    return tuple(LINEAR if (layer + 1) % interval else FULL for layer in range(num_layers))

@@ -1,6 +1,6 @@
-"""The shape of a DeepSeek-V3 (arXiv:2412.19437), and its config.json.
+"""The shape of a DeepSeek-V3 (arXiv:2412.19437) and its config.json.
 
-Fields have config.json's names, but for those that every architecture here calls alike.
+Fields have the names of config.json, except for those that have a common name in all architectures here.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from llmquest_rl.layers.attention.mla import LatentShape
 from llmquest_rl.layers.rope import rope_parameters, yarn_mscale
-from llmquest_rl.models.config_checks import check_sizes, check_whole_rotation
+from llmquest_rl.models.config.checks import check_sizes, check_supported, check_whole_rotation
 
 OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -18,9 +18,9 @@ OTHER_NAMES = {
     "max_positions": "max_position_embeddings",
     "num_mtp_layers": "num_nextn_predict_layers",
 }
-"""Fields that config.json calls otherwise. All others have the same name there."""
+"""The names in config.json of fields that have another name here."""
 
-ONLY: dict[str, Any] = {
+SUPPORTED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -28,7 +28,7 @@ ONLY: dict[str, Any] = {
     "seq_aux": True,
     "attention_dropout": 0.0,
 }
-"""Fields of config.json for which one value is implemented; they may be left out."""
+"""Fields of config.json for which one value is implemented; a missing field has it."""
 
 MAY_BE_ZERO = (
     "first_k_dense_replace",
@@ -37,6 +37,7 @@ MAY_BE_ZERO = (
     "router_bias_update_rate",
     "mtp_loss_weight",
 )
+"""Fields that may be 0; all other sizes must be positive."""
 
 
 @dataclass(frozen=True)
@@ -46,51 +47,51 @@ class DeepseekV3Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of the dense layers."""
+    """Intermediate size of the dense layers."""
     moe_intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     num_layers: int
     num_heads: int
     q_lora_rank: int | None
-    """See `LatentShape` for this and the next four."""
+    """See `LatentShape` for this field and the next four."""
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     n_routed_experts: int
     n_shared_experts: int
-    """The shared expert is as wide as so many experts."""
+    """Width of the shared expert, in multiples of `moe_intermediate_size`."""
     num_experts_per_tok: int
     n_group: int
-    """Groups (in the paper: nodes) that the experts lie in."""
+    """Number of groups of experts (nodes in the paper)."""
     topk_group: int
-    """Groups that one token's experts may come from."""
+    """Number of groups that the experts of one token may come from."""
     first_k_dense_replace: int
-    """Dense layers at the start."""
+    """Number of dense layers at the start."""
     routed_scaling_factor: float
     norm_topk_prob: bool
-    """The weights of a token's experts are divided by their sum."""
+    """Whether the weights of a token's experts are divided by their sum."""
     num_mtp_layers: int = 0
-    """Modules that predict further ahead: D in section 2.2."""
+    """Number of modules for multi-token prediction: D in section 2.2."""
     rms_norm_eps: float = 1e-6
     rope_interleave: bool = True
     attention_bias: bool = False
     tied: bool = False
-    """The output layer is the embedding."""
+    """The output layer shares the weight of the embedding."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
     max_positions: int = 4096
     """Longest sequence the model was trained for, in tokens."""
     aux_loss_alpha: float = 0.0001
-    """Weight of the sequence-wise balance loss (eq. 17)."""
+    """Coefficient of the sequence-wise balance loss: alpha in eq. 17."""
     router_bias_update_rate: float = 0.001
-    """How far an update moves the bias of each expert: gamma in section 2.1.2; 0 = not at all."""
+    """Step size of the bias of each expert, per update: gamma in section 2.1.2; 0 = the biases stay."""
     mtp_loss_weight: float = 0.3
-    """Weight of the modules' mean loss: lambda in eq. 25; 0 = they are neither computed nor trained."""
+    """Coefficient of the MTP loss: lambda in eq. 25; 0 = the modules are neither computed nor trained."""
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be, by the names in config.json."""
+        """Refuse impossible shapes; messages use the names of config.json."""
         sizes = [item.name for item in fields(self) if item.type is int]
         check_sizes(**{config_name(name): getattr(self, name) for name in sizes if name not in MAY_BE_ZERO})
         check_whole_rotation(self.rope)
@@ -100,11 +101,11 @@ class DeepseekV3Config:
         faults = {
             f"{config_name(name)} {getattr(self, name)} is below 0": getattr(self, name) < 0 for name in MAY_BE_ZERO
         } | {
-            f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: rotary positions turn pairs": (
+            f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: RoPE rotates pairs of dimensions": (
                 self.qk_rope_head_dim % 2 == 1
             ),
-            f"n_routed_experts {self.n_routed_experts} in n_group {self.n_group}: expected groups of one size, with at "
-            "least 2 experts": self.n_group * per_group != self.n_routed_experts or per_group < 2,
+            f"n_routed_experts {self.n_routed_experts} in n_group {self.n_group}: expected groups of equal size with "
+            "at least 2 experts": self.n_group * per_group != self.n_routed_experts or per_group < 2,
             f"topk_group {self.topk_group} is more than n_group {self.n_group}": self.topk_group > self.n_group,
             f"num_experts_per_tok {self.num_experts_per_tok} is more than topk_group {self.topk_group} groups hold": (
                 self.num_experts_per_tok > self.topk_group * per_group
@@ -119,13 +120,12 @@ class DeepseekV3Config:
         """Read a config.json of transformers 4 or 5, or of DeepSeek.
 
         Raises:
-            ValueError: a field without which the shape is unknown is missing, or one asks for what is not implemented.
+            ValueError: a required field is missing, or a value is not implemented.
         """
         if values.get("quantization_config"):
             raise ValueError("quantization_config: the weights are quantised; dequantise them to bfloat16 first")
-        for name, value in {**ONLY, "num_key_value_heads": values.get("num_attention_heads")}.items():
-            if values.get(name) not in (None, value):
-                raise ValueError(f"config.json asks for {name} {values[name]!r}; DeepSeek-V3 here has {value!r} only")
+        supported = {**SUPPORTED_VALUES, "num_key_value_heads": values.get("num_attention_heads")}
+        check_supported({name: value for name, value in values.items() if value is not None}, supported, "DeepSeek-V3")
         ours = {config_name(item.name): item.name for item in fields(cls) if item.name != "rope"}
         given: dict[str, Any] = {ours[name]: value for name, value in values.items() if name in ours}
         given = {name: value for name, value in given.items() if value is not None or name == "q_lora_rank"}
@@ -136,20 +136,20 @@ class DeepseekV3Config:
         return cls(**given, rope=rope_parameters(values))
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 5 and vLLM read."""
+        """Return a config.json that transformers 5 and vLLM read."""
         shape = {config_name(item.name): getattr(self, item.name) for item in fields(self) if item.name != "rope"}
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **shape,
-            **ONLY,
+            **SUPPORTED_VALUES,
             "num_key_value_heads": self.num_heads,
             "rope_parameters": dict(self.rope),
         }
 
     @classmethod
     def tiny(cls) -> Self:
-        """For tests: a dense layer and one with eight experts in four groups."""
+        """Return a shape for tests: a dense layer and one with eight experts in four groups."""
         return cls(
             vocab_size=256,
             hidden_size=64,
@@ -158,7 +158,7 @@ class DeepseekV3Config:
             num_layers=2,
             num_heads=2,
             q_lora_rank=24,
-            kv_lora_rank=512,  # this and the rotated dimensions are what vLLM's kernels have
+            kv_lora_rank=512,  # the kernels of vLLM support only this rank, with 64 rotated dimensions
             qk_nope_head_dim=32,
             qk_rope_head_dim=64,
             v_head_dim=32,
@@ -174,7 +174,7 @@ class DeepseekV3Config:
 
     @property
     def attention(self) -> LatentShape:
-        """What attention needs. A context extended with YaRN also sharpens it (the scores' factor, squared mscale)."""
+        """The shape of latent attention. YaRN with `mscale_all_dim` multiplies the scores by the square of mscale."""
         scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
         if self.rope["rope_type"] != "default" and self.rope.get("mscale_all_dim"):
             scale *= yarn_mscale(self.rope["factor"], self.rope["mscale_all_dim"]) ** 2
@@ -193,5 +193,5 @@ class DeepseekV3Config:
 
 
 def config_name(field_name: str) -> str:
-    """What config.json calls a field of `DeepseekV3Config`."""
+    """Return the name in config.json of a field of `DeepseekV3Config`."""
     return OTHER_NAMES.get(field_name, field_name)
