@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.generation.sampling import draw, stream_keys, stream_uniforms
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.generation.sampling import sample_tokens, stream_keys, stream_uniforms
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import FinishReason, Request, Sampling
@@ -28,7 +28,7 @@ class GenerationError(RuntimeError):
 
 
 @dataclass(slots=True, eq=False)
-class Prompt:
+class RunningPrompt:
     """A request on its way: its prompt, and how many of its completions have joined and ended."""
 
     request: int
@@ -49,10 +49,10 @@ class Prompt:
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class RunningCompletion:
     """A completion that is being drawn."""
 
-    prompt: Prompt
+    prompt: RunningPrompt
     index: int
     """Which of the request's completions it is."""
     tokens: list[int] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class CacheCapacity:
     """How much a batch can hold at once."""
 
     prompts: int
@@ -69,15 +69,15 @@ class Room:
     """Longest prompt."""
     rows: int
     """Completions at the same time."""
-    tail_tokens: int
+    completion_tokens: int
     """Longest completion that has to be kept: the last token drawn is never looked back at."""
 
     @property
     def tokens(self) -> int:
         """Tokens of cache that it takes."""
-        return self.prompts * self.prompt_tokens + self.rows * self.tail_tokens
+        return self.prompts * self.prompt_tokens + self.rows * self.completion_tokens
 
-    def holds(self, other: "Room") -> bool:
+    def covers(self, other: "CacheCapacity") -> bool:
         """Whether whatever fits into `other` fits in here."""
         return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
@@ -85,21 +85,21 @@ class Room:
 class Caches:
     """The memory of a batch: a cache of prompts and one of completions."""
 
-    def __init__(self, room: Room, device: torch.device) -> None:
-        self.room = room
-        self.prompts = SlotCache(room.prompts, room.prompt_tokens, device)
-        self.tails = SlotCache(room.rows, room.tail_tokens, device)
+    def __init__(self, capacity: CacheCapacity, device: torch.device) -> None:
+        self.capacity = capacity
+        self.prompts = SlotCache(capacity.prompts, capacity.prompt_tokens, device)
+        self.completions = SlotCache(capacity.rows, capacity.completion_tokens, device)
 
     @property
     def num_bytes(self) -> int:
         """Memory reserved by both."""
-        return self.prompts.num_bytes + self.tails.num_bytes
+        return self.prompts.num_bytes + self.completions.num_bytes
 
 
-def waiting_line(requests: Sequence[Request], limits: Sequence[int]) -> deque[Prompt]:
+def waiting_queue(requests: Sequence[Request], limits: Sequence[int]) -> deque[RunningPrompt]:
     """Requests in the order in which they join: long prompts first, so that neighbours in the cache are alike."""
     prompts = [
-        Prompt(
+        RunningPrompt(
             i,
             request.prompt_ids,
             request.n,
@@ -113,53 +113,53 @@ def waiting_line(requests: Sequence[Request], limits: Sequence[int]) -> deque[Pr
     return deque(sorted(prompts, key=lambda prompt: -len(prompt.ids)))
 
 
-class Batch:
+class RunningBatch:
     """Completions that are drawn together."""
 
     def __init__(
-        self, model: CausalLM, caches: Caches, room: Room, sampling: Sampling, eos_ids: frozenset[int]
+        self, model: CausalLM, caches: Caches, capacity: CacheCapacity, sampling: Sampling, eos_ids: frozenset[int]
     ) -> None:
         self._model = model
         self._caches = caches
-        self._room = room
+        self._capacity = capacity
         self._sampling = sampling
         self._eos_ids = eos_ids
         self._device = next(model.parameters()).device
-        self._prompts: list[Prompt] = []
+        self._prompts: list[RunningPrompt] = []
         """In slot order."""
-        self.rows: list[Row] = []
+        self.rows: list[RunningCompletion] = []
         """In slot order; those that joined last, and have no token yet, are at the end."""
 
-    def admit(self, waiting: deque[Prompt]) -> None:
+    def admit(self, waiting: deque[RunningPrompt]) -> None:
         """Let completions join while there is room, and compute the prompts that are new."""
-        new: list[Prompt] = []
-        while waiting and len(self.rows) < self._room.rows:
+        new: list[RunningPrompt] = []
+        while waiting and len(self.rows) < self._capacity.rows:
             prompt = waiting[0]
             if prompt.slot < 0:
-                if len(self._prompts) == self._room.prompts:
+                if len(self._prompts) == self._capacity.prompts:
                     break
                 prompt.slot = len(self._prompts)
                 self._prompts.append(prompt)
                 new.append(prompt)
-            stop = min(prompt.n, prompt.joined + self._room.rows - len(self.rows))
-            self.rows += [Row(prompt, index) for index in range(prompt.joined, stop)]
+            stop = min(prompt.n, prompt.joined + self._capacity.rows - len(self.rows))
+            self.rows += [RunningCompletion(prompt, index) for index in range(prompt.joined, stop)]
             prompt.joined = stop
             if prompt.joined == prompt.n:
                 waiting.popleft()
-        for pack in packs([len(prompt.ids) for prompt in new]):
+        for pack in pack_slices([len(prompt.ids) for prompt in new]):
             self._prefill(new[pack])
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+    def _prefill(self, prompts: Sequence[RunningPrompt]) -> None:
         layout = Layout(tuple(len(prompt.ids) for prompt in prompts), (-1,) * len(prompts))
-        context = Prefill(self._caches.prompts, layout, [prompt.slot for prompt in prompts])
+        context = PrefillContext(self._caches.prompts, layout, [prompt.slot for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt.ids])
         positions = layout.positions()
-        seen = self._images(prompts)
-        states = self._model.hidden(tokens.to(self._device), positions.to(self._device), context, **seen).states
+        image_inputs = self._images(prompts)
+        states = self._model.hidden(tokens.to(self._device), positions.to(self._device), context, **image_inputs).states
         for prompt, start in zip(prompts, layout.starts, strict=True):
             prompt.state = states[start + len(prompt.ids) - 1, None].clone()
 
-    def _images(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _images(self, prompts: Sequence[RunningPrompt]) -> dict[str, Any]:
         """What a vision-language model is given beside tokens, where there are images."""
         found = [prompt.images for prompt in prompts if prompt.images is not None]
         if not found:
@@ -167,7 +167,7 @@ class Batch:
         counts = [0 if prompt.images is None else len(prompt.images) for prompt in prompts]
         return {"images": torch.cat(found).to(self._device), "image_counts": counts}
 
-    def draw(self) -> None:
+    def sample_next(self) -> None:
         """Draw the next token of every row, and note which completions it ends.
 
         Raises:
@@ -190,7 +190,7 @@ class Batch:
     def _next_tokens(self, states: Tensor) -> tuple[Tensor, Tensor]:
         keys = torch.tensor([row.prompt.keys[row.index] for row in self.rows])
         uniforms = stream_uniforms(keys, torch.tensor([len(row.tokens) for row in self.rows]))
-        tokens, logprobs = draw(self._model.logits(states), self._sampling, uniforms.to(self._device))
+        tokens, logprobs = sample_tokens(self._model.logits(states), self._sampling, uniforms.to(self._device))
         return tokens, logprobs
 
     def _next_states(self) -> Tensor:
@@ -200,20 +200,20 @@ class Batch:
         return torch.cat(([self._decode(running)] if running else []) + first)
 
     @staticmethod
-    def _prompt_state(prompt: Prompt) -> Tensor:
+    def _prompt_state(prompt: RunningPrompt) -> Tensor:
         assert prompt.state is not None, "a completion joins after its prompt was computed"
         return prompt.state
 
-    def _decode(self, rows: Sequence[Row]) -> Tensor:
+    def _decode(self, rows: Sequence[RunningCompletion]) -> Tensor:
         lengths = [len(prompt.ids) for prompt in self._prompts]
         kept = [len(row.tokens) - 1 for row in rows]
         parents = [row.prompt.slot for row in rows]
-        context = Decode(self._caches.prompts, lengths, self._caches.tails, kept, parents)
+        context = DecodeContext(self._caches.prompts, lengths, self._caches.completions, kept, parents)
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=self._device)
         positions = torch.tensor([lengths[p] + k for p, k in zip(parents, kept, strict=True)], device=self._device)
         return self._model.hidden(tokens, positions, context).states
 
-    def retire(self) -> list[Row]:
+    def retire(self) -> list[RunningCompletion]:
         """Take out the rows that have ended, close the holes, and free prompts that nobody needs any more."""
         ended = [row for row in self.rows if row.finish is not None]
         for slot in reversed(range(len(self.rows))):
@@ -223,7 +223,7 @@ class Batch:
                 last = self.rows.pop()
                 if last is not row:
                     self.rows[slot] = last
-                    self._caches.tails.move(len(self.rows), slot, len(last.tokens) - 1)
+                    self._caches.completions.move(len(self.rows), slot, len(last.tokens) - 1)
         for slot in reversed(range(len(self._prompts))):
             if self._prompts[slot].ended == self._prompts[slot].n:
                 self._free_prompt(slot)
@@ -238,7 +238,7 @@ class Batch:
             last.slot = slot
 
 
-def packs(lengths: Sequence[int]) -> list[slice]:
+def pack_slices(lengths: Sequence[int]) -> list[slice]:
     """Neighbours to be computed in one forward: at most `PREFILL_TOKENS` tokens, or a single one that is longer."""
     slices: list[slice] = []
     start, size = 0, 0

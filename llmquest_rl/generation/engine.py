@@ -11,11 +11,20 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.generation.batch import Batch, Caches, GenerationError, Prompt, Room, Row, packs, waiting_line
+from llmquest_rl.generation.batch import (
+    CacheCapacity,
+    Caches,
+    GenerationError,
+    RunningBatch,
+    RunningCompletion,
+    RunningPrompt,
+    pack_slices,
+    waiting_queue,
+)
 from llmquest_rl.models.base import CausalLM, image_format
 from llmquest_rl.types import Completion, Request, Sampling
 
-Texts = Callable[[list[list[int]], Sequence[str]], list[str]]
+TextDecoder = Callable[[list[list[int]], Sequence[str]], list[str]]
 """Decodes completions without special tokens, each cut before the earliest of the stop strings."""
 
 STOP_SLACK = 8
@@ -36,7 +45,7 @@ class NativeGenerator:
         context_tokens: int,
         max_sequences: int = 128,
         cache_tokens: int = 65536,
-        texts: Texts | None = None,
+        texts: TextDecoder | None = None,
     ) -> None:
         """Wrap `model`, whose weights may change between calls.
 
@@ -79,11 +88,11 @@ class NativeGenerator:
         if sampling.stop and self._texts is None:
             raise ValueError("stop strings need a tokenizer to find them with: leave `stop` empty")
         limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]
-        waiting = waiting_line(requests, limits)
-        done: list[list[Row | None]] = [[None] * request.n for request in requests]
+        waiting = waiting_queue(requests, limits)
+        done: list[list[RunningCompletion | None]] = [[None] * request.n for request in requests]
         if waiting:
-            room = self._room(requests, limits)
-            batch = Batch(self.model, self._reserve(room), room, sampling, self.eos_ids)
+            capacity = self._choose_capacity(requests, limits)
+            batch = RunningBatch(self.model, self._reserve(capacity), capacity, sampling, self.eos_ids)
             try:
                 self._run(batch, waiting, sampling, done)
             except GenerationError:
@@ -91,11 +100,17 @@ class NativeGenerator:
                 raise
         return self._completions(done, sampling)
 
-    def _run(self, batch: Batch, waiting: deque[Prompt], sampling: Sampling, done: Sequence[list[Row | None]]) -> None:
+    def _run(
+        self,
+        batch: RunningBatch,
+        waiting: deque[RunningPrompt],
+        sampling: Sampling,
+        done: Sequence[list[RunningCompletion | None]],
+    ) -> None:
         """Draw until nobody waits and nobody is left, and put each row where it belongs in `done`."""
         while waiting or batch.rows:
             batch.admit(waiting)
-            batch.draw()
+            batch.sample_next()
             self._find_stops(batch.rows, sampling.stop)
             for row in batch.retire():
                 done[row.prompt.request][row.index] = row
@@ -111,7 +126,7 @@ class NativeGenerator:
             self._check_tokens(f"sequence {i}", sequence)
         device = next(self.model.parameters()).device
         results: list[list[float]] = []
-        for pack in packs([len(sequence) for sequence in sequences]):
+        for pack in pack_slices([len(sequence) for sequence in sequences]):
             batch = collate([SequenceGroup([], [list(sequence)]) for sequence in sequences[pack]]).to(device)
             counts = [max(len(sequence) - 1, 0) for sequence in sequences[pack]]
             results += [part.tolist() for part in self.model(batch).logprobs.split(counts)]
@@ -158,29 +173,30 @@ class NativeGenerator:
         if wrong is not None:
             raise ValueError(f"{name} holds token {wrong}, but the model knows tokens 0 to {vocab_size - 1} only")
 
-    def _room(self, requests: Sequence[Request], limits: Sequence[int]) -> Room:
+    def _choose_capacity(self, requests: Sequence[Request], limits: Sequence[int]) -> CacheCapacity:
         """The largest batch that the work can fill and the cache can hold."""
         asked = [request for request in requests if request.n > 0]
-        longest = max(len(request.prompt_ids) for request in asked)
-        tail = max(limit for request, limit in zip(requests, limits, strict=True) if request.n > 0)
+        longest_prompt = max(len(request.prompt_ids) for request in asked)
+        longest_completion = max(limit for request, limit in zip(requests, limits, strict=True) if request.n > 0)
         fewest = min(request.n for request in asked)
         for rows in range(min(self.max_sequences, sum(request.n for request in asked)), 0, -1):
             prompts = min(len(asked), rows // fewest + 1, rows)
-            room = Room(prompts, longest, rows, max(tail - 1, 1))
-            if room.tokens <= self.cache_tokens:
-                return room
+            capacity = CacheCapacity(prompts, longest_prompt, rows, max(longest_completion - 1, 1))
+            if capacity.tokens <= self.cache_tokens:
+                return capacity
         raise ValueError(
-            f"a prompt of {longest} tokens with a completion of up to {tail} does not fit into a cache of "
-            f"{self.cache_tokens} tokens: raise the engine's cache_tokens to {longest + tail}, or lower max_tokens"
+            f"a prompt of {longest_prompt} tokens and a completion of up to {longest_completion} tokens do not fit into a "
+            f"cache of {self.cache_tokens} tokens: raise the engine's cache_tokens to "
+            f"{longest_prompt + longest_completion}, or lower max_tokens"
         )
 
-    def _reserve(self, room: Room) -> Caches:
-        if self._caches is None or not self._caches.room.holds(room):
+    def _reserve(self, capacity: CacheCapacity) -> Caches:
+        if self._caches is None or not self._caches.capacity.covers(capacity):
             self._caches = None  # freed before the new one is taken
-            self._caches = Caches(room, next(self.model.parameters()).device)
+            self._caches = Caches(capacity, next(self.model.parameters()).device)
         return self._caches
 
-    def _find_stops(self, rows: Sequence[Row], stop: Sequence[str]) -> None:
+    def _find_stops(self, rows: Sequence[RunningCompletion], stop: Sequence[str]) -> None:
         """End the rows whose text has come to hold a stop string. Only the last few tokens are decoded."""
         if not stop or self._texts is None:
             return
@@ -189,7 +205,9 @@ class NativeGenerator:
             if any(string in text for string in stop):
                 row.finish = "stop"
 
-    def _completions(self, done: Sequence[Sequence[Row | None]], sampling: Sampling) -> list[list[Completion]]:
+    def _completions(
+        self, done: Sequence[Sequence[RunningCompletion | None]], sampling: Sampling
+    ) -> list[list[Completion]]:
         rows = [row for group in done for row in group if row is not None]
         texts = self._texts([row.tokens for row in rows], sampling.stop) if self._texts else [""] * len(rows)
         flat = iter(

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmquest_rl.layers.linear import Linear, by_onednn
+from llmquest_rl.layers.linear import Linear, onednn_linear
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.moe.experts import RoutedExperts, added_up, sorted_pairs
+from llmquest_rl.layers.moe.experts import RoutedExperts, combine_pairs, sort_by_expert
 from llmquest_rl.models.base import CausalLM
 
 ROWS_HINT = 128
 """Rows for which the order is chosen; any number can be multiplied."""
-FEW, MANY = 8, 64
+SMALL_BLOCK, LARGE_BLOCK = 8, 64
 """Rows of an expert are filled up to multiples of this: a kernel is made for each number of rows, which takes longer
 than a small product does."""
 
 
-class _OneWeight:
+class _PackedWeight:
     """A layer whose `weight` is kept packed."""
 
     weight: nn.Parameter | Tensor
@@ -44,7 +44,7 @@ class _OneWeight:
         self._packed = None
 
 
-class PackedLinear(_OneWeight, nn.Linear):
+class PackedLinear(_PackedWeight, nn.Linear):
     """A linear layer without gradient that shares `linear`'s parameters and keeps its weight packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -54,10 +54,10 @@ class PackedLinear(_OneWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [rows, in_features] to [rows, out_features]."""
-        return _product(input, self._packed, self.bias)
+        return _packed_linear(input, self._packed, self.bias)
 
 
-class PackedHead(_OneWeight, LMHead):
+class PackedHead(_PackedWeight, LMHead):
     """An output layer that shares `head`'s weight; packed for `logits` alone."""
 
     def __init__(self, head: LMHead) -> None:
@@ -65,7 +65,7 @@ class PackedHead(_OneWeight, LMHead):
 
     def logits(self, states: Tensor) -> Tensor:
         """See `LMHead.logits`."""
-        return self.capped(_product(states, self._packed, None))
+        return self.apply_softcap(_packed_linear(states, self._packed, None))
 
 
 class PackedExperts(RoutedExperts):
@@ -95,9 +95,9 @@ class PackedExperts(RoutedExperts):
         assert self._gate_up is not None and self._down is not None, "pack() comes first"
         if len(x) == 1:  # matrices are read once, in any order: fewer steps count
             return super().forward(x, experts, weights, capacity)
-        sorted_experts, order = sorted_pairs(experts, capacity)
+        sorted_experts, order = sort_by_expert(experts, capacity)
         numbers, counts = sorted_experts.unique_consecutive(return_counts=True)
-        blocks = _filled_up(counts)
+        blocks = _round_up_rows(counts)
         shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # rows filled in before each expert's
         places = torch.arange(len(order)) + shifts.repeat_interleave(counts)
         pairs = order.new_zeros(int(blocks.sum()))  # filled up with the first one, whose result nobody reads there
@@ -105,18 +105,18 @@ class PackedExperts(RoutedExperts):
         rows, scales = x.index_select(0, pairs // weights.shape[1]), weights.flatten()[pairs, None]
         sizes, outputs = blocks.tolist(), [x[:0]]
         for expert, part, scale in zip(numbers.tolist(), rows.split(sizes), scales.split(sizes), strict=True):
-            gate, up = _product(part, self._gate_up[expert], None).chunk(2, -1)
-            outputs.append(_product(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
-        return added_up(torch.cat(outputs), order, weights.shape, places)
+            gate, up = _packed_linear(part, self._gate_up[expert], None).chunk(2, -1)
+            outputs.append(_packed_linear(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
+        return combine_pairs(torch.cat(outputs), order, weights.shape, places)
 
 
-def _filled_up(counts: Tensor) -> Tensor:
+def _round_up_rows(counts: Tensor) -> Tensor:
     """Numbers of rows, each filled up to a multiple of `FEW`, or of `MANY` where it is larger."""
-    step = torch.where(counts > MANY, MANY, FEW)
+    step = torch.where(counts > LARGE_BLOCK, LARGE_BLOCK, SMALL_BLOCK)
     return (counts + step - 1) // step * step
 
 
-PACKED: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
+PACKED_TYPES: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
     Linear: PackedLinear,
     LMHead: PackedHead,
     RoutedExperts: PackedExperts,
@@ -139,8 +139,8 @@ def pack_model(model: CausalLM) -> None:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in PACKED:
-                setattr(parent, name, PACKED[type(child)](child))
+            if type(child) in PACKED_TYPES:
+                setattr(parent, name, PACKED_TYPES[type(child)](child))
     for module in _packed_modules(model):
         module.pack()
 
@@ -166,6 +166,6 @@ def _reorder(weight: Tensor) -> Tensor:
     return packed
 
 
-def _product(x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+def _packed_linear(x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
     assert packed is not None, "pack() comes first"
-    return by_onednn(x, packed, bias)
+    return onednn_linear(x, packed, bias)

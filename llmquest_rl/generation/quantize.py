@@ -12,16 +12,16 @@ from llmquest_rl.layers.moe.experts import RoutedExperts
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, bits: int) -> None:
+def fake_quantize_model(model: nn.Module, bits: int) -> None:
     """Round every linear layer's and expert's weights in place to `2^bits - 1` levels."""
     for module in model.modules():
         if isinstance(module, nn.Linear | RoutedExperts):
             for weight in module.parameters(recurse=False):
                 if weight.ndim >= 2:
-                    weight.copy_(rounded(weight, bits))
+                    weight.copy_(fake_quantize(weight, bits))
 
 
-def rounded(weight: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     """`weight` [..., rows, columns] on the grid of its rows."""
     largest = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(weight.dtype).tiny)

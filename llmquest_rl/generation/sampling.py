@@ -24,11 +24,11 @@ def processed_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     scores = logits.float()
     if sampling.temperature in (0.0, 1.0):
-        return scores if sampling.temperature == 0 else _filtered(scores, sampling)
-    return _filtered(scores / sampling.temperature, sampling)
+        return scores if sampling.temperature == 0 else _filter(scores, sampling)
+    return _filter(scores / sampling.temperature, sampling)
 
 
-def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+def _filter(scores: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p > 0:
         scores = keep_min_p(scores, sampling.min_p)
     if 0 < sampling.top_k < scores.shape[-1]:
@@ -61,7 +61,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(~kept, -math.inf)
 
 
-def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token for each sequence by inverting its cumulative distribution at one uniform number.
 
     One number for a token instead of one for each word of the vocabulary makes the draw cheap and lets it be a function

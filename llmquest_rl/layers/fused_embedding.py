@@ -18,7 +18,7 @@ class FusedEmbedding(nn.Embedding):
         self._features: Tensor | None = None
 
     @contextmanager
-    def holding(self, features: Tensor | None) -> Iterator[None]:
+    def with_features(self, features: Tensor | None) -> Iterator[None]:
         """Meanwhile id `num_embeddings + i` means row i of `features` [rows, D]."""
         self._features = features
         try:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-WORTHWHILE = 2**24
+ONEDNN_MIN_MULTIPLICATIONS = 2**24
 """Multiplications from which a product by oneDNN pays for making its kernel, about 0.2 ms, even if used once."""
 
-BLOCK = 64
+ONEDNN_ROW_BLOCK = 64
 """oneDNN takes whole blocks of so many rows where their number would differ from call to call, PyTorch the rest: a
 kernel that is used once costs its time, and memory that it keeps apart."""
 
-KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+KERNEL_CACHE_SIZES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 """How many kernels PyTorch and oneDNN keep, read when the first is made: a training step needs 20 to 60, and others for
 other numbers of tokens. By default 1,024, which had cost gigabytes: kernels lie between the tensors of their time."""
-for _name, _number in KERNELS_KEPT.items():
+for _name, _number in KERNEL_CACHE_SIZES.items():
     os.environ.setdefault(_name, _number)
 
 
@@ -34,50 +34,50 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., in_features] to [..., out_features]."""
-        if not worthwhile(input.numel() * self.out_features, input, self.weight):
+        if not onednn_is_faster(input.numel() * self.out_features, input, self.weight):
             return super().forward(input)
         out: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return out
 
 
-def worthwhile(multiplications: int, *operands: Tensor) -> bool:
+def onednn_is_faster(multiplications: int, *operands: Tensor) -> bool:
     """Whether oneDNN computes a product of these operands faster than what PyTorch calls."""
     return (
-        multiplications >= WORTHWHILE
+        multiplications >= ONEDNN_MIN_MULTIPLICATIONS
         and all(operand.dtype == torch.float32 and operand.device.type == "cpu" for operand in operands)
         and _mkl_is_slow()
     )
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` without gradient: [..., in] to [..., out]. Views are fine, and a weight in oneDNN's own order."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]."""
-    return by_onednn(left, right.t())
+    return onednn_linear(left, right.t())
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`out = left @ right` for matrices, by whichever is faster, without gradient."""
-    if worthwhile(left.numel() * right.shape[1], left, right):
-        out.copy_(product(left, right))
+    if onednn_is_faster(left.numel() * right.shape[1], left, right):
+        out.copy_(onednn_matmul(left, right))
     else:
         torch.mm(left, right, out=out)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """`gradient^T x` for rows [R, out] and [R, in], into `out` if given: whole blocks of rows by oneDNN."""
-    whole = in_blocks(len(x), gradient.shape[1] * x.shape[1], x)
+    whole = onednn_rows(len(x), gradient.shape[1] * x.shape[1], x)
     if not whole:
         return torch.mm(gradient.t(), x, out=out)
-    total = product(gradient[:whole].t(), x[:whole]).addmm_(gradient[whole:].t(), x[whole:])
+    total = onednn_matmul(gradient[:whole].t(), x[:whole]).addmm_(gradient[whole:].t(), x[whole:])
     return total if out is None else out.copy_(total)
 
 
-def in_blocks(rows: int, multiplications: int, operand: Tensor) -> int:
+def onednn_rows(rows: int, multiplications: int, operand: Tensor) -> int:
     """How many of some rows oneDNN should take.
 
     Args:
@@ -85,8 +85,8 @@ def in_blocks(rows: int, multiplications: int, operand: Tensor) -> int:
         multiplications: For each row.
         operand: Of the product's kind.
     """
-    whole = rows - rows % BLOCK
-    return whole if worthwhile(whole * multiplications, operand) else 0
+    whole = rows - rows % ONEDNN_ROW_BLOCK
+    return whole if onednn_is_faster(whole * multiplications, operand) else 0
 
 
 class _Linear(torch.autograd.Function):
@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return by_onednn(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -104,7 +104,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
         return (
-            product(gradient, weight) if needs_x else None,
+            onednn_matmul(gradient, weight) if needs_x else None,
             weight_gradient(rows, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )

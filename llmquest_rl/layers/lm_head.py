@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.layers.linear import multiply, product, worthwhile
+from llmquest_rl.layers.linear import matmul_into, onednn_is_faster, onednn_matmul
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Logits held at once, by device: on a CPU what fits its last cache, on a GPU enough to fill it."""
@@ -36,9 +36,9 @@ class LMHead(nn.Module):
 
         In the model's dtype; with a soft cap float32, as `forward` computes them.
         """
-        return self.capped(states @ self.weight.t())
+        return self.apply_softcap(states @ self.weight.t())
 
-    def capped(self, products: Tensor) -> Tensor:
+    def apply_softcap(self, products: Tensor) -> Tensor:
         """Logits from `products` [n, vocab] of states and weight."""
         return products if self.softcap is None else (products.float() / self.softcap).tanh() * self.softcap
 
@@ -78,9 +78,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chosen = states.new_zeros(len(states), dtype=torch.float32)
         largest = torch.full_like(chosen, -torch.inf)
         total, weighted = torch.zeros_like(chosen), torch.zeros_like(chosen)
-        room = chosen.new_empty(0)
-        for chunk in _chunks(states, weight, targets, temperature, softcap):
-            logits, exponentials = chunk.logits, room.resize_(chunk.logits.shape)
+        buffer = chosen.new_empty(0)
+        for chunk in _vocab_chunks(states, weight, targets, temperature, softcap):
+            logits, exponentials = chunk.logits, buffer.resize_(chunk.logits.shape)
             before, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (before - largest).exp_()
             torch.sub(logits, largest[:, None], out=exponentials).exp_()
@@ -108,26 +108,28 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scaled = states * scale.to(states.dtype)
         grad_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        room = normalizer.new_empty(0)
-        for chunk in _chunks(states, weight, targets, ctx.temperature, ctx.softcap):
-            slopes = _slopes(chunk.logits, ctx.temperature, ctx.softcap, room)
+        buffer = normalizer.new_empty(0)
+        for chunk in _vocab_chunks(states, weight, targets, ctx.temperature, ctx.softcap):
+            softcap_gradient = _softcap_gradient(chunk.logits, ctx.temperature, ctx.softcap, buffer)
             logprobs = chunk.logits.sub_(normalizer[:, None])
             if grads[1] is None:
-                errors = _errors(logprobs, chunk)
+                logit_gradient = _logit_gradient(logprobs, chunk)
             else:
-                errors = _errors_with_entropy(logprobs, chunk, logprob_grad, grads[1], entropies)
-            errors = errors if slopes is None else errors.mul_(slopes)
-            errors = errors if errors.dtype == weight.dtype else chunk.products.copy_(errors)
+                logit_gradient = _logit_gradient_with_entropy(logprobs, chunk, logprob_grad, grads[1], entropies)
+            logit_gradient = logit_gradient if softcap_gradient is None else logit_gradient.mul_(softcap_gradient)
+            logit_gradient = (
+                logit_gradient if logit_gradient.dtype == weight.dtype else chunk.products.copy_(logit_gradient)
+            )
             if grad_states is not None:
-                _add_product(grad_states, errors, weight[chunk.columns])
+                _add_matmul(grad_states, logit_gradient, weight[chunk.columns])
             if grad_weight is not None:
-                multiply(errors.t(), scaled, out=grad_weight[chunk.columns])
+                matmul_into(logit_gradient.t(), scaled, out=grad_weight[chunk.columns])
         if grad_states is not None:
             grad_states = grad_states.mul_(scale).to(states.dtype)
         return grad_states, grad_weight, None, None, None, None
 
 
-class _Chunk(NamedTuple):
+class _VocabChunk(NamedTuple):
     """Some columns of the logits."""
 
     columns: slice
@@ -141,61 +143,61 @@ class _Chunk(NamedTuple):
     """Their targets, counted from the first column."""
 
 
-def _chunks(
+def _vocab_chunks(
     states: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None
-) -> Iterator[_Chunk]:
+) -> Iterator[_VocabChunk]:
     """All logits, a chunk at a time. Fresh tensors for each would cost more time than the softmax does."""
     n, vocab = len(states), len(weight)
     elements = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
     width = min(vocab, max(MIN_CHUNK_COLUMNS, elements // max(n, 1)))
     products = states.new_empty(n * width)
-    wide = products if states.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+    float32_buffer = products if states.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
     order = targets.argsort()
     starts = torch.arange(0, vocab, width, device=targets.device)
     ends = torch.searchsorted(targets[order], starts + width).tolist()
     for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
         columns = slice(start, min(start + width, vocab))
         shape = (n, columns.stop - start)
-        chunk, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide))
-        multiply(states, weight[columns].t(), out=chunk)
-        if wide is not products:
+        chunk, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, float32_buffer))
+        matmul_into(states, weight[columns].t(), out=chunk)
+        if float32_buffer is not products:
             logits.copy_(chunk)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if temperature != 1.0:
             logits.div_(temperature)
         rows = order[first:last]
-        yield _Chunk(columns, chunk, logits, rows, targets[rows] - start)
+        yield _VocabChunk(columns, chunk, logits, rows, targets[rows] - start)
 
 
-def _errors(logprobs: Tensor, chunk: _Chunk) -> Tensor:
+def _logit_gradient(logprobs: Tensor, chunk: _VocabChunk) -> Tensor:
     """softmax - onehot, in place of the log-probs [n, columns]."""
-    errors = logprobs.exp_()
-    errors[chunk.rows, chunk.targets] -= 1.0
-    return errors
+    logit_gradient = logprobs.exp_()
+    logit_gradient[chunk.rows, chunk.targets] -= 1.0
+    return logit_gradient
 
 
-def _errors_with_entropy(
-    logprobs: Tensor, chunk: _Chunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
+def _logit_gradient_with_entropy(
+    logprobs: Tensor, chunk: _VocabChunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
 ) -> Tensor:
     """The same times the log-prob's gradient, plus that of the entropy H: -dH / d logit = p (log p + H)."""
     factors = logprobs.add(entropies[:, None]).mul_(entropy_grad[:, None]).add_(logprob_grad[:, None])
-    errors = logprobs.exp_().mul_(factors)
-    errors[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
-    return errors
+    logit_gradient = logprobs.exp_().mul_(factors)
+    logit_gradient[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
+    return logit_gradient
 
 
-def _slopes(logits: Tensor, temperature: float, softcap: float | None, room: Tensor) -> Tensor | None:
+def _softcap_gradient(logits: Tensor, temperature: float, softcap: float | None, buffer: Tensor) -> Tensor | None:
     """d logits / d products of a chunk before the temperature, in `room`; None = 1 everywhere."""
     if softcap is None:
         return None
-    return torch.mul(logits, temperature / softcap, out=room.resize_(logits.shape)).square_().neg_().add_(1.0)
+    return torch.mul(logits, temperature / softcap, out=buffer.resize_(logits.shape)).square_().neg_().add_(1.0)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, where the float32 total may be wider than the factors."""
-    if worthwhile(left.numel() * right.shape[1], left, right):
-        total += product(left, right)
+    if onednn_is_faster(left.numel() * right.shape[1], left, right):
+        total += onednn_matmul(left, right)
     elif total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmquest_rl.batch import Layout, TokenBatch
 
 
-class Depth(NamedTuple):
+class MTPDepth(NamedTuple):
     """What one module computes."""
 
     layout: Layout
@@ -35,7 +35,7 @@ class Depth(NamedTuple):
     """Long [targets]: token ids to be predicted, k + 1 tokens ahead of their sources."""
 
 
-def depths(batch: TokenBatch, num_modules: int) -> Iterator[Depth]:
+def mtp_depths(batch: TokenBatch, num_modules: int) -> Iterator[MTPDepth]:
     """The work of modules 1 to `num_modules`, in order."""
     device = batch.tokens.device
     starts = batch.layout.starts
@@ -52,7 +52,7 @@ def depths(batch: TokenBatch, num_modules: int) -> Iterator[Depth]:
         positions = layout.positions()
         kept_starts = kept.cumsum(0) - kept
         far_enough = reached >= k
-        yield Depth(
+        yield MTPDepth(
             layout=layout,
             rows=before[before_starts.repeat_interleave(kept) + positions].to(device),
             tokens=batch.tokens[whole[whole_starts.repeat_interleave(kept) + positions + k].to(device)],

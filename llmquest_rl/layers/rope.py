@@ -47,8 +47,8 @@ class RoPE:
                 no even number.
         """
         kind = parameters.get("rope_type", "default")
-        if kind not in SCALINGS:
-            raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(SCALINGS)}")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
         part = parameters.get("partial_rotary_factor", 1.0)
         rotated = int(dim * part)
         if rotated < 2 or rotated % 2 or rotated > dim:
@@ -56,7 +56,7 @@ class RoPE:
             raise ValueError(f"{whole} gives {rotated} rotated dimensions: expected an even number from 2 to {dim}")
         powers = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
         try:
-            self.inv_freq, self.attention_factor = SCALINGS[kind](parameters["rope_theta"] ** powers, parameters)
+            self.inv_freq, self.attention_factor = ROPE_TYPES[kind](parameters["rope_theta"] ** powers, parameters)
         except KeyError as missing:
             raise ValueError(f"rope_type {kind!r} needs {missing} in the rope parameters of config.json") from missing
 
@@ -185,7 +185,7 @@ def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
     return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
 
 
-SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
+ROPE_TYPES: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
     "default": _unscaled,
     "linear": _linear,
     "llama3": _llama3,

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packed_weights import can_pack, pack_model, packed_bytes, unpack_model
-from llmquest_rl.generation.quantize import round_weights
+from llmquest_rl.generation.quantize import fake_quantize_model
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import find_architecture, load_model, new_model
 from llmquest_rl.models.weight_map import disk_pieces, named_weights
@@ -154,7 +154,7 @@ class NativeEngine:
     def _prepare_weights(self) -> None:
         """What is done to weights once they are loaded."""
         if self._weight_bits is not None:
-            round_weights(self._model, self._weight_bits)
+            fake_quantize_model(self._model, self._weight_bits)
         if self._packs:
             pack_model(self._model)
 

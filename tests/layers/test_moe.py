@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.moe.experts import RoutedExperts, expert_capacity
-from llmquest_rl.layers.moe.grouped_matmul import Grouped, Looped, products
+from llmquest_rl.layers.moe.grouped_matmul import FusedGroupedMatmul, LoopedGroupedMatmul, choose_grouped_matmul
 from llmquest_rl.layers.moe.moe import (
     Routing,
     SigmoidRouter,
     SoftmaxRouter,
     balance_loss,
     expert_counts,
-    load,
+    router_load,
     sequence_balance_loss,
     z_loss,
 )
@@ -109,9 +109,11 @@ def test_both_ways_of_multiplying_are_one(rows: int) -> None:
     groups = groups[groups != 7]
     weight = torch.randn(40, 8, 12)
     x, gradient = torch.randn(len(groups), 12), torch.randn(len(groups), 8)
-    grouped, looped = Grouped(groups, 40), Looped(groups)
-    assert isinstance(products(groups, (weight,)), Looped if rows == 3 else Grouped)
-    assert isinstance(products(groups, (weight.double(),)), Looped)
+    grouped, looped = FusedGroupedMatmul(groups, 40), LoopedGroupedMatmul(groups)
+    assert isinstance(
+        choose_grouped_matmul(groups, (weight,)), LoopedGroupedMatmul if rows == 3 else FusedGroupedMatmul
+    )
+    assert isinstance(choose_grouped_matmul(groups, (weight.double(),)), LoopedGroupedMatmul)
     torch.testing.assert_close(grouped.outputs(x, weight), looped.outputs(x, weight))
     torch.testing.assert_close(grouped.input_gradient(gradient, weight), looped.input_gradient(gradient, weight))
     ours = grouped.weight_gradient(gradient, x, 40)
@@ -322,7 +324,7 @@ def test_losses_of_no_tokens_are_zero() -> None:
 
 def test_load_counts_choices_and_entropy() -> None:
     layers = [random_routing(30, 5, 2, seed) for seed in range(3)]
-    found = load(layers)
+    found = router_load(layers)
     assert found is not None
     assert found.counts.dtype == torch.float32
     for layer, routing in enumerate(layers):
@@ -335,4 +337,4 @@ def test_load_counts_choices_and_entropy() -> None:
     doubled = {name: 2 * value if "tokens" in name else value for name, value in found.metrics().items()}
     assert both.metrics() == pytest.approx(doubled)
     assert found.metrics()["moe/expert_tokens_max"] == float(found.counts.max())
-    assert load([]) is None
+    assert router_load([]) is None

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention.cpu import Bucketed
-from llmquest_rl.layers.attention.gpu import Flex
-from llmquest_rl.layers.attention.scores import Scoring
+from llmquest_rl.layers.attention.cpu import BucketedAttention
+from llmquest_rl.layers.attention.gpu import FlexAttention
+from llmquest_rl.layers.attention.scores import ScoreOptions
 
 
 class AttentionContext(Protocol):
@@ -21,7 +21,7 @@ class AttentionContext(Protocol):
     """
 
     @property
-    def decodes(self) -> bool:
+    def is_decoding(self) -> bool:
         """False: whole packed sequences. True: one new token of each sequence, which continues what is kept."""
         ...
 
@@ -41,7 +41,7 @@ class AttentionContext(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
         """Attention output [tokens, heads, value_dim].
 
@@ -75,14 +75,16 @@ class PackedAttention:
     all layers that have it.
     """
 
-    decodes = False
+    is_decoding = False
 
     def __init__(self, layout: Layout, device: torch.device | str) -> None:
         assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "parents have no parents"
         device = torch.device(device)
         self.layout = layout
         self._longest = 1 + int(layout.positions().max()) if layout.num_tokens else 0
-        self._backend: Bucketed | Flex = (Flex if device.type == "cuda" else Bucketed)(layout, device)
+        self._backend: BucketedAttention | FlexAttention = (
+            FlexAttention if device.type == "cuda" else BucketedAttention
+        )(layout, device)
 
     def attend(
         self,
@@ -95,7 +97,7 @@ class PackedAttention:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionContext.attend`; every layer is treated alike, and `kept` is of no use here."""
         assert window is None or window > 0, "a token sees itself at least"
@@ -103,7 +105,7 @@ class PackedAttention:
         if not self.layout.num_tokens:  # nothing to compute, but what made the inputs gets gradients, of zero
             return values.new_empty(0, q.shape[1], values.shape[2]) + (q.sum() + k.sum() + values.sum())
         hides = window is not None and window < self._longest
-        return self._backend(q, k, values, window if hides else None, Scoring(scale, softcap, sinks))
+        return self._backend(q, k, values, window if hides else None, ScoreOptions(scale, softcap, sinks))
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
         """Nothing is kept: every sequence starts here."""

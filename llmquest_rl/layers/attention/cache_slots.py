@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CALL_COST = 512
+MAX_PADDING_TOKENS = 512
 """Padding tokens that a bucket may hold before another call is cheaper: reading one token's keys takes about 0.1 us."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class SlotBucket:
     """Neighbouring slots that are attended in one call, as if each held `length` tokens."""
 
     start: int
@@ -31,19 +31,19 @@ class Bucket:
     length: int
 
 
-def buckets(lengths: Sequence[int]) -> list[Bucket]:
+def slot_buckets(lengths: Sequence[int]) -> list[SlotBucket]:
     """Split slots into runs of similar length: as few as keep the padding of each below `CALL_COST` tokens."""
-    runs: list[Bucket] = []
+    buckets: list[SlotBucket] = []
     start, longest, total = 0, 0, 0
     for slot, length in enumerate(lengths):
         widest = max(longest, length)
-        if widest * (slot + 1 - start) - total - length > CALL_COST:
-            runs.append(Bucket(start, slot, longest))
+        if widest * (slot + 1 - start) - total - length > MAX_PADDING_TOKENS:
+            buckets.append(SlotBucket(start, slot, longest))
             start, widest, total = slot, length, 0
         longest, total = widest, total + length
     if len(lengths) > start:
-        runs.append(Bucket(start, len(lengths), longest))
-    return runs
+        buckets.append(SlotBucket(start, len(lengths), longest))
+    return buckets
 
 
 class SlotCache:
@@ -59,10 +59,10 @@ class SlotCache:
     @property
     def num_bytes(self) -> int:
         """Memory reserved. On a CPU the system hands out a page when it is first written."""
-        kept = [*self._tokens.values(), *self._states.values()]
-        return sum(tensor.nbytes for tensors in kept for tensor in tensors)
+        entries = [*self._tokens.values(), *self._states.values()]
+        return sum(tensor.nbytes for tensors in entries for tensor in tensors)
 
-    def write(self, layer: int, slots: Tensor, places: Tensor, kept: Sequence[Tensor], room: int) -> None:
+    def write(self, layer: int, slots: Tensor, offsets: Tensor, entries: Sequence[Tensor], capacity: int) -> None:
         """Store (keys, values) or the one tensor that is both, [tokens, K, C] each.
 
         Args:
@@ -74,10 +74,10 @@ class SlotCache:
         """
         if layer not in self._tokens:
             # Zeros, because a weight of zero does not silence the NaN that fresh memory may hold.
-            shapes = [(self.slots, x.shape[1], room, x.shape[2]) for x in kept]
+            shapes = [(self.slots, x.shape[1], capacity, x.shape[2]) for x in entries]
             self._tokens[layer] = tuple(torch.zeros(shape, device=self.device) for shape in shapes)
-        for tensor, x in zip(self._tokens[layer], kept, strict=True):
-            tensor[slots, :, places] = x.float()
+        for tensor, x in zip(self._tokens[layer], entries, strict=True):
+            tensor[slots, :, offsets] = x.float()
 
     def write_states(self, layer: int, slots: Tensor | slice, states: Sequence[Tensor]) -> None:
         """Store recurrent states, the first dimension of each being that of `slots`."""
@@ -102,21 +102,21 @@ class SlotCache:
             for tensor in states:
                 tensor[target] = tensor[source]
 
-    def scores(self, layer: int, q: Tensor, runs: Sequence[Bucket], out: Tensor) -> None:
+    def scores(self, layer: int, q: Tensor, buckets: Sequence[SlotBucket], out: Tensor) -> None:
         """Dot products of `q` [slots in use, K, rows, C] with the keys, into `out` [slots in use, K, rows, longest]."""
         keys = self._tokens[layer][0]
-        for run in runs:
-            rows = slice(run.start, run.stop)
-            shape = (run.stop - run.start, *q.shape[1:3], run.length)
-            products = torch.bmm(q[rows].flatten(0, 1), keys[rows, :, : run.length].flatten(0, 1).transpose(1, 2))
-            out[rows, ..., : run.length] = products.view(shape)
+        for bucket in buckets:
+            rows = slice(bucket.start, bucket.stop)
+            shape = (bucket.stop - bucket.start, *q.shape[1:3], bucket.length)
+            products = torch.bmm(q[rows].flatten(0, 1), keys[rows, :, : bucket.length].flatten(0, 1).transpose(1, 2))
+            out[rows, ..., : bucket.length] = products.view(shape)
 
-    def mix(self, layer: int, weights: Tensor, runs: Sequence[Bucket]) -> Tensor:
+    def weighted_values(self, layer: int, weights: Tensor, buckets: Sequence[SlotBucket]) -> Tensor:
         """Values weighted by `weights` [slots in use, K, rows, longest]: [slots in use, K, rows, Cv]."""
         values = self._tokens[layer][-1]
         parts = []
-        for run in runs:
-            rows = slice(run.start, run.stop)
-            mine = weights[rows, ..., : run.length].flatten(0, 1)
-            parts.append(torch.bmm(mine, values[rows, :, : run.length].flatten(0, 1)))
+        for bucket in buckets:
+            rows = slice(bucket.start, bucket.stop)
+            mine = weights[rows, ..., : bucket.length].flatten(0, 1)
+            parts.append(torch.bmm(mine, values[rows, :, : bucket.length].flatten(0, 1)))
         return torch.cat(parts).view(*weights.shape[:3], -1)

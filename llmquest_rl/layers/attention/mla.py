@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.latent_down(x)[:, None].split((shape.kv_lora_rank, shape.qk_rope_head_dim), -1)
         latent = self.latent_norm(latent)  # [T, 1, L]
         q_rope, k_rope = self.rotate(q_rope, rotary), self.rotate(k_rope, rotary)  # [T, H, R], [T, 1, R], without norm
-        attend = self._absorbed if context.decodes else self._expanded
+        attend = self._absorbed if context.is_decoding else self._expanded
         out: Tensor = self.output(attend(q, q_rope, latent, k_rope, context).flatten(1))
         return out
 
@@ -86,8 +86,8 @@ class LatentAttention(nn.Module):
         pairs = self.latent_up(latent[:, 0]).unflatten(-1, (shape.num_heads, -1))
         k, v = pairs.split((shape.qk_nope_head_dim, shape.v_head_dim), -1)  # [T, H, N], [T, H, V]
         k = torch.cat((k, k_rope.expand(-1, shape.num_heads, -1)), -1)  # [T, H, N + R]
-        kept = torch.cat((latent, k_rope), -1)  # [T, 1, L + R]
-        return context.attend(self.layer, torch.cat((q, q_rope), -1), k, v, shape.scale, kept=kept)
+        cache_entry = torch.cat((latent, k_rope), -1)  # [T, 1, L + R]
+        return context.attend(self.layer, torch.cat((q, q_rope), -1), k, v, shape.scale, cache_entry=cache_entry)
 
     def _absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: AttentionContext) -> Tensor:
         """The same output on the latents that the context has kept."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Scoring(NamedTuple):
+class ScoreOptions(NamedTuple):
     """How a layer scores; see `AttentionContext.attend` for the fields."""
 
     scale: float
@@ -15,15 +15,15 @@ class Scoring(NamedTuple):
     """[heads]."""
 
     @property
-    def is_plain(self) -> bool:
+    def is_scale_only(self) -> bool:
         """Whether scores are scaled and nothing else, as in the fused kernels."""
         return self.softcap is None and self.sinks is None
 
-    def capped(self, scores: Tensor) -> Tensor:
+    def apply_softcap(self, scores: Tensor) -> Tensor:
         """Scaled scores of any shape, bent so that none exceeds the soft cap."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
-    def without_sink(self, out: Tensor, logsumexp: Tensor) -> Tensor:
+    def apply_sinks(self, out: Tensor, logsumexp: Tensor) -> Tensor:
         """`out` [..., heads, value_dim] of a softmax over the keys alone, less the weight that the sinks draw.
 
         With S the sum of exp(score) over the keys, a softmax that has one more logit `sink` gives each key S / (S +

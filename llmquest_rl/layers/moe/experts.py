@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmquest_rl.layers.moe.grouped_matmul import Products, products
+from llmquest_rl.layers.moe.grouped_matmul import GroupedMatmul, choose_grouped_matmul
 
 
 class RoutedExperts(nn.Module):
@@ -36,13 +36,13 @@ class RoutedExperts(nn.Module):
             weights: [T, k], any floating dtype.
             capacity: Most pairs that an expert computes, the first ones in the order of tokens; None = all.
         """
-        sorted_experts, order = sorted_pairs(experts, capacity)
-        slices = products(sorted_experts, (self.gate_up, self.down))
-        out: Tensor = _Dispatch.apply(x, weights, self.gate_up, self.down, order, slices)  # type: ignore[no-untyped-call]
+        sorted_experts, order = sort_by_expert(experts, capacity)
+        matmul = choose_grouped_matmul(sorted_experts, (self.gate_up, self.down))
+        out: Tensor = _ExpertsFunction.apply(x, weights, self.gate_up, self.down, order, matmul)  # type: ignore[no-untyped-call]
         return out
 
 
-def sorted_pairs(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
     """The expert of each pair, ascending, and which of the T k pairs it is: [P] each, without those beyond capacity."""
     sorted_experts, order = experts.flatten().sort(stable=True)
     if capacity is not None:
@@ -62,7 +62,7 @@ def expert_capacity(factor: float, routed: Tensor, num_experts: int) -> int:
     return math.ceil(factor * routed.numel() / num_experts)
 
 
-class _Dispatch(torch.autograd.Function):
+class _ExpertsFunction(torch.autograd.Function):
     """Gather, compute, weigh, add. Keeps [P, 2I] for backward, and no copy of the tokens or of the results.
 
     Parameters are kept as what they are, not as views: ZeRO-3 frees and fetches them between forward and backward.
@@ -70,53 +70,53 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, slices: Products
+        ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, matmul: GroupedMatmul
     ) -> Tensor:
-        inner = slices.outputs(x.index_select(0, order // weights.shape[1]), gate_up)  # [P, 2I]
+        inner = matmul.outputs(x.index_select(0, order // weights.shape[1]), gate_up)  # [P, 2I]
         gate, up = inner.chunk(2, -1)
         hidden = F.silu(gate).mul_(up).mul_(weights.flatten()[order, None])  # [P, I]
         ctx.save_for_backward(x, weights, gate_up, down, order, inner)
-        ctx.slices = slices
-        return added_up(slices.outputs(hidden, down), order, weights.shape)
+        ctx.matmul = matmul
+        return combine_pairs(matmul.outputs(hidden, down), order, weights.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate_up, down, order, inner = ctx.saved_tensors
         needs_x, needs_weights, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
-        slices: Products = ctx.slices
+        matmul: GroupedMatmul = ctx.matmul
         tokens = order // weights.shape[1]
         weight = weights.flatten()[order, None]  # [P, 1]
         gate, up = inner.chunk(2, -1)
         activated = F.silu(gate)
         hidden = activated * up  # [P, I], without its weight
-        outer = gradient.index_select(0, tokens)  # [P, D]
-        hidden_gradient = slices.input_gradient(outer, down)  # [P, I], of hidden x weight
+        pair_gradient = gradient.index_select(0, tokens)  # [P, D]
+        hidden_gradient = matmul.input_gradient(pair_gradient, down)  # [P, I], of hidden x weight
         weights_gradient = down_gradient = gate_up_gradient = x_gradient = None
         if needs_weights:
             by_pair = (hidden_gradient * hidden).sum(-1, dtype=weights.dtype)
             weights_gradient = torch.zeros_like(weights).flatten().index_copy_(0, order, by_pair).view(weights.shape)
         if needs_down:
-            down_gradient = slices.weight_gradient(outer, hidden.mul_(weight), len(down))
+            down_gradient = matmul.weight_gradient(pair_gradient, hidden.mul_(weight), len(down))
         hidden_gradient *= weight
         inner_gradient = torch.empty_like(inner)
         gate_gradient, up_gradient = inner_gradient.chunk(2, -1)
         torch.mul(hidden_gradient, activated, out=up_gradient)
         torch.ops.aten.silu_backward.grad_input(hidden_gradient.mul_(up), gate, grad_input=gate_gradient)
         if needs_gate_up:
-            gate_up_gradient = slices.weight_gradient(inner_gradient, x.index_select(0, tokens), len(gate_up))
+            gate_up_gradient = matmul.weight_gradient(inner_gradient, x.index_select(0, tokens), len(gate_up))
         if needs_x:
-            x_gradient = added_up(slices.input_gradient(inner_gradient, gate_up), order, weights.shape)
+            x_gradient = combine_pairs(matmul.input_gradient(inner_gradient, gate_up), order, weights.shape)
         return x_gradient, weights_gradient, gate_up_gradient, down_gradient, None, None
 
 
-def added_up(rows: Tensor, order: Tensor, shape: torch.Size, where: Tensor | None = None) -> Tensor:
+def combine_pairs(rows: Tensor, order: Tensor, shape: torch.Size, row_of_pair: Tensor | None = None) -> Tensor:
     """Rows of pairs [P, D], sorted by expert, added up for each token [T, D]. `where` [P]: the row of each pair.
 
     Each token gathers its own rows, in the order of its choices and in float32: on GPUs index_add adds in an order of
     its own, and log-probs of the same batch would differ from one forward to the next.
     """
     places = order.new_full((shape.numel(),), len(rows))  # where each pair went; a dropped one reads zeros
-    places[order] = torch.arange(len(rows), device=order.device) if where is None else where
+    places[order] = torch.arange(len(rows), device=order.device) if row_of_pair is None else row_of_pair
     padded = rows if len(order) == shape.numel() else F.pad(rows, (0, 0, 0, 1))
     return F.embedding_bag(places.view(shape), padded, mode="sum")

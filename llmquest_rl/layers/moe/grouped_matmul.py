@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquest_rl.layers.linear import in_blocks, product, weight_gradient, worthwhile
+from llmquest_rl.layers.linear import onednn_is_faster, onednn_matmul, onednn_rows, weight_gradient
 
 SPARSE_GROUPS = 8
 """With this many groups for each row, a loop over the few groups that have rows is faster on a CPU: F.grouped_mm spends
 a microsecond on each group, with or without rows."""
 
 
-class Products(Protocol):
+class GroupedMatmul(Protocol):
     """The three products of a linear layer `y = x W^T`, for each group with its own W."""
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Products(Protocol):
         ...
 
 
-def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
+def choose_grouped_matmul(groups: Tensor, weights: tuple[Tensor, ...]) -> GroupedMatmul:
     """The fastest products for rows of the given groups.
 
     Args:
@@ -44,8 +44,8 @@ def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
     num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
     sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
     average = len(groups) * sum(weight[0].numel() for weight in weights) // (num_groups * len(weights))
-    looped = sparse or worthwhile(average, *weights) or not all(map(_has_kernel, weights))
-    return Looped(groups) if looped else Grouped(groups, num_groups)
+    looped = sparse or onednn_is_faster(average, *weights) or not all(map(_has_kernel, weights))
+    return LoopedGroupedMatmul(groups) if looped else FusedGroupedMatmul(groups, num_groups)
 
 
 def _has_kernel(weight: Tensor) -> bool:
@@ -54,7 +54,7 @@ def _has_kernel(weight: Tensor) -> bool:
     return weight.dtype in dtypes and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
-class Grouped:
+class FusedGroupedMatmul:
     """One kernel call for all groups, and nothing that waits for a GPU."""
 
     def __init__(self, groups: Tensor, num_groups: int) -> None:
@@ -74,7 +74,7 @@ class Grouped:
         return F.grouped_mm(gradient.t(), x, offs=self._ends)
 
 
-class Looped:
+class LoopedGroupedMatmul:
     """One product for each group that has rows, written straight into the result. Any dtype, any size."""
 
     def __init__(self, groups: Tensor) -> None:
@@ -86,14 +86,14 @@ class Looped:
         """See `Products`."""
         out = x.new_empty(len(x), weight.shape[1])
         for group, start, stop in self._slices:
-            _multiply(x[start:stop], weight[group].t(), out[start:stop])
+            _matmul_into(x[start:stop], weight[group].t(), out[start:stop])
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Products`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for group, start, stop in self._slices:
-            _multiply(gradient[start:stop], weight[group], out[start:stop])
+            _matmul_into(gradient[start:stop], weight[group], out[start:stop])
         return out
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
@@ -104,9 +104,9 @@ class Looped:
         return out
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`out = left @ right`."""
-    whole = in_blocks(len(left), right.numel(), left)
+    whole = onednn_rows(len(left), right.numel(), left)
     if whole:
-        out[:whole] = product(left[:whole], right)
+        out[:whole] = onednn_matmul(left[:whole], right)
     torch.mm(left[whole:], right, out=out[whole:])

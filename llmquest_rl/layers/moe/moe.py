@@ -35,7 +35,7 @@ class SoftmaxRouter(nn.Module):
     The products are in the dtype of the weights, as Qwen and Mixtral were trained, the softmax in float32.
     """
 
-    replayed: Tensor | None = None
+    replayed_experts: Tensor | None = None
     """Long [T, k]: experts that the tokens go to instead of those of its own choice (`layers/routing_replay.py`)."""
 
     def __init__(self, size: int, num_experts: int, num_chosen: int, normalize: bool) -> None:
@@ -49,17 +49,17 @@ class SoftmaxRouter(nn.Module):
         """Route `x` [T, D]."""
         logits = F.linear(x, self.weight).float()
         probs = logits.softmax(-1)
-        experts = self._best(probs) if self.replayed is None else self.replayed
+        experts = self._top_experts(probs) if self.replayed_experts is None else self.replayed_experts
         weights = probs.gather(1, experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(experts, weights, probs, logits)
 
-    def preferred(self, routing: Routing) -> Tensor:
+    def own_choice(self, routing: Routing) -> Tensor:
         """The experts [T, k] that it would have chosen in place of replayed ones."""
-        return self._best(routing.probs)
+        return self._top_experts(routing.probs)
 
-    def _best(self, probs: Tensor) -> Tensor:
+    def _top_experts(self, probs: Tensor) -> Tensor:
         experts: Tensor = probs.detach().topk(self.num_chosen, dim=-1).indices
         return experts
 
@@ -71,7 +71,7 @@ class SigmoidRouter(nn.Module):
     `e_score_correction_bias` has no gradient: `balance` of the model moves it (Wang et al. 2024, arXiv:2408.15664).
     """
 
-    replayed: Tensor | None = None
+    replayed_experts: Tensor | None = None
     """As that of `SoftmaxRouter`."""
 
     def __init__(
@@ -102,22 +102,22 @@ class SigmoidRouter(nn.Module):
         """Route `x` [T, D]; `probs` are the affinities divided by their sum (eq. 19)."""
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid()
-        experts = self._best(scores) if self.replayed is None else self.replayed
+        experts = self._top_experts(scores) if self.replayed_experts is None else self.replayed_experts
         weights = scores.gather(1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scale, scores / (scores.sum(-1, keepdim=True) + 1e-20), logits)
 
-    def preferred(self, routing: Routing) -> Tensor:
+    def own_choice(self, routing: Routing) -> Tensor:
         """The experts [T, k] that it would have chosen in place of replayed ones."""
-        return self._best(routing.logits.sigmoid())
+        return self._top_experts(routing.logits.sigmoid())
 
-    def _best(self, scores: Tensor) -> Tensor:
-        choices = self._within_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
+    def _top_experts(self, scores: Tensor) -> Tensor:
+        choices = self._mask_other_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
         experts: Tensor = choices.topk(self.num_chosen, dim=-1, sorted=False).indices
         return experts
 
-    def _within_groups(self, choices: Tensor) -> Tensor:
+    def _mask_other_groups(self, choices: Tensor) -> Tensor:
         """-inf outside of the groups whose two best experts have the largest sums."""
         grouped = choices.unflatten(-1, (self.num_groups, -1))  # [T, groups, experts of each]
         sums = grouped.topk(2, dim=-1).values.sum(-1)
@@ -217,7 +217,7 @@ class RouterLoad(NamedTuple):
 
 
 @torch.no_grad()
-def load(routings: Sequence[Routing]) -> RouterLoad | None:
+def router_load(routings: Sequence[Routing]) -> RouterLoad | None:
     """What the routers of a model's MoE layers did in one forward; None for a model that has no such layers."""
     if not routings:
         return None

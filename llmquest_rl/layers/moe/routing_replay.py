@@ -25,7 +25,7 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 @contextmanager
-def noted_choices(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
+def record_routing(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
     """Note what routers choose in the one forward inside, or would choose if nothing were replayed.
 
     End it before backward: gradient checkpointing runs routers once more there.
@@ -40,7 +40,7 @@ def noted_choices(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
 
     def note(router: Router, inputs: tuple[Tensor], routing: Routing) -> None:
         assert router is watched[len(choices)], "routers run once each, in the order of their layers"
-        chosen = routing.experts if router.replayed is None else router.preferred(routing)
+        chosen = routing.experts if router.replayed_experts is None else router.own_choice(routing)
         choices.append(chosen.to(torch.int16))
 
     handles = [router.register_forward_hook(note) for router in watched]
@@ -52,7 +52,7 @@ def noted_choices(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def replaying(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
+def replay_routing(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
     """Inside, a model's routers send tokens to recorded experts.
 
     Hold it until backward has ended: gradient checkpointing computes layers again, and must find the same experts.
@@ -64,14 +64,14 @@ def replaying(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
     given = [] if experts is None else list(zip(routers(model), experts.long(), strict=False))
     try:
         for router, chosen in given:
-            router.replayed = chosen
+            router.replayed_experts = chosen
         yield
     finally:
         for router, _ in given:
-            router.replayed = None
+            router.replayed_experts = None
 
 
-def num_changed(experts: Tensor, choices: Sequence[Tensor]) -> Tensor:
+def num_changed_choices(experts: Tensor, choices: Sequence[Tensor]) -> Tensor:
     """How many choices are not among those that were recorded for the same layer and token, in whatever order.
 
     Args:

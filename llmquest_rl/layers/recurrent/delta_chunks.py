@@ -33,7 +33,7 @@ class Level(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkedLayout:
     """Where the tokens of a layout lie."""
 
     num_chunks: int
@@ -55,7 +55,7 @@ class Chunks:
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what generation asks for first has to serve training too
-def chunks_of(layout: Layout, device: torch.device) -> Chunks:
+def chunk_layout(layout: Layout, device: torch.device) -> ChunkedLayout:
     """The chunks of a layout; the layers of a model, which ask one after the other, share them."""
     lengths, parents = (torch.tensor(numbers, dtype=torch.long) for numbers in (layout.lengths, layout.parents))
     counts = (lengths + CHUNK - 1) // CHUNK
@@ -69,7 +69,7 @@ def chunks_of(layout: Layout, device: torch.device) -> Chunks:
     last = torch.where((counts == 0) & (before > 0), last[parents], last)  # an empty segment ends where its parent does
     previous = torch.where(within > 0, torch.arange(len(depths)) - 1, last[parents].repeat_interleave(counts))
     token = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return Chunks(
+    return ChunkedLayout(
         num_chunks=len(depths),
         num_segments=len(lengths),
         rows=(rank[first.repeat_interleave(lengths) + token // CHUNK] * CHUNK + token % CHUNK).to(device),

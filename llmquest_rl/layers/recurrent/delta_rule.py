@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.recurrent.delta_chunks import CHUNK, Chunks, chunks_of
+from llmquest_rl.layers.recurrent.delta_chunks import CHUNK, ChunkedLayout, chunk_layout
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -44,12 +44,12 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, l
     Returns:
         Outputs float32 [T, H, B], and the state after each segment, float32 [segments, H, A, B].
     """
-    chunks = chunks_of(layout, q.device)
+    chunks = chunk_layout(layout, q.device)
     shared = v.shape[1] // k.shape[1]
     queries, keys = (chunks.pad(x.float()).unsqueeze(2) for x in (q, k))  # [N, K, 1, C, A]
     values = chunks.pad(v.float()).unflatten(1, (-1, shared))  # [N, K, J, C, B]
-    faded, writes = (chunks.pad(x.float().unsqueeze(-1)).unflatten(1, (-1, shared)) for x in (g, beta))
-    total, between = _Fading.apply(faded.squeeze(-1))  # type: ignore[no-untyped-call]
+    decayed, writes = (chunks.pad(x.float().unsqueeze(-1)).unflatten(1, (-1, shared)) for x in (g, beta))
+    total, between = _Decay.apply(decayed.squeeze(-1))  # type: ignore[no-untyped-call]
     since_start, to_end = total.exp(), between[..., -1, :]
     mixing = keys @ keys.transpose(-1, -2) * between * writes  # [N, K, J, C, C]
     reads, states, last = _Scan.apply(  # type: ignore[no-untyped-call]
@@ -74,13 +74,13 @@ def gated_delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     """
     shared = v.shape[1] // k.shape[1]
     query, key = (x.float().repeat_interleave(shared, dim=1).unsqueeze(-2) for x in (q, k))  # [n, H, 1, A]
-    faded = state.float() * g.float().exp()[..., None, None]
-    write = (v.float().unsqueeze(-2) - key @ faded) * beta.float()[..., None, None]  # [n, H, 1, B]
-    new = torch.addcmul(faded, key.transpose(-1, -2), write)
+    decayed = state.float() * g.float().exp()[..., None, None]
+    write = (v.float().unsqueeze(-2) - key @ decayed) * beta.float()[..., None, None]  # [n, H, 1, B]
+    new = torch.addcmul(decayed, key.transpose(-1, -2), write)
     return (query @ new).squeeze(-2), new
 
 
-class _Fading(torch.autograd.Function):
+class _Decay(torch.autograd.Function):
     """The running sum of g [..., C], and G [..., C, C].
 
     Sums are float64 both ways. Forward, the difference of two large sums would lose its digits, and with them what
@@ -117,7 +117,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mixing: Tensor, values: Tensor, keys_in: Tensor, keys_out: Tensor, kept: Tensor, chunks: Chunks
+        ctx: Any, mixing: Tensor, values: Tensor, keys_in: Tensor, keys_out: Tensor, kept: Tensor, chunks: ChunkedLayout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`mixing` [N, H, C, C] (below the diagonal), `values` [N, H, C, B], keys [N, H, C, A], `kept` [N, H]."""
         eye = torch.eye(CHUNK, device=mixing.device).expand_as(mixing)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmquest_rl.batch import Layout
 
 
-class _Places(NamedTuple):
+class _ConvIndex(NamedTuple):
     """Where the tokens of a layout lie if `width - 1` rows are put before every segment."""
 
     tokens: Tensor
@@ -21,7 +21,7 @@ class _Places(NamedTuple):
     """Rows before a segment that hold tokens of its parent."""
     sources: Tensor
     """The rows of those tokens, where they lie in the parent."""
-    tails: Tensor
+    state_rows: Tensor
     """[segments, width - 1]: the last rows of each segment, with what is before it where it is shorter."""
 
 
@@ -33,7 +33,7 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, width))  # the shape that `nn.Conv1d` keeps it in
         self.width = width
 
-    def forward(self, x: Tensor, layout: Layout, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, layout: Layout, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolve. Products and sums are float32, rounded to the dtype of `x` once.
 
         Args:
@@ -46,24 +46,24 @@ class ShortConv(nn.Module):
             Outputs [T, channels], and the tail after each segment [segments, width - 1, channels].
         """
         taps = self.weight.squeeze(1).float()  # [channels, width]
-        if tail is not None:
-            seen = torch.cat((tail.to(x.dtype), x.unsqueeze(1)), dim=1)
+        if state is not None:
+            seen = torch.cat((state.to(x.dtype), x.unsqueeze(1)), dim=1)
             return (seen.float() * taps.t()).sum(1).to(x.dtype), seen[:, 1:]
-        places = _places(layout, self.width, x.device)
+        index = _conv_index(layout, self.width, x.device)
         rows = x.new_zeros(x.shape[0] + len(layout.lengths) * (self.width - 1), x.shape[1])
-        rows = rows.index_copy(0, places.tokens, x)
-        if len(places.inherited):
-            rows = rows.index_copy(0, places.inherited, rows.index_select(0, places.sources))
+        rows = rows.index_copy(0, index.tokens, x)
+        if len(index.inherited):
+            rows = rows.index_copy(0, index.inherited, rows.index_select(0, index.sources))
         wide, size = rows.float(), max(len(rows) - self.width + 1, 0)
         out = wide[:size] * taps[:, 0]
         for j in range(1, self.width):
             out = torch.addcmul(out, wide[j : j + size], taps[:, j])
-        return out.index_select(0, places.tokens - self.width + 1).to(x.dtype), rows[places.tails]
+        return out.index_select(0, index.tokens - self.width + 1).to(x.dtype), rows[index.state_rows]
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what generation asks for first has to serve training too
-def _places(layout: Layout, width: int, device: torch.device) -> _Places:
+def _conv_index(layout: Layout, width: int, device: torch.device) -> _ConvIndex:
     """The layers of a model, which ask one after the other, share them. Parents have no parents."""
     before = width - 1
     lengths, parents = (torch.tensor(numbers, dtype=torch.long) for numbers in (layout.lengths, layout.parents))
@@ -74,4 +74,4 @@ def _places(layout: Layout, width: int, device: torch.device) -> _Places:
     inherits = (parents >= 0)[:, None] & (back >= -lengths[parents][:, None])
     inherited, sources = starts[:, None] + back, ends[parents][:, None] + back
     index = (tokens, inherited[inherits], sources[inherits], ends[:, None] + back)
-    return _Places(*(x.to(device) for x in index))
+    return _ConvIndex(*(x.to(device) for x in index))
