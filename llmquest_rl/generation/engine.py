@@ -185,8 +185,8 @@ class NativeGenerator:
             if capacity.tokens <= self.cache_tokens:
                 return capacity
         raise ValueError(
-            f"a prompt of {longest_prompt} tokens and a completion of up to {longest_completion} tokens do not fit into a "
-            f"cache of {self.cache_tokens} tokens: raise the engine's cache_tokens to "
+            f"a prompt of {longest_prompt} tokens and a completion of up to {longest_completion} tokens do not fit "
+            f"into a cache of {self.cache_tokens} tokens: raise the engine's cache_tokens to "
             f"{longest_prompt + longest_completion}, or lower max_tokens"
         )
 

@@ -1,8 +1,8 @@
 """DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 2); also R1, V3.1 and Moonlight.
 
 A pre-norm decoder with three ideas. Attention keeps one latent vector for each token instead of keys and values
-(`layers/mla.py`). Feed-forward layers, after the first few, are many small experts of which each token takes some,
-beside a shared one that every token takes (DeepSeekMoE, arXiv:2401.06066); a bias on the choice, moved after each
+(`layers/attention/mla.py`). Feed-forward layers, after the first few, are many small experts of which each token takes
+some, beside a shared one that every token takes (DeepSeekMoE, arXiv:2401.06066); a bias on the choice, moved after each
 update, keeps the experts evenly loaded. And in training, modules at the end predict tokens further ahead.
 Shapes: T tokens of a pack, D hidden size.
 """

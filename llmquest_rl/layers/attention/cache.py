@@ -1,15 +1,16 @@
-"""The attention contexts of generation, which write and read what is kept of earlier tokens.
+"""The attention contexts of generation: `PrefillContext` fills a cache, `DecodeContext` reads and extends it.
 
-A prompt has one slot, whatever the number of its completions; the tokens of each completion have another. Decoding
-scores every prompt once for all the completions that share it, every completion's own tokens once, and takes one
-softmax over both.
+A prompt occupies one slot of the prompt cache, however many completions share it. Each completion occupies one slot of
+the completion cache. A decoding step reads each prompt once for all its completions, reads each completion once, and
+takes one softmax over both.
 
-A layer with a window of W tokens keeps the last W - 1 tokens of a prompt and a ring of the last W of a completion. A
-prompt's tokens lie newest first: the part of it that a window still reaches shrinks as a completion grows, and is
-always at the start of the slot. A ring holds nothing but what the window sees, so that order is of no account there.
+A layer with a window of W tokens caches the last W - 1 tokens of a prompt, and a ring buffer of the last W tokens of a
+completion. Prompt tokens are stored newest first. The part of the prompt that a window still reaches shrinks as the
+completion grows, and in this order it is always at the start of the slot. A ring buffer holds only tokens that the
+window sees, so its order does not matter.
 
-Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads on one of them, C head size,
-Cv size of a value.
+Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads per key/value head, C head size,
+Cv value size.
 """
 
 from collections.abc import Sequence
@@ -26,20 +27,29 @@ from llmquest_rl.layers.attention.scores import ScoreOptions
 
 
 class _CacheIndex(NamedTuple):
-    """Which tokens of a pack are kept, and where: index tensors of equal length."""
+    """The packed tokens to cache, and their places in the cache. All tensors are [cached tokens], long."""
 
     rows: Tensor
+    """Packed row of each token."""
     slots: Tensor
+    """Slot of each token."""
     offsets: Tensor
+    """Index of each token in its slot."""
 
 
 class PrefillContext:
-    """Context of a forward over whole prompts, packed: plain causal attention that also keeps what decoding reads."""
+    """Context of a forward over packed prompts: causal attention that also writes the cache for decoding."""
 
     is_decoding = False
 
     def __init__(self, prompts: SlotCache, layout: Layout, slots: Sequence[int]) -> None:
-        """Prepare for the prompts of `layout`, one segment each, to be kept in `slots`."""
+        """Prepare to cache prompts.
+
+        Args:
+            prompts: Cache of the prompts.
+            layout: One segment per prompt.
+            slots: Slot of each prompt.
+        """
         lengths = torch.tensor(layout.lengths)
         self.layout = layout
         self._prompts = prompts
@@ -70,7 +80,7 @@ class PrefillContext:
         return self._attention.attend(layer, q, k, v, scale, window=window, softcap=softcap, sinks=sinks)
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """Nothing is kept yet: every prompt starts here."""
+        """Return None: every prompt starts with this batch."""
         return None
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
@@ -87,21 +97,22 @@ class PrefillContext:
 
 @dataclass(frozen=True)
 class _WindowView:
-    """What the sequences see through one window: shared by all layers that have it."""
+    """The cached tokens that each sequence sees through one window; all layers with that window share it."""
 
     prompt_buckets: list[SlotBucket]
     completion_buckets: list[SlotBucket]
     longest_prompt: int
-    """Most tokens read of a prompt."""
+    """Number of tokens read of the prompt of which most are visible."""
     completion_capacity: int
+    """Tokens that a completion's slot holds in these layers."""
     new: Tensor
-    """[n]: where each sequence's new token goes."""
+    """Offset of each sequence's new token in its slot [n]."""
     masked: Tensor
-    """Bool [n, 1, 1, longest prompt + longest tail]."""
+    """True for tokens that are not visible: bool [n, 1, 1, longest prompt + longest completion]."""
 
 
 class DecodeContext:
-    """Context of a forward over one new token for each of n sequences, which see their prompt and their own tokens."""
+    """Context of a forward over one new token of each of n sequences, which see their prompts and completions."""
 
     is_decoding = True
 
@@ -113,13 +124,13 @@ class DecodeContext:
         completion_lengths: Sequence[int],
         parents: Sequence[int],
     ) -> None:
-        """Prepare what all layers share.
+        """Prepare the index tensors that all layers share.
 
         Args:
-            prompts: Where the prompts are kept.
+            prompts: Cache of the prompts.
             prompt_lengths: Tokens of each prompt [G], in slot order.
-            tails: Where the completions are kept: sequence i in slot i.
-            tail_lengths: Tokens of each completion [n] already in there, without the new one.
+            completions: Cache of the completions, sequence i in slot i.
+            completion_lengths: Cached tokens of each completion [n], without the new one.
             parents: Prompt slot of each sequence [n].
         """
         self.layout = Layout((1,) * len(parents), (-1,) * len(parents))
@@ -148,7 +159,7 @@ class DecodeContext:
     ) -> Tensor:
         """See `AttentionContext.attend`."""
         assert cache_entry is None or (cache_entry is k and v is None), (
-            "while decoding, what is kept is what is attended"
+            "a decoding layer with a cache entry passes it as keys, with v=None"
         )
         view, options = self._view(window), ScoreOptions(scale, softcap, sinks)
         self._completions.write(layer, self._rows, view.new, (k,) if v is None else (k, v), view.completion_capacity)
@@ -160,7 +171,7 @@ class DecodeContext:
         return output.to(q.dtype)
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """See `AttentionContext.load_state`: a sequence's first step continues a copy of its prompt's state."""
+        """See `AttentionContext.load_state`. A sequence's first step starts from a copy of its prompt's state."""
         if len(self._starting):
             start = [state[self._starting_parents] for state in self._prompts.states(layer)]
             self._completions.write_states(layer, self._starting, start)
@@ -178,7 +189,11 @@ class DecodeContext:
         return self._views[window]
 
     def _make_view(self, window: int) -> _WindowView:
-        """With its new token a completion of t tokens sees min(t, window) of them and window - t of its prompt."""
+        """Build the view of a window.
+
+        A completion of t tokens, the new one included, sees its last min(t, window) tokens and the last window - t
+        tokens of its prompt.
+        """
         device, completion_capacity = self._completions.device, min(window, self._completions.capacity)
         sizes = [length + 1 for length in self._completion_lengths]
         smallest: dict[int, int] = {}
@@ -186,7 +201,7 @@ class DecodeContext:
             smallest[slot] = min(length, smallest.get(slot, length))
         reach = [min(p, max(window - smallest.get(i, 1), 0)) for i, p in enumerate(self._prompt_lengths)]
         parent, size = torch.tensor(self._parents), torch.tensor(sizes)
-        in_prompt = torch.minimum(torch.tensor(self._prompt_lengths)[parent], window - size)  # below 0 counts as 0
+        in_prompt = torch.minimum(torch.tensor(self._prompt_lengths)[parent], window - size)  # negative counts as 0
         in_completion = size.clamp(max=completion_capacity)
         prompt_shown = torch.arange(max(reach)) < in_prompt[:, None]
         completion_shown = torch.arange(int(in_completion.max())) < in_completion[:, None]
@@ -200,7 +215,7 @@ class DecodeContext:
         )
 
     def _scores(self, layer: int, queries: Tensor, view: _WindowView) -> Tensor:
-        """[n, K, R, longest prompt + longest tail]; what is hidden holds anything."""
+        """Scores [n, K, R, longest prompt + longest completion]; values at masked places are arbitrary."""
         split = view.longest_prompt
         scores = queries.new_empty(*queries.shape[:3], view.masked.shape[-1])
         self._completions.scores(layer, queries, view.completion_buckets, scores[..., split:])
@@ -210,7 +225,7 @@ class DecodeContext:
         return scores
 
     def _weighted_values(self, layer: int, weights: Tensor, view: _WindowView) -> Tensor:
-        """[n, K, R, Cv]."""
+        """Values weighted by `weights` [n, K, R, longest prompt + longest completion]: [n, K, R, Cv]."""
         split = view.longest_prompt
         output = self._completions.weighted_values(layer, weights[..., split:], view.completion_buckets)
         shared = self._prompts.weighted_values(layer, self._group_by_prompt(weights[..., :split]), view.prompt_buckets)
@@ -218,21 +233,21 @@ class DecodeContext:
         return output
 
     def _group_by_prompt(self, x: Tensor) -> Tensor:
-        """[n, K, R, c] to [G, K, width * R, c]: a prompt's sequences side by side, with zeros up to width."""
+        """Reshape [n, K, R, c] to [G, K, width * R, c]: the sequences of a prompt side by side, padded with zeros."""
         flat = x.new_zeros(len(self._prompt_lengths) * self._width, *x.shape[1:])
         flat[self._cells] = x
         table = flat.view(len(self._prompt_lengths), self._width, *x.shape[1:])
         return table.transpose(1, 2).flatten(2, 3)
 
     def _ungroup(self, x: Tensor, repeats: int) -> Tensor:
-        """The inverse: [G, K, width * R, c] to [n, K, R, c]."""
+        """Invert `_group_by_prompt`: [G, K, width * R, c] to [n, K, R, c]."""
         groups, heads, _, size = x.shape
         flat = x.view(groups, heads, self._width, repeats, size).transpose(1, 2).flatten(0, 1)
         return flat[self._cells]
 
 
 def _table_cells(parents: Sequence[int]) -> tuple[Tensor, int]:
-    """Each sequence's place in a flattened [prompts, width] table [n], and the width, the most that a prompt has."""
+    """Each sequence's cell [n] in a flattened [prompts, width] table, and the width: the most sequences per prompt."""
     counts: dict[int, int] = {}
     ranks = []
     for parent in parents:

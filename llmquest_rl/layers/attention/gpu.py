@@ -1,4 +1,7 @@
-"""Packed attention on a GPU: one FlexAttention kernel walks the blocks of the pack that hold visible pairs."""
+"""Packed attention on GPUs with FlexAttention (Dong et al. 2024, arXiv:2412.05496).
+
+One kernel visits only the blocks of the packed batch that hold visible (query, key) pairs.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,11 +14,11 @@ from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.scores import ScoreOptions
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(batch, head, query, key) to whether the packed token `query` may read the packed token `key`."""
+"""Maps index tensors (batch, head, query, key) to True where packed token `query` may attend to packed token `key`."""
 
 
 class FlexAttention:
-    """One block mask for each window, shared by all layers that have it."""
+    """Attention through `flex_attention`, with one block mask per window that all layers share."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
@@ -36,7 +39,7 @@ class FlexAttention:
 
 
 def build_mask_mod(layout: Layout, window: int | None, device: torch.device | str) -> MaskMod:
-    """The test that tells which pairs of packed tokens are scored (index tensors that broadcast)."""
+    """Build the mask function of a layout; its index tensors may have any shapes that broadcast."""
     lengths = torch.tensor(layout.lengths, dtype=torch.long)
     segments = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
     parents = torch.tensor(layout.parents, dtype=torch.long).repeat_interleave(lengths).to(device)
@@ -48,7 +51,7 @@ def build_mask_mod(layout: Layout, window: int | None, device: torch.device | st
 
     if window is None:
         return in_sequence
-    oldest = positions - window  # of each query: the last position that it does not see
+    oldest = positions - window  # the last position outside each query's window
 
     def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return in_sequence(batch, head, query, key) & (positions[key] > oldest[query])
@@ -57,7 +60,19 @@ def build_mask_mod(layout: Layout, window: int | None, device: torch.device | st
 
 
 def flex_attend(flex_attention: Any, block_mask: Any, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
-    """One call of `flex_attention`, compiled or not: [tokens, heads, value_dim]."""
+    """Call `flex_attention`, compiled or not, on packed tokens.
+
+    Args:
+        flex_attention: The function of `torch.nn.attention.flex_attention`, or its compiled form.
+        block_mask: Block mask of the layout and the window.
+        q: Queries [tokens, heads, head_dim].
+        k: Keys [tokens, kv_heads, head_dim].
+        v: Values [tokens, kv_heads, value_dim].
+        options: Scale, soft cap and sinks.
+
+    Returns:
+        Attention output [tokens, heads, value_dim].
+    """
     from torch.nn.attention.flex_attention import AuxRequest
 
     out, aux = flex_attention(
@@ -76,7 +91,7 @@ def flex_attend(flex_attention: Any, block_mask: Any, q: Tensor, k: Tensor, v: T
 
 @cache
 def _softcap_score_mod(softcap: float) -> Callable[..., Tensor]:
-    """The same function object for the same cap, so that the kernel is compiled once."""
+    """Return the score function of a cap. It is cached, because a new function object would compile a new kernel."""
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
