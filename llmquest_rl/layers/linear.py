@@ -1,9 +1,9 @@
-"""Linear layers and matrix products by the fastest kernel of this processor.
+"""Linear layers and matrix products with the fastest kernel of the processor.
 
-PyTorch multiplies float32 matrices on CPUs with MKL. On AMD processors MKL leaves half of the AVX-512 units idle (110
-against 240 GFLOP/s for each core of a Zen 5), and oneDNN, which PyTorch brings as well, does not. oneDNN makes a kernel
-for each new shape of operands, so small products stay with MKL. The choice follows from the processor and the shapes
-alone: an interrupted and resumed run chooses the same.
+PyTorch multiplies float32 matrices on CPUs with MKL. On AMD processors MKL leaves half of the AVX-512 units idle: it
+reaches 110 GFLOP/s per core of a Zen 5, where oneDNN, which PyTorch includes as well, reaches 240. But oneDNN compiles
+a kernel for each new shape, so small products stay with MKL. The choice depends on the processor and the shapes alone,
+so a resumed run makes the same choice.
 """
 
 import os
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ONEDNN_MIN_MULTIPLICATIONS = 2**24
-"""Multiplications from which a product by oneDNN pays for making its kernel, about 0.2 ms, even if used once."""
+"""Scalar multiplications from which oneDNN is faster even if its new kernel, 0.2 ms to compile, is used only once."""
 
 ONEDNN_ROW_BLOCK = 64
-"""oneDNN takes whole blocks of so many rows where their number would differ from call to call, PyTorch the rest: a
-kernel that is used once costs its time, and memory that it keeps apart."""
+"""Rows per block where the number of rows differs from call to call. oneDNN computes whole blocks and PyTorch the rest,
+because each new number of rows would compile a kernel, which costs time and memory."""
 
 KERNEL_CACHE_SIZES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""How many kernels PyTorch and oneDNN keep, read when the first is made: a training step needs 20 to 60, and others for
-other numbers of tokens. By default 1,024, which had cost gigabytes: kernels lie between the tensors of their time."""
+"""Kernels that PyTorch and oneDNN cache, read from the environment when the first kernel is compiled. A training step
+uses 20 to 60 kernels. The default of 1,024 cost gigabytes, because cached kernels fragment the memory of tensors."""
 for _name, _number in KERNEL_CACHE_SIZES.items():
     os.environ.setdefault(_name, _number)
 
 
 class Linear(nn.Linear):
-    """`y = x W^T + b`."""
+    """Linear layer `y = x W^T + b`, computed by oneDNN where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` [..., in_features] to [..., out_features]."""
+        """Transform `input` [..., in_features] to [..., out_features]."""
         if not onednn_is_faster(input.numel() * self.out_features, input, self.weight):
             return super().forward(input)
         out: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 
 
 def onednn_is_faster(multiplications: int, *operands: Tensor) -> bool:
-    """Whether oneDNN computes a product of these operands faster than what PyTorch calls."""
+    """True if oneDNN computes a product of these operands faster than PyTorch's default kernel."""
     return (
         multiplications >= ONEDNN_MIN_MULTIPLICATIONS
         and all(operand.dtype == torch.float32 and operand.device.type == "cpu" for operand in operands)
@@ -50,18 +50,21 @@ def onednn_is_faster(multiplications: int, *operands: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b` without gradient: [..., in] to [..., out]. Views are fine, and a weight in oneDNN's own order."""
+    """Compute `x W^T + b` by oneDNN, without gradient: [..., in] to [..., out].
+
+    Operands may be views, and the weight may be in oneDNN's blocked layout.
+    """
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
 def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]."""
+    """Compute `left @ right` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]."""
     return onednn_linear(left, right.t())
 
 
 def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`out = left @ right` for matrices, by whichever is faster, without gradient."""
+    """Compute `out = left @ right` for matrices with the faster library, without gradient."""
     if onednn_is_faster(left.numel() * right.shape[1], left, right):
         out.copy_(onednn_matmul(left, right))
     else:
@@ -69,7 +72,7 @@ def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`gradient^T x` for rows [R, out] and [R, in], into `out` if given: whole blocks of rows by oneDNN."""
+    """Compute `gradient^T x` from rows [R, out] and [R, in]: [out, in], written to `out` if given."""
     whole = onednn_rows(len(x), gradient.shape[1] * x.shape[1], x)
     if not whole:
         return torch.mm(gradient.t(), x, out=out)
@@ -78,19 +81,19 @@ def weight_gradient(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> T
 
 
 def onednn_rows(rows: int, multiplications: int, operand: Tensor) -> int:
-    """How many of some rows oneDNN should take.
+    """Number of rows that oneDNN should compute; PyTorch computes the rest.
 
     Args:
-        rows: All of them.
-        multiplications: For each row.
-        operand: Of the product's kind.
+        rows: Number of all rows.
+        multiplications: Scalar multiplications per row.
+        operand: An operand of the product, for its dtype and device.
     """
     whole = rows - rows % ONEDNN_ROW_BLOCK
     return whole if onednn_is_faster(whole * multiplications, operand) else 0
 
 
 class _Linear(torch.autograd.Function):
-    """The weight is kept as the parameter that it is: ZeRO-3 frees and fetches it between forward and backward."""
+    """Saves the parameter itself for backward, because ZeRO-3 frees and fetches it between forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +115,7 @@ class _Linear(torch.autograd.Function):
 
 @cache
 def _mkl_is_slow() -> bool:
-    """An AMD processor with AVX-512, and a PyTorch that has oneDNN."""
+    """True on an AMD processor with AVX-512, if PyTorch has oneDNN."""
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     has_kernels = torch.backends.mkldnn.is_available()

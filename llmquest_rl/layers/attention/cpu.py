@@ -79,7 +79,7 @@ class BucketPlan:
 
 
 class BucketedAttention:
-    """Attention over buckets of chunks. Computes in float32 for any dtype, because the kernel's backward is faster so."""
+    """Attention over buckets of chunks, in float32 for any dtype: the CPU kernel's backward is faster in float32."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout

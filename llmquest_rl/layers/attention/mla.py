@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437, 2.1.1).
 
-Keys and values of all heads are projections of one latent vector per token, and a cache stores only that vector. Beside
-it the cache stores one short rotated key that all heads share, because a rotation cannot be merged into the projections.
+Keys and values of all heads are projections of one latent vector per token, and a cache stores that vector. Beside it
+the cache stores one short rotated key that all heads share, because a rotation cannot be merged into the projections.
 The same formula is computed in two forms:
 
 * expanded: the latent is projected up to keys and values, followed by ordinary attention. This form needs the fewest
