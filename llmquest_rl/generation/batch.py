@@ -1,7 +1,7 @@
-"""The sequences that are being drawn at one moment: who joins, who leaves, and one token for each.
+"""Continuous batching: completions join and leave a running batch, and every step samples one token for each.
 
-Rows are kept without holes: when a completion ends, the last row moves into its place, in the cache too. A prompt is
-computed when its first completion joins and forgotten when its last one has ended.
+Rows have no holes: when a completion ends, the last row moves into its place, also in the cache. A prompt is computed
+when its first completion joins, and removed when its last completion has ended.
 """
 
 from collections import deque
@@ -20,41 +20,46 @@ from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import FinishReason, Request, Sampling
 
 PREFILL_TOKENS = 4096
-"""Prompt tokens in one forward: enough for full speed, and bounds its memory."""
+"""Most prompt tokens per forward: enough for full speed, with bounded memory."""
 
 
 class GenerationError(RuntimeError):
-    """The model gave logits from which nothing can be drawn."""
+    """The model computed logits that no token can be sampled from."""
 
 
 @dataclass(slots=True, eq=False)
 class RunningPrompt:
-    """A request on its way: its prompt, and how many of its completions have joined and ended."""
+    """The prompt of a request, with the progress of its completions."""
 
     request: int
-    """Its index among the requests."""
+    """Index of the request."""
     ids: list[int]
+    """Token ids of the prompt."""
     n: int
+    """Completions to sample."""
     limit: int
-    """Longest completion, in tokens."""
+    """Most tokens per completion."""
     keys: list[int]
     """Random stream of each completion [n]."""
     images: Tensor | None = None
-    """[images, channels, height, width]; None = text."""
+    """Images of the prompt [images, channels, height, width]; None = text only."""
     slot: int = -1
+    """Slot in the prompt cache; -1 = not computed yet."""
     joined: int = 0
+    """Completions that have joined the batch."""
     ended: int = 0
+    """Completions that have ended."""
     state: Tensor | None = None
-    """The last token's final hidden state [1, size], from which each completion starts."""
+    """Final hidden state of the last prompt token [1, size], which predicts the first token of each completion."""
 
 
 @dataclass(slots=True, eq=False)
 class RunningCompletion:
-    """A completion that is being drawn."""
+    """A completion that is being sampled."""
 
     prompt: RunningPrompt
     index: int
-    """Which of the request's completions it is."""
+    """Index among the completions of its request."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -62,28 +67,29 @@ class RunningCompletion:
 
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
-    """How much a batch can hold at once."""
+    """The most prompts, completions and tokens that a batch can hold at once."""
 
     prompts: int
+    """Prompts at the same time."""
     prompt_tokens: int
-    """Longest prompt."""
+    """Tokens per prompt."""
     rows: int
     """Completions at the same time."""
     completion_tokens: int
-    """Longest completion that has to be kept: the last token drawn is never looked back at."""
+    """Cached tokens per completion; the last sampled token is never read again, so it is not cached."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of cache that it takes."""
+        """Tokens that the two caches reserve together."""
         return self.prompts * self.prompt_tokens + self.rows * self.completion_tokens
 
     def covers(self, other: "CacheCapacity") -> bool:
-        """Whether whatever fits into `other` fits in here."""
+        """True if this capacity is at least `other` in every respect."""
         return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 class Caches:
-    """The memory of a batch: a cache of prompts and one of completions."""
+    """The caches of a batch: one of prompts and one of completions."""
 
     def __init__(self, capacity: CacheCapacity, device: torch.device) -> None:
         self.capacity = capacity
@@ -92,12 +98,19 @@ class Caches:
 
     @property
     def num_bytes(self) -> int:
-        """Memory reserved by both."""
+        """Reserved memory of both caches, in bytes."""
         return self.prompts.num_bytes + self.completions.num_bytes
 
 
 def waiting_queue(requests: Sequence[Request], limits: Sequence[int]) -> deque[RunningPrompt]:
-    """Requests in the order in which they join: long prompts first, so that neighbours in the cache are alike."""
+    """Queue up requests in the order in which they join the batch.
+
+    Long prompts come first, so that neighbouring cache slots have similar lengths and buckets need little padding.
+
+    Args:
+        requests: The requests; those without completions are left out.
+        limits: Most tokens per completion of each request.
+    """
     prompts = [
         RunningPrompt(
             i,
@@ -114,7 +127,7 @@ def waiting_queue(requests: Sequence[Request], limits: Sequence[int]) -> deque[R
 
 
 class RunningBatch:
-    """Completions that are drawn together."""
+    """The completions that are sampled together, and the prompts that they need."""
 
     def __init__(
         self, model: CausalLM, caches: Caches, capacity: CacheCapacity, sampling: Sampling, eos_ids: frozenset[int]
@@ -126,12 +139,12 @@ class RunningBatch:
         self._eos_ids = eos_ids
         self._device = next(model.parameters()).device
         self._prompts: list[RunningPrompt] = []
-        """In slot order."""
+        """Prompts in slot order."""
         self.rows: list[RunningCompletion] = []
-        """In slot order; those that joined last, and have no token yet, are at the end."""
+        """Completions in slot order; those that joined last and have no token yet are at the end."""
 
     def admit(self, waiting: deque[RunningPrompt]) -> None:
-        """Let completions join while there is room, and compute the prompts that are new."""
+        """Move completions from the queue to the batch while there is room, and compute new prompts."""
         new: list[RunningPrompt] = []
         while waiting and len(self.rows) < self._capacity.rows:
             prompt = waiting[0]
@@ -160,7 +173,7 @@ class RunningBatch:
             prompt.state = states[start + len(prompt.ids) - 1, None].clone()
 
     def _images(self, prompts: Sequence[RunningPrompt]) -> dict[str, Any]:
-        """What a vision-language model is given beside tokens, where there are images."""
+        """Keyword arguments with the images of the prompts, for a vision-language model; empty without images."""
         found = [prompt.images for prompt in prompts if prompt.images is not None]
         if not found:
             return {}
@@ -168,17 +181,17 @@ class RunningBatch:
         return {"images": torch.cat(found).to(self._device), "image_counts": counts}
 
     def sample_next(self) -> None:
-        """Draw the next token of every row, and note which completions it ends.
+        """Sample the next token of every row, and mark the completions that it ends.
 
         Raises:
-            GenerationError: the logits of a row hold a NaN or an infinity.
+            GenerationError: The logits of a row contain NaN or infinity.
         """
         tokens, logprobs = self._next_tokens(self._next_states())
         for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if logprob != logprob:  # NaN
                 raise GenerationError(
-                    f"request {row.prompt.request}, completion {row.index}: the logits of token {len(row.tokens)} hold "
-                    "NaN or infinity, so nothing can be drawn: the weights in use are broken"
+                    f"request {row.prompt.request}, completion {row.index}: the logits of token {len(row.tokens)} "
+                    "contain NaN or infinity, so no token can be sampled. Check the weights for NaN and infinity."
                 )
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -194,14 +207,14 @@ class RunningBatch:
         return tokens, logprobs
 
     def _next_states(self) -> Tensor:
-        """The hidden states [rows, size] that predict each row's next token."""
+        """Compute the hidden states [rows, size] that predict the next token of each row."""
         running = [row for row in self.rows if row.tokens]
         first = [self._prompt_state(row.prompt) for row in self.rows[len(running) :]]
         return torch.cat(([self._decode(running)] if running else []) + first)
 
     @staticmethod
     def _prompt_state(prompt: RunningPrompt) -> Tensor:
-        assert prompt.state is not None, "a completion joins after its prompt was computed"
+        assert prompt.state is not None, "a prompt is computed before its completions start"
         return prompt.state
 
     def _decode(self, rows: Sequence[RunningCompletion]) -> Tensor:
@@ -214,7 +227,7 @@ class RunningBatch:
         return self._model.hidden(tokens, positions, context).states
 
     def retire(self) -> list[RunningCompletion]:
-        """Take out the rows that have ended, close the holes, and free prompts that nobody needs any more."""
+        """Remove and return the completions that have ended, close the holes, and free unused prompts."""
         ended = [row for row in self.rows if row.finish is not None]
         for slot in reversed(range(len(self.rows))):
             row = self.rows[slot]
@@ -239,7 +252,7 @@ class RunningBatch:
 
 
 def pack_slices(lengths: Sequence[int]) -> list[slice]:
-    """Neighbours to be computed in one forward: at most `PREFILL_TOKENS` tokens, or a single one that is longer."""
+    """Split sequences of these lengths into runs of at most `PREFILL_TOKENS` tokens, or of one longer sequence."""
     slices: list[slice] = []
     start, size = 0, 0
     for i, length in enumerate(lengths):

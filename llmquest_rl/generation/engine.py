@@ -1,8 +1,9 @@
-"""The native engine: completions drawn by our own models with continuous batching.
+"""The native engine: our own models generate completions with continuous batching.
 
-Exactness: the same requests, sampling and weights give the same bits when run again with the same torch build on the
-same kind of CPU with the same number of threads, whatever was generated before. A completion's random numbers depend on
-(seed, completion, position) alone; in other company it differs only as products of another shape round differently.
+Reproducibility: the same requests, sampling options and weights give the same bits with the same torch build, type of
+CPU and number of threads, regardless of earlier calls. A completion's random numbers depend on (seed, completion,
+position) only. In a batch with other requests its log-probs differ by rounding, because matrix products of other shapes
+round differently.
 """
 
 from collections import deque
@@ -25,17 +26,17 @@ from llmquest_rl.models.base import CausalLM, image_format
 from llmquest_rl.types import Completion, Request, Sampling
 
 TextDecoder = Callable[[list[list[int]], Sequence[str]], list[str]]
-"""Decodes completions without special tokens, each cut before the earliest of the stop strings."""
+"""Decodes completions (token ids, stop strings) to texts without special tokens, cut before the first stop string."""
 
 STOP_SLACK = 8
-"""Tokens looked at beyond the bytes of a stop string: special tokens and parts of a character have no text."""
+"""Extra tokens to decode in a search for stop strings, because special tokens and parts of characters have no text."""
 
 
 class NativeGenerator:
-    """Draws completions from a model of ours. Not thread-safe: one `generate` at a time.
+    """Samples completions from one of our models. Not thread-safe: one `generate` at a time.
 
     Attributes:
-        version: put on every completion; whoever replaces the model's weights counts it up.
+        version: Version of the weights, copied to every completion. The caller sets it after replacing the weights.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class NativeGenerator:
         """Wrap `model`, whose weights may change between calls.
 
         Args:
-            model: On its device, in its dtype.
+            model: The model, on its device and in its dtype.
             eos_ids: Tokens that end a completion.
-            context_tokens: Longest prompt plus completion.
+            context_tokens: Most tokens of a prompt and its completion together.
             max_sequences: Most completions at the same time.
-            cache_tokens: Most tokens kept at the same time; further completions wait.
-            texts: Decodes; without it texts are empty and stop strings are refused.
+            cache_tokens: Most cached tokens at the same time; further completions wait.
+            texts: Text decoder; without it texts are empty and stop strings are an error.
         """
         self.model = model
         self.eos_ids = eos_ids
@@ -68,11 +69,11 @@ class NativeGenerator:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory reserved for keys and values at present."""
+        """Memory that the cache reserves now, in bytes."""
         return 0 if self._caches is None else self._caches.num_bytes
 
     def release(self) -> None:
-        """Give the cache's memory back; the next `generate` takes it again."""
+        """Free the cache; the next `generate` allocates it again."""
         self._caches = None
 
     @torch.inference_mode()
@@ -80,13 +81,13 @@ class NativeGenerator:
         """Complete each request `n` times: [requests][n].
 
         Raises:
-            ValueError: a prompt is empty, holds an unknown token, fills the context or does not fit into the cache;
-                images that the model does not read, of another size, or not as many as the prompt has room for;
-                stop strings without a decoder.
-            GenerationError: the model's logits hold NaN or infinity.
+            ValueError: A prompt is empty, contains an unknown token, fills the context or does not fit into the cache;
+                images do not match the model or the prompt's image tokens; or there are stop strings, but no text
+                decoder.
+            GenerationError: The logits contain NaN or infinity.
         """
         if sampling.stop and self._texts is None:
-            raise ValueError("stop strings need a tokenizer to find them with: leave `stop` empty")
+            raise ValueError("stop strings need a tokenizer, and the engine has none: leave `stop` empty")
         limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]
         waiting = waiting_queue(requests, limits)
         done: list[list[RunningCompletion | None]] = [[None] * request.n for request in requests]
@@ -96,7 +97,7 @@ class NativeGenerator:
             try:
                 self._run(batch, waiting, sampling, done)
             except GenerationError:
-                self.release()  # it holds NaN, which no mask silences
+                self.release()  # the cache contains NaN, and zero times NaN is NaN
                 raise
         return self._completions(done, sampling)
 
@@ -107,7 +108,7 @@ class NativeGenerator:
         sampling: Sampling,
         done: Sequence[list[RunningCompletion | None]],
     ) -> None:
-        """Draw until nobody waits and nobody is left, and put each row where it belongs in `done`."""
+        """Sample until the queue and the batch are empty, and store each completion in `done[request][index]`."""
         while waiting or batch.rows:
             batch.admit(waiting)
             batch.sample_next()
@@ -117,10 +118,12 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """Log-prob at temperature 1 of each token given those before it: [sequences][len - 1]. No cache is involved.
+        """Compute the log-prob of each token given those before it, at temperature 1: [sequences][len - 1].
+
+        It runs packed forwards without a cache.
 
         Raises:
-            ValueError: a token is not in the vocabulary.
+            ValueError: A token is not in the vocabulary.
         """
         for i, sequence in enumerate(sequences):
             self._check_tokens(f"sequence {i}", sequence)
@@ -133,14 +136,14 @@ class NativeGenerator:
         return results
 
     def _limit(self, index: int, request: Request, sampling: Sampling) -> int:
-        """Longest completion of a request."""
+        """Check a request and return the most tokens that each of its completions may have."""
         prompt = len(request.prompt_ids)
         if prompt == 0:
             raise ValueError(f"request {index} has an empty prompt: give it at least one token")
         if prompt >= self.context_tokens:
             raise ValueError(
                 f"request {index} has a prompt of {prompt} tokens, which leaves no room in a context of "
-                f"{self.context_tokens}: shorten or drop it, or raise the engine's context"
+                f"{self.context_tokens}: shorten or drop the prompt, or raise the engine's context"
             )
         self._check_tokens(f"request {index}", request.prompt_ids)
         self._check_images(index, request)
@@ -171,10 +174,10 @@ class NativeGenerator:
         vocab_size = int(self.model.config.vocab_size)
         wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if wrong is not None:
-            raise ValueError(f"{name} holds token {wrong}, but the model knows tokens 0 to {vocab_size - 1} only")
+            raise ValueError(f"{name} contains token {wrong}, but the model's tokens are 0 to {vocab_size - 1}")
 
     def _choose_capacity(self, requests: Sequence[Request], limits: Sequence[int]) -> CacheCapacity:
-        """The largest batch that the work can fill and the cache can hold."""
+        """Choose the largest batch that the requests can fill and the cache can hold."""
         asked = [request for request in requests if request.n > 0]
         longest_prompt = max(len(request.prompt_ids) for request in asked)
         longest_completion = max(limit for request, limit in zip(requests, limits, strict=True) if request.n > 0)
@@ -192,12 +195,12 @@ class NativeGenerator:
 
     def _reserve(self, capacity: CacheCapacity) -> Caches:
         if self._caches is None or not self._caches.capacity.covers(capacity):
-            self._caches = None  # freed before the new one is taken
+            self._caches = None  # free the old cache before the new one is allocated
             self._caches = Caches(capacity, next(self.model.parameters()).device)
         return self._caches
 
     def _find_stops(self, rows: Sequence[RunningCompletion], stop: Sequence[str]) -> None:
-        """End the rows whose text has come to hold a stop string. Only the last few tokens are decoded."""
+        """Mark the completions whose text contains a stop string as ended. Only the last few tokens are decoded."""
         if not stop or self._texts is None:
             return
         width = max(len(string.encode()) for string in stop) + STOP_SLACK
