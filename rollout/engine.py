@@ -37,7 +37,7 @@ class EngineSetup:
     """Settings that every engine gets besides its own options."""
 
     context_tokens: int
-    """Most tokens of a prompt and its completion together. It sizes the KV cache; no request is longer."""
+    """Maximum tokens of a prompt and its completion together. It sizes the KV cache; no request is longer."""
     max_sequences: int = 128
     """Maximum number of completions sampled at the same time, over all requests of one `generate` call."""
     dtype: Literal["float32", "bfloat16"] = "float32"

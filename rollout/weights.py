@@ -72,7 +72,7 @@ def take_snapshot(weights: Iterable[tuple[str, Tensor]]) -> WeightSnapshot:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Copy a view to memory of its own. Otherwise the view of one expert would send the whole stack of experts."""
+    """Copy a view into its own memory, because sending the view of one expert would send the whole stack of experts."""
     shared = not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 

@@ -20,7 +20,7 @@ from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import FinishReason, Request, Sampling
 
 PREFILL_TOKENS = 4096
-"""Most prompt tokens per forward: enough for full speed, with bounded memory."""
+"""Maximum prompt tokens per forward: enough for full speed, with bounded memory."""
 
 
 class GenerationError(RuntimeError):
@@ -38,7 +38,7 @@ class RunningPrompt:
     n: int
     """Completions to sample."""
     limit: int
-    """Most tokens per completion."""
+    """Maximum tokens per completion."""
     keys: list[int]
     """Random stream of each completion [n]."""
     images: Tensor | None = None
@@ -67,7 +67,7 @@ class RunningCompletion:
 
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
-    """The most prompts, completions and tokens that a batch can hold at once."""
+    """Maximum numbers of prompts, completions and tokens in a batch."""
 
     prompts: int
     """Prompts at the same time."""
@@ -109,7 +109,7 @@ def waiting_queue(requests: Sequence[Request], limits: Sequence[int]) -> deque[R
 
     Args:
         requests: The requests; those without completions are left out.
-        limits: Most tokens per completion of each request.
+        limits: Maximum tokens per completion of each request.
     """
     prompts = [
         RunningPrompt(

@@ -53,9 +53,9 @@ class NativeGenerator:
         Args:
             model: The model, on its device and in its dtype.
             eos_ids: Tokens that end a completion.
-            context_tokens: Most tokens of a prompt and its completion together.
-            max_sequences: Most completions at the same time.
-            cache_tokens: Most cached tokens at the same time; further completions wait.
+            context_tokens: Maximum tokens of a prompt and its completion together.
+            max_sequences: Maximum completions at the same time.
+            cache_tokens: Maximum cached tokens at the same time; further completions wait.
             texts: Text decoder; without it texts are empty and stop strings are an error.
         """
         self.model = model
@@ -136,7 +136,7 @@ class NativeGenerator:
         return results
 
     def _limit(self, index: int, request: Request, sampling: Sampling) -> int:
-        """Check a request and return the most tokens that each of its completions may have."""
+        """Check a request and return the maximum tokens of each of its completions."""
         prompt = len(request.prompt_ids)
         if prompt == 0:
             raise ValueError(f"request {index} has an empty prompt: give it at least one token")

@@ -181,7 +181,7 @@ def _logit_gradient(logprobs: Tensor, chunk: _VocabChunk) -> Tensor:
 def _logit_gradient_with_entropy(
     logprobs: Tensor, chunk: _VocabChunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
 ) -> Tensor:
-    """The same with the gradient of the entropy H: -dH / d logit = p (log p + H)."""
+    """Compute the same with the gradient of the entropy H: -dH / d logit = p (log p + H)."""
     factors = logprobs.add(entropies[:, None]).mul_(entropy_grad[:, None]).add_(logprob_grad[:, None])
     logit_gradient = logprobs.exp_().mul_(factors)
     logit_gradient[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]

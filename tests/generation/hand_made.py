@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 class Latent(nn.Module):
-    """Latent attention: keys and values of each head are projections of one latent, which is all that is kept."""
+    """Latent attention: keys and values of each head are projections of one latent, and only it is cached."""
 
     def __init__(self, layer: int, window: int | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The cache gives what the packed forward gives: mixed lengths, shared prompts, sequences that move and leave."""
+"""Cached forwards equal packed forwards, for mixed lengths, shared prompts, and sequences that move and leave."""
 
 import copy
 from collections.abc import Iterator, Sequence

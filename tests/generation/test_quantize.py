@@ -1,4 +1,4 @@
-"""Rounded weights: the grid, what is left alone, and an engine that rounds whatever it loads."""
+"""Fake quantisation: the grid, the layers that are not rounded, and an engine that rounds on every load."""
 
 import json
 from pathlib import Path

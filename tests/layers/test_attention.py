@@ -1,4 +1,4 @@
-"""Packed attention: who sees whom, and that padding inside a bucket never shows."""
+"""Packed attention equals dense attention with an explicit mask; padding inside a bucket has no effect."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention: sizes, and what it asks for beyond causal attention."""
+    """The sizes and options of one attention call."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -74,7 +74,7 @@ def inputs(tokens: int, case: Case = CASES["plain"], dtype: torch.dtype = torch.
 
 
 def definition(layout: Layout, window: int | None = None) -> Tensor:
-    """Which token sees which, token by token: [tokens, tokens]."""
+    """The mask by its definition, token by token: bool [tokens, tokens]."""
     place = [(segment, i) for segment, length in enumerate(layout.lengths) for i in range(length)]
     table = [[(s == t and j <= i) or layout.parents[s] == t for t, j in place] for s, i in place]
     positions = layout.positions()
@@ -85,7 +85,7 @@ def definition(layout: Layout, window: int | None = None) -> Tensor:
 def dense(
     seen: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention by its definition, where `seen` [tokens, tokens] says which token sees which."""
+    """Attention by its definition, with the mask `seen` [tokens, tokens]."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -167,7 +167,7 @@ def test_layers_with_and_without_a_window_share_one_context() -> None:
 
 
 def num_scores(layout: Layout, window: int | None) -> int:
-    """Scores of one head, padding and hidden ones included."""
+    """Number of scores of one head, padding and masked ones included."""
     plan = BucketPlan(layout, window, torch.device("cpu"))
     return sum(bucket.num_queries * bucket.num_keys // bucket.batch for bucket in plan.buckets)
 

@@ -168,7 +168,7 @@ def test_generation_and_training_with_the_same_lengths() -> None:
 
 
 def test_padding_is_less_than_a_chunk_for_each_segment() -> None:
-    """And a step takes all chunks of its depth: cost follows the tokens, steps the longest sequence."""
+    """A step processes all chunks of one depth, so the longest sequence determines the number of steps."""
     layout = Layout((1000, 10, 500, 70, 300, 64), (-1, -1, 0, 0, 1, -1))
     chunks = chunk_layout(layout, torch.device("cpu"))
     assert chunks.num_chunks * CHUNK - layout.num_tokens < CHUNK * len(layout.lengths)

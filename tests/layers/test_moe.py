@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 
 def dense(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every expert on every token; what a token did not choose is multiplied by zero."""
+    """Run every expert on every token, and multiply the output of experts that a token did not choose by zero."""
     out = torch.zeros_like(x)
     for e in range(len(gate_up)):
         gate, up = (x @ gate_up[e].T).chunk(2, -1)
@@ -62,7 +62,7 @@ def make(tokens: int, experts: int, k: int, size: int, inner: int, dtype: torch.
 def test_values_and_gradients_equal_a_dense_loop(
     tokens: int, num_experts: int, k: int, size: int, inner: int, seed: int
 ) -> None:
-    """Sizes with and without a kernel, more and fewer rows than experts, experts without tokens, no tokens at all."""
+    """Covers sizes with and without a kernel, more and fewer rows than experts, idle experts, and no tokens at all."""
     k = min(k, num_experts)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         module, x, chosen, weights = make(tokens, num_experts, k, size, inner, dtype, seed)
@@ -140,7 +140,7 @@ def test_frozen_experts_pass_gradients_on() -> None:
 
 
 def test_parameters_may_be_away_between_forward_and_backward() -> None:
-    """As with ZeRO-3, which frees them after a module's forward and fetches them again, elsewhere, for its backward."""
+    """ZeRO-3 frees parameters after a module's forward and fetches them again, to other memory, for its backward."""
     gradients = []
     for goes_away in (False, True):
         module, x, chosen, weights = make(9, 6, 2, 8, 4, torch.float32, 0)
@@ -173,7 +173,7 @@ def test_capacity_drops_the_last_tokens() -> None:
 
 
 def test_memory_kept_for_backward_does_not_hold_copies_of_tokens() -> None:
-    """With k = 4 of size 64, copies of the tokens or of the results would be most of it."""
+    """With k = 4 and hidden size 64, copies of the tokens or of the results would take most of the saved memory."""
     module, x, chosen, weights = make(256, 8, 4, 64, 4, torch.float32, 0)
     sizes: list[int] = []
 
@@ -198,7 +198,7 @@ def qwen_router(normalize: bool) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_softmax_router_equals_transformers(normalize: bool, dtype: torch.dtype) -> None:
-    """In bfloat16 many logits tie; transformers then rounds the weights, which stay float32 here."""
+    """In bfloat16 many logits tie. transformers rounds the weights to bfloat16; ours stay float32."""
     theirs, ours = qwen_router(normalize), SoftmaxRouter(16, 12, 3, normalize)
     torch.nn.init.normal_(theirs.weight)
     ours.load_state_dict(theirs.state_dict())

@@ -1,4 +1,4 @@
-"""Which tokens multi-token prediction works on, beside plain lists."""
+"""Inputs and targets of multi-token prediction, compared with plain lists."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ GROUPS = [
 
 
 def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[int, int]]]]:
-    """For each completion with a target: (position, its token, the token `depth` ahead), and (position, target)."""
+    """Inputs (position, token, token `depth` ahead) and targets (position, target) of each completion with a target."""
     found = []
     for group in GROUPS:
         for i, completion in enumerate(group.completions):

@@ -1,4 +1,4 @@
-"""Routing replay on every mixture of experts: what is replayed, what is still computed, and when it ends."""
+"""Routing replay on every MoE model: experts are replayed, their weights are not, and replay ends with its context."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def record(model: CausalLM) -> Tensor:
 
 @torch.no_grad()
 def move(watched: Sequence[Router]) -> None:
-    """What an update does to routers, and more of it."""
+    """Change the routers as an update would, but more strongly."""
     generator = torch.Generator().manual_seed(1)
     for router in watched:
         router.weight += 0.1 * torch.randn(router.weight.shape, generator=generator)

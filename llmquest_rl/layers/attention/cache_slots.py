@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_PADDING_TOKENS = 512
-"""Most padding tokens in a bucket. Beyond that another call is cheaper: reading one token's keys takes about 0.1 us."""
+"""Maximum padding tokens per bucket. Beyond it another call is cheaper: reading one token's keys takes about 0.1 us."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class RoutedExperts(nn.Module):
             x: Hidden states [T, D].
             experts: Expert ids of each token, long [T, k].
             weights: Weight of each expert's output [T, k], any floating dtype.
-            capacity: Most pairs per expert; the first ones in token order are computed. None = all pairs.
+            capacity: Maximum pairs per expert, of which the first in token order are computed; None = all pairs.
 
         Returns:
             Hidden states [T, D].
@@ -52,7 +52,7 @@ def sort_by_expert(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
 
     Args:
         experts: Expert ids, long [T, k].
-        capacity: Most pairs per expert; None = all.
+        capacity: Maximum pairs per expert; None = all.
 
     Returns:
         The expert of each pair [P], ascending, and the index of each pair in the flattened [T, k] [P].
@@ -65,7 +65,9 @@ def sort_by_expert(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
 
 
 def expert_capacity(factor: float, routed: Tensor, num_experts: int) -> int:
-    """Most pairs per expert: `ceil(factor * T k / E)` (Fedus et al. 2021, arXiv:2101.03961, eq. 3, for k experts).
+    """Compute the maximum pairs per expert, `ceil(factor * T k / E)`.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, eq. 3, extended to k experts per token.
 
     Args:
         factor: Capacity factor; 1 is just enough if all experts are chosen equally often.

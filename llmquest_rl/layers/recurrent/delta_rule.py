@@ -49,21 +49,21 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, l
     shared = v.shape[1] // k.shape[1]
     queries, keys = (chunks.pad(x.float()).unsqueeze(2) for x in (q, k))  # [N, K, 1, C, A]
     values = chunks.pad(v.float()).unflatten(1, (-1, shared))  # [N, K, J, C, B]
-    decayed, writes = (chunks.pad(x.float().unsqueeze(-1)).unflatten(1, (-1, shared)) for x in (g, beta))
-    total, between = _Decay.apply(decayed.squeeze(-1))  # type: ignore[no-untyped-call]
+    gates, betas = (chunks.pad(x.float().unsqueeze(-1)).unflatten(1, (-1, shared)) for x in (g, beta))
+    total, between = _Decay.apply(gates.squeeze(-1))  # type: ignore[no-untyped-call]
     since_start, to_end = total.exp(), between[..., -1, :]
-    mixing = keys @ keys.transpose(-1, -2) * between * writes  # [N, K, J, C, C]
-    reads, states, last = _Scan.apply(  # type: ignore[no-untyped-call]
+    mixing = keys @ keys.transpose(-1, -2) * between * betas  # [N, K, J, C, C]
+    writes, states, last = _Scan.apply(  # type: ignore[no-untyped-call]
         mixing.flatten(1, 2),
-        (values * writes).flatten(1, 2),
-        (keys * (since_start.unsqueeze(-1) * writes)).flatten(1, 2),
+        (values * betas).flatten(1, 2),
+        (keys * (since_start.unsqueeze(-1) * betas)).flatten(1, 2),
         (keys * to_end.unsqueeze(-1)).flatten(1, 2),
         since_start[..., -1].flatten(1, 2),
         chunks,
     )
     scores = (queries @ keys.transpose(-1, -2) * between).flatten(0, 2)  # [N * H, C, C]
     from_state = (queries * since_start.unsqueeze(-1)).flatten(0, 2)  # [N * H, C, A]
-    out = torch.baddbmm(scores @ reads.flatten(0, 1), from_state, states.flatten(0, 1))
+    out = torch.baddbmm(scores @ writes.flatten(0, 1), from_state, states.flatten(0, 1))
     return chunks.unpad(out.unflatten(0, (-1, v.shape[1]))), last
 
 
@@ -127,7 +127,13 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mixing: Tensor, values: Tensor, keys_in: Tensor, keys_out: Tensor, kept: Tensor, chunks: ChunkedLayout
+        ctx: Any,
+        mixing: Tensor,
+        values: Tensor,
+        keys_in: Tensor,
+        keys_out: Tensor,
+        decays: Tensor,
+        chunks: ChunkedLayout,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scan over the levels of `chunks`.
 
@@ -137,7 +143,7 @@ class _Scan(torch.autograd.Function):
             values: diag(beta) V [N, H, C, B].
             keys_in: diag(beta exp c) K, which reads from the state before [N, H, C, A].
             keys_out: diag(exp(c_C - c)) K, which writes to the state after [N, H, C, A].
-            kept: exp(c_C), the decay over a whole chunk [N, H].
+            decays: exp(c_C), the decay over a whole chunk [N, H].
             chunks: The chunks.
 
         Returns:
@@ -145,40 +151,40 @@ class _Scan(torch.autograd.Function):
         """
         eye = torch.eye(CHUNK, device=mixing.device).expand_as(mixing)
         inverse = torch.linalg.solve_triangular(mixing, eye, upper=False, unitriangular=True)
-        heads, size, width = kept.shape[1], keys_in.shape[-1], values.shape[-1]
-        reads = torch.empty_like(values)
-        states = values.new_empty(len(kept), heads, size, width)
+        heads, size, width = decays.shape[1], keys_in.shape[-1], values.shape[-1]
+        writes = torch.empty_like(values)
+        states = values.new_empty(len(decays), heads, size, width)
         last = values.new_zeros(chunks.num_segments, heads, size, width)
         after = values.new_zeros(1, heads, size, width)
         for level in chunks.levels:
             rows = slice(level.start, level.stop)
             before = torch.index_select(after, 0, level.before, out=states[rows])
             written = values[rows] - keys_in[rows] @ before
-            torch.matmul(inverse[rows], written, out=reads[rows])
-            after = before * kept[rows, :, None, None] + keys_out[rows].transpose(-1, -2) @ reads[rows]
+            torch.matmul(inverse[rows], written, out=writes[rows])
+            after = before * decays[rows, :, None, None] + keys_out[rows].transpose(-1, -2) @ writes[rows]
             last[level.ending] = after[level.ends]
-        ctx.save_for_backward(inverse, keys_in, keys_out, kept, reads, states)
+        ctx.save_for_backward(inverse, keys_in, keys_out, decays, writes, states)
         ctx.chunks = chunks
-        return reads, states, last
+        return writes, states, last
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Run the steps in reverse order; gradients that need no other step are computed for all chunks at once."""
-        d_reads, d_states, d_last = gradients
-        inverse, keys_in, keys_out, kept, reads, states = ctx.saved_tensors
-        d_values, d_keys_out, d_kept = (torch.empty_like(x) for x in (reads, keys_out, kept))
+        d_writes, d_states, d_last = gradients
+        inverse, keys_in, keys_out, decays, writes, states = ctx.saved_tensors
+        d_values, d_keys_out, d_decays = (torch.empty_like(x) for x in (writes, keys_out, decays))
         deepest = ctx.chunks.levels[-1:]
         d_after = torch.zeros_like(states[deepest[0].start :] if deepest else states)
         for level in reversed(ctx.chunks.levels):
             rows = slice(level.start, level.stop)
             d_after.index_add_(0, level.ends, d_last[level.ending])
-            torch.matmul(reads[rows], d_after.transpose(-1, -2), out=d_keys_out[rows])
-            d_kept[rows] = (d_after * states[rows]).sum((-1, -2))
-            d_read = d_reads[rows] + keys_out[rows] @ d_after
-            d_written = torch.matmul(inverse[rows].transpose(-1, -2), d_read, out=d_values[rows])
-            d_before = d_states[rows] + d_after * kept[rows, :, None, None]
+            torch.matmul(writes[rows], d_after.transpose(-1, -2), out=d_keys_out[rows])
+            d_decays[rows] = (d_after * states[rows]).sum((-1, -2))
+            d_write = d_writes[rows] + keys_out[rows] @ d_after
+            d_written = torch.matmul(inverse[rows].transpose(-1, -2), d_write, out=d_values[rows])
+            d_before = d_states[rows] + d_after * decays[rows, :, None, None]
             d_before -= keys_in[rows].transpose(-1, -2) @ d_written
             d_after = d_before.new_zeros(level.num_above, *d_before.shape[1:]).index_add_(0, level.before, d_before)
-        d_mixing = -(d_values @ reads.transpose(-1, -2)).tril(-1)
+        d_mixing = -(d_values @ writes.transpose(-1, -2)).tril(-1)
         d_keys_in = -(d_values @ states.transpose(-1, -2))
-        return d_mixing, d_values, d_keys_in, d_keys_out, d_kept, None
+        return d_mixing, d_values, d_keys_in, d_keys_out, d_decays, None
