@@ -86,7 +86,7 @@ def verify(snapshot: WeightSnapshot) -> str:
     tensors, checksums = snapshot
     absent = sorted(set(checksums) ^ set(tensors))
     if absent:
-        raise WeightsDamagedError(f"tensors and checksums have different names: {_some(absent)}")
+        raise WeightsDamagedError(f"tensors and checksums do not have the same names: {_some(absent)}")
     wrong = [name for name, tensor in tensors.items() if checksum(tensor) != checksums[name]]
     if wrong:
         raise WeightsDamagedError(
