@@ -41,7 +41,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import AttentionContext, PackedAttention
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.attention.mla import LatentAttention, LatentShape
 from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
@@ -122,7 +122,7 @@ class LatentLayers:
         self.length, self.x, self.positions = length, random(length + 1, 1024), torch.arange(length + 1)
         self.rope, self.their_rope = RoPE(64, self.config.rope_parameters), DeepseekV3RotaryEmbedding(self.config)
         self.prompts, self.cache = SlotCache(1, length), DynamicCache(config=self.config)
-        for run in self.runs(slice(length), Prefill(self.prompts, Layout((length,), (-1,)), [0])).values():
+        for run in self.runs(slice(length), PrefillContext(self.prompts, Layout((length,), (-1,)), [0])).values():
             run()
 
     def runs(self, rows: slice, context: AttentionContext) -> dict[str, Run]:
@@ -137,7 +137,7 @@ class LatentLayers:
 
     def steps(self) -> dict[str, Run]:
         """Run the layers on one more token, which is then removed from the caches."""
-        context = Decode(self.prompts, [self.length], SlotCache(1, 1), [0], [0])
+        context = DecodeContext(self.prompts, [self.length], SlotCache(1, 1), [0], [0])
         runs = self.runs(slice(self.length, None), context)
 
         def without_trace() -> Tensor:

@@ -1,4 +1,4 @@
-"""From tokens to text, the same for every engine: what ends a completion, and what its text is."""
+"""Detokenisation for all engines: the tokens that end a completion, its text, and its stop strings."""
 
 import json
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A folder that has one of these has a tokenizer."""
+"""Files that mark a folder with a tokenizer; one of them is enough."""
 
 
 class Decoder:
-    """The tokenizer of a model folder, as far as engines need it.
+    """Decodes completions with the tokenizer of a model folder.
 
-    A folder without a tokenizer is allowed: its texts are empty, and stop strings are refused.
+    A folder may have no tokenizer. Texts are then empty, and stop strings are an error.
 
     Attributes:
-        eos_ids: every token that ends a completion: those of generation_config.json (config.json where there is none)
-            and the tokenizer's own; chat models often have two.
+        eos_ids: All tokens that end a completion: those of generation_config.json (else config.json) and the
+            tokenizer's own. Chat models often have two.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -28,7 +28,11 @@ class Decoder:
             self.eos_ids |= {int(self.tokenizer.eos_token_id)}
 
     def check_stop(self, stop: Sequence[str]) -> None:
-        """Raise ValueError when stop strings are asked for and there is no tokenizer to find them with."""
+        """Check that stop strings can be found.
+
+        Raises:
+            ValueError: There are stop strings, but the folder has no tokenizer.
+        """
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model folder has none: leave `stop` empty")
 
@@ -43,7 +47,7 @@ class Decoder:
 
 
 def stop_index(text: str, stop: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins; None when there is none."""
+    """Index in `text` where the earliest stop string begins; None if there is none."""
     return min((index for string in stop if (index := text.find(string)) >= 0), default=None)
 
 

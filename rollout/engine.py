@@ -1,10 +1,10 @@
-"""What a rollout engine is, and how one is found by name.
+"""The interface of rollout engines, and the look-up of engines by name.
 
 An engine `foo` is the file `rollout/engines/foo.py`, which has
 
 * `Config(Options)`: the keys beside `name:` in the configuration;
-* `check(model_path, config, setup)`: raises ValueError, before any weight is loaded or process started, when this
-  engine cannot serve that model;
+* `check(model_path, config, setup)`: raises ValueError if the engine cannot serve the model, before any weight is
+  loaded and any process is started;
 * `build(model_path, config, setup) -> RolloutEngine`.
 
 Nothing is registered: adding an engine is adding a file.
@@ -29,87 +29,87 @@ from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 
 FACTS = dict[str, str | int | float | bool | None]
-"""What an engine says about itself: names to plain values, for logs and for `doctor`."""
+"""Facts about an engine by name, as plain values, for logs and for `doctor`."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSetup:
-    """What every engine is told besides its own options."""
+    """Settings that every engine gets besides its own options."""
 
     context_tokens: int
-    """Longest prompt plus its completion, in tokens: sizes the KV cache; no more is ever asked of the engine."""
+    """Maximum tokens of a prompt and its completion together. It sizes the KV cache; no request is longer."""
     max_sequences: int = 128
-    """Most completions that are drawn at the same time, for all requests of one `generate` together."""
+    """Maximum number of completions sampled at the same time, over all requests of one `generate` call."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Weights and activations; log-probs are float32 always."""
+    """Type of weights and activations; log-probs are always float32."""
     dtype_reason: str = "configured"
-    """Why that dtype: a probe, a GPU, or the user's word. `describe()` repeats it."""
+    """Reason for the dtype (a probe, a GPU, or the configuration), which `describe()` reports."""
     threads: int = 1
-    """CPU threads that the engine may use; on a GPU irrelevant."""
+    """CPU threads that the engine may use; no effect on a GPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
-    """For what a request's own seed does not cover (weights of a `random` start, profiling runs)."""
+    """Seed for random numbers that do not belong to a request: weights of a `random` start, profiling runs."""
 
 
 class RolloutEngine(Protocol):
-    """Draws completions from a model whose weights can be replaced while it runs."""
+    """Samples completions from a model whose weights can be replaced while the engine runs."""
 
     @property
     def version(self) -> int:
-        """Version of the weights in use; 0 = those of the folder that it was built from."""
+        """Version of the weights in use; 0 = the weights of the folder that the engine was built from."""
         ...
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete each request `n` times: [requests][n], in the order asked.
+        """Sample `n` completions of each request: [requests][n], in the order of the requests.
 
-        Completion i of a request depends on the weights, the prompt, `sampling` and (seed, i), not on its neighbours
-        (up to the rounding of matrix products of another shape).
+        Completion i of a request depends on the weights, the prompt, `sampling` and (seed, i). Other requests affect it
+        only through rounding, because matrix products of other shapes round differently.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for a token in the context; the index is named.
-            EngineError: the engine gave what cannot be used, e.g. a NaN log-prob; the request is named.
+            ValueError: A prompt is empty, or leaves no room for a token in the context. The message gives its index.
+            EngineError: The engine returned an unusable result, e.g. a NaN log-prob. The message names the request.
         """
         ...
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-prob, at temperature 1, of each token given those before it: [sequences][len - 1].
+        """Compute the log-prob of each token given those before it, at temperature 1: [sequences][len - 1].
 
-        For checks (probes, parity), not for speed: the caller compares them with the learner's own.
+        It serves checks (probes, parity) that compare the engine with the learner, and is not optimised for speed.
         """
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights of the running engine; nothing cached from the old ones survives.
+        """Replace all weights of the running engine, and drop everything cached from the old weights.
 
         Args:
-            tensors: (name, tensor) under the names and shapes of the Hub layout on disk; they are only read.
-            version: larger than the present one.
+            tensors: Pairs (name, tensor) with the names and shapes of the Hub layout on disk. They are only read.
+            version: Version of the new weights, larger than the current version.
 
         Raises:
-            ValueError: a name is missing, unknown or of the wrong shape, or the version does not grow; nothing has been
-                changed then.
+            ValueError: A tensor is missing, unknown or of the wrong shape, or the version is not larger. No weight has
+                been changed then.
         """
         ...
 
     def sleep(self) -> None:
-        """Give back the memory that only generation needs. Idempotent; a no-op where there is none to give."""
+        """Free the memory that only generation needs, if there is any. Idempotent."""
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`; `generate`, `logprobs` and `load_weights` need an engine that is awake. Idempotent."""
+        """Undo `sleep`. `generate`, `logprobs` and `load_weights` need an engine that is awake. Idempotent."""
         ...
 
     def close(self) -> None:
-        """Free everything and leave no process behind. Idempotent."""
+        """Free all memory and end all processes of the engine. Idempotent."""
         ...
 
     def describe(self) -> FACTS:
-        """Engine, version, dtype and why, threads, KV-cache size, and whatever explains its speed."""
+        """Report name, weight version, dtype and its reason, threads, KV-cache size, and settings that affect speed."""
         ...
 
 
 class EngineError(RuntimeError):
-    """The engine itself failed or answered nonsense: not the caller's input, and nothing to retry blindly."""
+    """The engine failed or returned an invalid result. The caller's input is valid, but a blind retry will not help."""
 
 
 def engine_names() -> list[str]:
@@ -129,39 +129,41 @@ def engine_module(name: str) -> ModuleType:
 
 
 def engine_config(name: str) -> type[Options]:
-    """The options class of an engine, for validating the keys beside `name:`. Imports no engine library."""
+    """Options class of an engine, to validate the keys beside `name:`. It does not import the engine's library."""
     config: type[Options] = engine_module(name).Config
     return config
 
 
 def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> None:
-    """Whether an engine can serve a model, before anything is started.
+    """Check that an engine can serve a model, before anything is started.
 
     Raises:
-        ValueError: it cannot; the message says why, and which engine can.
+        ValueError: It cannot. The message gives the reason and an engine that can.
     """
     _check_writes(model_path)
     engine_module(name).check(model_path, config, setup)
 
 
 def _check_writes(model_path: Path) -> None:
-    """Whether a model of ours predicts tokens. What is not ours or not there is the engine's to judge."""
+    """Check that one of our models predicts tokens. The engine itself checks other models and missing files."""
     file = model_path / "config.json"
     names = read_json(file).get("architectures") or [] if file.exists() else []
     for name in names:
         if name in architectures() and not issubclass(architectures()[name].model, CausalLM):
-            raise ValueError(f"{model_path} holds a {name}, which scores and writes no text: give a language model")
+            raise ValueError(
+                f"{model_path} is a {name}, which scores text and cannot generate it: give a language model"
+            )
 
 
 def open_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> RolloutEngine:
-    """Check, then start an engine around the model in a folder of the Hub layout."""
+    """Check and start an engine with the model of a folder in the Hub layout."""
     check_engine(name, config, model_path, setup)
     engine: RolloutEngine = engine_module(name).build(model_path, config, setup)
     return engine
 
 
 def choose_engine(model_path: Path, setup: EngineSetup) -> tuple[str, str]:
-    """The engine that `auto` means here, and why: vLLM where it is installed and can serve the model, else native."""
+    """Choose the engine for `auto`, with the reason: vLLM if it is installed and serves the model, else native."""
     if find_spec("vllm") is None:
         return "native", "vLLM is not installed"
     try:
@@ -172,21 +174,29 @@ def choose_engine(model_path: Path, setup: EngineSetup) -> tuple[str, str]:
 
 
 def check_context(model_path: Path, longest: int | None, setup: EngineSetup) -> None:
-    """Whether a model's positions suffice for what will be asked of it.
+    """Check that a model has enough positions for the longest request.
+
+    Args:
+        model_path: Folder of the model, for the message.
+        longest: Positions of the model; None = unlimited.
+        setup: Holds the context length of requests.
 
     Raises:
-        ValueError: they do not.
+        ValueError: The context is longer than the model's positions.
     """
     if longest is not None and setup.context_tokens > longest:
         raise ValueError(
-            f"the model in {model_path} knows {longest} positions, but prompts and completions may take "
+            f"the model in {model_path} supports {longest} positions, but a prompt and its completion may take "
             f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
         )
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute with that many threads meanwhile: their number changes the rounding, and others here have their own."""
+    """Set the number of torch's CPU threads inside the context, and restore it afterwards.
+
+    The number of threads affects rounding, and other code in this process has a number of its own.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,8 +1,8 @@
-"""Weight sync from the learners to the engines, with the proof that the weights arrived.
+"""Weight sync from the learners to the engines, verified by checksums.
 
-The learner takes a snapshot: tensors with a checksum of each. Every worker compares the tensors that it received with
-their checksums, loads them, and answers with a `SyncReport`. A sync that was lost, truncated, mixed up or meant for
-another model is an error at once, not a run that quietly samples from old weights.
+The learner takes a snapshot of its tensors with a checksum for each. Every worker compares the received tensors with
+the checksums, loads them, and returns a `SyncReport`. A sync that is lost, truncated, corrupted or meant for another
+model raises an error at once; otherwise the run would silently sample from old weights.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 COLUMNS = 4096
-"""Words in a row of the matrix that a checksum is taken over."""
+"""64-bit words per row of the matrix that a checksum is computed over."""
 
 
 class WeightSnapshot(NamedTuple):
-    """All weights of a model in host memory, by the names of the Hub's layout on disk."""
+    """All weights of a model in host memory, under their names in the Hub layout on disk."""
 
     tensors: Mapping[str, Tensor]
     checksums: Mapping[str, str]
@@ -27,27 +27,27 @@ class WeightSnapshot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """The weights that one worker loaded."""
+    """Confirms the weights that one worker loaded."""
 
     version: int
     num_tensors: int
     num_bytes: int
     seconds: float
-    """Checking and loading, without the transfer."""
+    """Time for verification and loading, in seconds, without the transfer."""
     checksum: str
-    """Of all tensors together: equal on every worker that holds the same weights."""
+    """Checksum over all tensors; it is equal on every worker that has the same weights."""
 
 
 class WeightsDamagedError(RuntimeError):
-    """The tensors that arrived differ from those that were sent."""
+    """The received tensors differ from the sent tensors."""
 
 
 def checksum(tensor: Tensor) -> str:
-    """Checksum of a tensor's bits, dtype and shape: the same on every device.
+    """Compute a checksum of a tensor's bits, dtype and shape, which is the same on every device.
 
-    The bits are laid out as a matrix of 64-bit words, and the sums of its columns and of its rows, each times an odd
-    pseudo-random number, are added up modulo 2^64: a changed value changes both sums, and so do values that changed
-    places. It is as fast as memory, and guards against accidents, not against attackers.
+    The bits are arranged as a matrix of 64-bit words. The sums of its columns and of its rows are each multiplied by an
+    odd pseudo-random number and added up modulo 2^64. So a changed value changes the checksum, and so do swapped
+    values. The checksum is as fast as memory allows. It detects accidents, not attacks.
     """
     with torch.no_grad():
         flat = tensor.detach().reshape(-1).view(torch.uint8)
@@ -66,22 +66,22 @@ def checksum(tensor: Tensor) -> str:
 
 
 def take_snapshot(weights: Iterable[tuple[str, Tensor]]) -> WeightSnapshot:
-    """Collect (name, tensor) pairs in host memory with a checksum of each, for `RolloutWorker.load_weights`."""
+    """Copy (name, tensor) pairs to host memory and compute their checksums, for `RolloutWorker.load_weights`."""
     tensors = {name: _alone(tensor.cpu()) for name, tensor in weights}
     return WeightSnapshot(tensors, {name: checksum(tensor) for name, tensor in tensors.items()})
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A tensor in memory of its own: with a view (one expert of a stack) the whole stack would be sent each time."""
+    """Copy a view into its own memory, because sending the view of one expert would send the whole stack of experts."""
     shared = not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
 def verify(snapshot: WeightSnapshot) -> str:
-    """Check that the tensors match their checksums; returns the checksum of all of them together.
+    """Check that the tensors match their checksums, and return the checksum over all of them.
 
     Raises:
-        WeightsDamagedError: a tensor is missing, unannounced or different; names it.
+        WeightsDamagedError: A tensor is missing, has no checksum, or differs from it. The message names it.
     """
     tensors, checksums = snapshot
     absent = sorted(set(checksums) ^ set(tensors))
@@ -90,26 +90,30 @@ def verify(snapshot: WeightSnapshot) -> str:
     wrong = [name for name, tensor in tensors.items() if checksum(tensor) != checksums[name]]
     if wrong:
         raise WeightsDamagedError(
-            f"{len(wrong)} of {len(tensors)} tensors arrived with other content than was sent: {_some(wrong)}"
+            f"{len(wrong)} of {len(tensors)} tensors were damaged in transfer (checksum mismatch): {_some(wrong)}"
         )
     return blake2b(repr(sorted(checksums.items())).encode(), digest_size=8).hexdigest()
 
 
 def check_newer(version: int, current: int) -> None:
-    """Check that weights are newer than those in use.
+    """Check that weights are newer than the current weights.
 
     Raises:
-        ValueError: they are not.
+        ValueError: They are not.
     """
     if version <= current:
         raise ValueError(f"weights of version {version} are not newer than version {current}, which is in use")
 
 
 def check_fit(given: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that tensors are, by name and shape, exactly the weights of a model.
+    """Check that the names and shapes of tensors are exactly those of a model's weights.
+
+    Args:
+        given: Pairs (name, tensor).
+        shapes: Shape of each weight of the model, by name.
 
     Raises:
-        ValueError: one is missing, unknown, given twice or of another shape; names them.
+        ValueError: A tensor is missing, unknown, given twice or of the wrong shape. The message names it.
     """
     seen: dict[str, int] = {}
     wrong = []
@@ -121,15 +125,17 @@ def check_fit(given: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[in
         "missing": [name for name in shapes if name not in seen],
         "unknown": [name for name in seen if name not in shapes],
         "given twice": [name for name, count in seen.items() if count > 1],
-        "of another shape": wrong,
+        "wrong shape": wrong,
     }
     found = [f"{kind}: {_some(items)}" for kind, items in problems.items() if items]
     if found:
-        raise ValueError(f"these are not the weights of this model, nothing was changed. {'; '.join(found)}")
+        raise ValueError(
+            f"the tensors do not match the weights of this model, and no weight was changed. {'; '.join(found)}"
+        )
 
 
 def _words(flat: Tensor) -> Tensor:
-    """Bytes [8 n] as int64 [n]; copied only where they do not begin on a word's boundary."""
+    """View bytes [8 n] as int64 [n]; copy them first if they are not aligned to 8 bytes."""
     if flat.data_ptr() % 8 or flat.storage_offset() % 8:
         flat = flat.clone()
     return flat.view(torch.int64)
@@ -141,7 +147,7 @@ def _weighted(sums: Tensor, length: int) -> int:
 
 @lru_cache(maxsize=64)
 def _multipliers(length: int) -> Tensor:
-    """Odd 64-bit numbers [length], the same everywhere."""
+    """Odd pseudo-random 64-bit numbers [length], the same in every process."""
     drawn = torch.randint(-(2**63), 2**63 - 1, (length,), generator=torch.Generator().manual_seed(0))
     return drawn | 1
 

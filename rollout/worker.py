@@ -1,4 +1,4 @@
-"""The rollout worker: one engine, and the checks around it. The cluster places it as an actor or calls it inline."""
+"""The rollout worker, which runs one engine and verifies new weights. It is a Ray actor, or called inline."""
 
 import time
 import warnings
@@ -11,7 +11,7 @@ from rollout.weights import SyncReport, WeightSnapshot, verify
 
 
 class RolloutWorker:
-    """Samples completions, and loads new weights only after it has compared them with their checksums."""
+    """Samples completions with one engine. It loads new weights only after their checksums have been verified."""
 
     def __init__(self, engine: str, config: Options, model_path: Path, setup: EngineSetup) -> None:
         # Weights in shared memory are read-only on purpose; torch warns each process that receives such arrays.
@@ -19,15 +19,16 @@ class RolloutWorker:
         self.engine = open_engine(engine, config, model_path, setup)
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete each request `n` times: [requests][n]. See `RolloutEngine.generate`."""
+        """Sample `n` completions of each request: [requests][n]. See `RolloutEngine.generate`."""
         return self.engine.generate(requests, sampling)
 
     def load_weights(self, snapshot: WeightSnapshot, version: int) -> SyncReport:
-        """Check the snapshot and load it. The tensors are only read: they may lie in shared memory.
+        """Verify a snapshot and load it. The tensors are only read, because they may be in shared memory.
 
         Raises:
-            WeightsDamagedError: a tensor differs from its checksum.
-            ValueError: these are not this model's weights, or the version is not newer; nothing has been changed.
+            WeightsDamagedError: A tensor differs from its checksum.
+            ValueError: The tensors are not weights of this model, or the version is not newer. No weight has been
+                changed then.
         """
         started = time.perf_counter()
         fingerprint = verify(snapshot)
@@ -41,7 +42,7 @@ class RolloutWorker:
         )
 
     def sleep(self) -> None:
-        """Give back the memory that only generation needs."""
+        """Free the memory that only generation needs."""
         self.engine.sleep()
 
     def wake(self) -> None:
@@ -49,5 +50,5 @@ class RolloutWorker:
         self.engine.wake()
 
     def close(self) -> None:
-        """Free everything; the worker is of no use afterwards."""
+        """Free the engine; the worker cannot be used afterwards."""
         self.engine.close()

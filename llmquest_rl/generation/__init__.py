@@ -1,1 +1,5 @@
-"""Drawing tokens: sampling, and the native engine with continuous batching."""
+"""Text generation with our own models: token sampling, continuous batching, and weights packed for decoding.
+
+May import the rest of the library that knows models (`models`, `layers`, `batch`, `types`). Of the other rooms, only
+`rollout` and tests import it.
+"""

@@ -1,7 +1,7 @@
-"""The sequences that are being drawn at one moment: who joins, who leaves, and one token for each.
+"""Continuous batching: completions join and leave a running batch, and every step samples one token for each.
 
-Rows are kept without holes: when a completion ends, the last row moves into its place, in the cache too. A prompt is
-computed when its first completion joins and forgotten when its last one has ended.
+Rows have no holes: when a completion ends, the last row moves into its place, also in the cache. A prompt is computed
+when its first completion joins, and removed when its last completion has ended.
 """
 
 from collections import deque
@@ -13,93 +13,106 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.generation.sampling import draw, stream_keys, stream_uniforms
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.generation.sampling import sample_tokens, stream_keys, stream_uniforms
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.types import FinishReason, Request, Sampling
 
 PREFILL_TOKENS = 4096
-"""Prompt tokens in one forward: enough for full speed, and bounds its memory."""
+"""Maximum prompt tokens per forward: enough for full speed, with bounded memory."""
 
 
 class GenerationError(RuntimeError):
-    """The model gave logits from which nothing can be drawn."""
+    """The model computed logits that no token can be sampled from."""
 
 
 @dataclass(slots=True, eq=False)
-class Prompt:
-    """A request on its way: its prompt, and how many of its completions have joined and ended."""
+class RunningPrompt:
+    """The prompt of a request, with the progress of its completions."""
 
     request: int
-    """Its index among the requests."""
+    """Index of the request."""
     ids: list[int]
+    """Token ids of the prompt."""
     n: int
+    """Completions to sample."""
     limit: int
-    """Longest completion, in tokens."""
+    """Maximum tokens per completion."""
     keys: list[int]
     """Random stream of each completion [n]."""
     images: Tensor | None = None
-    """[images, channels, height, width]; None = text."""
+    """Images of the prompt [images, channels, height, width]; None = text only."""
     slot: int = -1
+    """Slot in the prompt cache; -1 = not computed yet."""
     joined: int = 0
+    """Completions that have joined the batch."""
     ended: int = 0
+    """Completions that have ended."""
     state: Tensor | None = None
-    """The last token's final hidden state [1, size], from which each completion starts."""
+    """Final hidden state of the last prompt token [1, size], which predicts the first token of each completion."""
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """A completion that is being drawn."""
+class RunningCompletion:
+    """A completion that is being sampled."""
 
-    prompt: Prompt
+    prompt: RunningPrompt
     index: int
-    """Which of the request's completions it is."""
+    """Index among the completions of its request."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How much a batch can hold at once."""
+class CacheCapacity:
+    """Maximum numbers of prompts, completions and tokens in a batch."""
 
     prompts: int
+    """Prompts at the same time."""
     prompt_tokens: int
-    """Longest prompt."""
+    """Tokens per prompt."""
     rows: int
     """Completions at the same time."""
-    tail_tokens: int
-    """Longest completion that has to be kept: the last token drawn is never looked back at."""
+    completion_tokens: int
+    """Cached tokens per completion; the last sampled token is never read again, so it is not cached."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of cache that it takes."""
-        return self.prompts * self.prompt_tokens + self.rows * self.tail_tokens
+        """Tokens that the two caches reserve together."""
+        return self.prompts * self.prompt_tokens + self.rows * self.completion_tokens
 
-    def holds(self, other: "Room") -> bool:
-        """Whether whatever fits into `other` fits in here."""
+    def covers(self, other: "CacheCapacity") -> bool:
+        """True if this capacity is at least `other` in every respect."""
         return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 class Caches:
-    """The memory of a batch: a cache of prompts and one of completions."""
+    """The caches of a batch: one of prompts and one of completions."""
 
-    def __init__(self, room: Room, device: torch.device) -> None:
-        self.room = room
-        self.prompts = SlotCache(room.prompts, room.prompt_tokens, device)
-        self.tails = SlotCache(room.rows, room.tail_tokens, device)
+    def __init__(self, capacity: CacheCapacity, device: torch.device) -> None:
+        self.capacity = capacity
+        self.prompts = SlotCache(capacity.prompts, capacity.prompt_tokens, device)
+        self.completions = SlotCache(capacity.rows, capacity.completion_tokens, device)
 
     @property
     def num_bytes(self) -> int:
-        """Memory reserved by both."""
-        return self.prompts.num_bytes + self.tails.num_bytes
+        """Reserved memory of both caches, in bytes."""
+        return self.prompts.num_bytes + self.completions.num_bytes
 
 
-def waiting_line(requests: Sequence[Request], limits: Sequence[int]) -> deque[Prompt]:
-    """Requests in the order in which they join: long prompts first, so that neighbours in the cache are alike."""
+def waiting_queue(requests: Sequence[Request], limits: Sequence[int]) -> deque[RunningPrompt]:
+    """Queue up requests in the order in which they join the batch.
+
+    Long prompts come first, so that neighbouring cache slots have similar lengths and buckets need little padding.
+
+    Args:
+        requests: The requests; those without completions are left out.
+        limits: Maximum tokens per completion of each request.
+    """
     prompts = [
-        Prompt(
+        RunningPrompt(
             i,
             request.prompt_ids,
             request.n,
@@ -113,72 +126,72 @@ def waiting_line(requests: Sequence[Request], limits: Sequence[int]) -> deque[Pr
     return deque(sorted(prompts, key=lambda prompt: -len(prompt.ids)))
 
 
-class Batch:
-    """Completions that are drawn together."""
+class RunningBatch:
+    """The completions that are sampled together, and the prompts that they need."""
 
     def __init__(
-        self, model: CausalLM, caches: Caches, room: Room, sampling: Sampling, eos_ids: frozenset[int]
+        self, model: CausalLM, caches: Caches, capacity: CacheCapacity, sampling: Sampling, eos_ids: frozenset[int]
     ) -> None:
         self._model = model
         self._caches = caches
-        self._room = room
+        self._capacity = capacity
         self._sampling = sampling
         self._eos_ids = eos_ids
         self._device = next(model.parameters()).device
-        self._prompts: list[Prompt] = []
-        """In slot order."""
-        self.rows: list[Row] = []
-        """In slot order; those that joined last, and have no token yet, are at the end."""
+        self._prompts: list[RunningPrompt] = []
+        """Prompts in slot order."""
+        self.rows: list[RunningCompletion] = []
+        """Completions in slot order; those that joined last and have no token yet are at the end."""
 
-    def admit(self, waiting: deque[Prompt]) -> None:
-        """Let completions join while there is room, and compute the prompts that are new."""
-        new: list[Prompt] = []
-        while waiting and len(self.rows) < self._room.rows:
+    def admit(self, waiting: deque[RunningPrompt]) -> None:
+        """Move completions from the queue to the batch while there is room, and compute new prompts."""
+        new: list[RunningPrompt] = []
+        while waiting and len(self.rows) < self._capacity.rows:
             prompt = waiting[0]
             if prompt.slot < 0:
-                if len(self._prompts) == self._room.prompts:
+                if len(self._prompts) == self._capacity.prompts:
                     break
                 prompt.slot = len(self._prompts)
                 self._prompts.append(prompt)
                 new.append(prompt)
-            stop = min(prompt.n, prompt.joined + self._room.rows - len(self.rows))
-            self.rows += [Row(prompt, index) for index in range(prompt.joined, stop)]
+            stop = min(prompt.n, prompt.joined + self._capacity.rows - len(self.rows))
+            self.rows += [RunningCompletion(prompt, index) for index in range(prompt.joined, stop)]
             prompt.joined = stop
             if prompt.joined == prompt.n:
                 waiting.popleft()
-        for pack in packs([len(prompt.ids) for prompt in new]):
+        for pack in pack_slices([len(prompt.ids) for prompt in new]):
             self._prefill(new[pack])
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+    def _prefill(self, prompts: Sequence[RunningPrompt]) -> None:
         layout = Layout(tuple(len(prompt.ids) for prompt in prompts), (-1,) * len(prompts))
-        context = Prefill(self._caches.prompts, layout, [prompt.slot for prompt in prompts])
+        context = PrefillContext(self._caches.prompts, layout, [prompt.slot for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt.ids])
         positions = layout.positions()
-        seen = self._images(prompts)
-        states = self._model.hidden(tokens.to(self._device), positions.to(self._device), context, **seen).states
+        image_inputs = self._images(prompts)
+        states = self._model.hidden(tokens.to(self._device), positions.to(self._device), context, **image_inputs).states
         for prompt, start in zip(prompts, layout.starts, strict=True):
             prompt.state = states[start + len(prompt.ids) - 1, None].clone()
 
-    def _images(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What a vision-language model is given beside tokens, where there are images."""
+    def _images(self, prompts: Sequence[RunningPrompt]) -> dict[str, Any]:
+        """Keyword arguments with the images of the prompts, for a vision-language model; empty without images."""
         found = [prompt.images for prompt in prompts if prompt.images is not None]
         if not found:
             return {}
         counts = [0 if prompt.images is None else len(prompt.images) for prompt in prompts]
         return {"images": torch.cat(found).to(self._device), "image_counts": counts}
 
-    def draw(self) -> None:
-        """Draw the next token of every row, and note which completions it ends.
+    def sample_next(self) -> None:
+        """Sample the next token of every row, and mark the completions that it ends.
 
         Raises:
-            GenerationError: the logits of a row hold a NaN or an infinity.
+            GenerationError: The logits of a row contain NaN or infinity.
         """
         tokens, logprobs = self._next_tokens(self._next_states())
         for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if logprob != logprob:  # NaN
                 raise GenerationError(
-                    f"request {row.prompt.request}, completion {row.index}: the logits of token {len(row.tokens)} hold "
-                    "NaN or infinity, so nothing can be drawn: the weights in use are broken"
+                    f"request {row.prompt.request}, completion {row.index}: the logits of token {len(row.tokens)} "
+                    "contain NaN or infinity, so no token can be sampled. Check the weights for NaN and infinity."
                 )
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -190,31 +203,31 @@ class Batch:
     def _next_tokens(self, states: Tensor) -> tuple[Tensor, Tensor]:
         keys = torch.tensor([row.prompt.keys[row.index] for row in self.rows])
         uniforms = stream_uniforms(keys, torch.tensor([len(row.tokens) for row in self.rows]))
-        tokens, logprobs = draw(self._model.logits(states), self._sampling, uniforms.to(self._device))
+        tokens, logprobs = sample_tokens(self._model.logits(states), self._sampling, uniforms.to(self._device))
         return tokens, logprobs
 
     def _next_states(self) -> Tensor:
-        """The hidden states [rows, size] that predict each row's next token."""
+        """Compute the hidden states [rows, size] that predict the next token of each row."""
         running = [row for row in self.rows if row.tokens]
         first = [self._prompt_state(row.prompt) for row in self.rows[len(running) :]]
         return torch.cat(([self._decode(running)] if running else []) + first)
 
     @staticmethod
-    def _prompt_state(prompt: Prompt) -> Tensor:
-        assert prompt.state is not None, "a completion joins after its prompt was computed"
+    def _prompt_state(prompt: RunningPrompt) -> Tensor:
+        assert prompt.state is not None, "a prompt is computed before its completions start"
         return prompt.state
 
-    def _decode(self, rows: Sequence[Row]) -> Tensor:
+    def _decode(self, rows: Sequence[RunningCompletion]) -> Tensor:
         lengths = [len(prompt.ids) for prompt in self._prompts]
         kept = [len(row.tokens) - 1 for row in rows]
         parents = [row.prompt.slot for row in rows]
-        context = Decode(self._caches.prompts, lengths, self._caches.tails, kept, parents)
+        context = DecodeContext(self._caches.prompts, lengths, self._caches.completions, kept, parents)
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=self._device)
         positions = torch.tensor([lengths[p] + k for p, k in zip(parents, kept, strict=True)], device=self._device)
         return self._model.hidden(tokens, positions, context).states
 
-    def retire(self) -> list[Row]:
-        """Take out the rows that have ended, close the holes, and free prompts that nobody needs any more."""
+    def retire(self) -> list[RunningCompletion]:
+        """Remove and return the completions that have ended, close the holes, and free unused prompts."""
         ended = [row for row in self.rows if row.finish is not None]
         for slot in reversed(range(len(self.rows))):
             row = self.rows[slot]
@@ -223,7 +236,7 @@ class Batch:
                 last = self.rows.pop()
                 if last is not row:
                     self.rows[slot] = last
-                    self._caches.tails.move(len(self.rows), slot, len(last.tokens) - 1)
+                    self._caches.completions.move(len(self.rows), slot, len(last.tokens) - 1)
         for slot in reversed(range(len(self._prompts))):
             if self._prompts[slot].ended == self._prompts[slot].n:
                 self._free_prompt(slot)
@@ -238,8 +251,8 @@ class Batch:
             last.slot = slot
 
 
-def packs(lengths: Sequence[int]) -> list[slice]:
-    """Neighbours to be computed in one forward: at most `PREFILL_TOKENS` tokens, or a single one that is longer."""
+def pack_slices(lengths: Sequence[int]) -> list[slice]:
+    """Split sequences of these lengths into runs of at most `PREFILL_TOKENS` tokens, or of one longer sequence."""
     slices: list[slice] = []
     start, size = 0, 0
     for i, length in enumerate(lengths):

@@ -1,8 +1,8 @@
-"""Weights in the blocked order of the CPU's matrix kernels, for models that only generate.
+"""Weights in the blocked layout of the CPU's matrix kernels, for models that only generate.
 
-A matrix product first copies its weights into an order that suits the processor. For the few rows of a decoding step
-that copy costs up to half of the time, so here it is made once and kept beside the weights: a copy in memory, and to be
-made again when they change.
+A matrix product first copies its weights into a layout that suits the processor. For the few rows of a decoding step
+that copy takes up to half of the time. So here it is made once and stored beside the weights. The price is memory for a
+second copy, which must be made again when the weights change.
 """
 
 from collections.abc import Callable
@@ -12,40 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmquest_rl.layers.linear import Linear, by_onednn
+from llmquest_rl.layers.linear import Linear, onednn_linear
 from llmquest_rl.layers.lm_head import LMHead
-from llmquest_rl.layers.moe.experts import RoutedExperts, added_up, sorted_pairs
+from llmquest_rl.layers.moe.experts import RoutedExperts, combine_pairs, sort_by_expert
 from llmquest_rl.models.base import CausalLM
 
 ROWS_HINT = 128
-"""Rows for which the order is chosen; any number can be multiplied."""
-FEW, MANY = 8, 64
-"""Rows of an expert are filled up to multiples of this: a kernel is made for each number of rows, which takes longer
-than a small product does."""
+"""Number of rows that oneDNN chooses the layout for; products with any other number work too."""
+SMALL_BLOCK, LARGE_BLOCK = 8, 64
+"""The rows of an expert are padded to a multiple of these. oneDNN compiles a kernel for each number of rows, and that
+takes longer than a small product."""
 
 
-class _OneWeight:
-    """A layer whose `weight` is kept packed."""
+class _PackedWeight:
+    """Mixin for a layer with one packed `weight`."""
 
     weight: nn.Parameter | Tensor
     _packed: Tensor | None = None
 
     @property
     def packed(self) -> list[Tensor]:
-        """The packed copy."""
+        """The packed copy, if there is one."""
         return [] if self._packed is None else [self._packed]
 
     def pack(self) -> None:
-        """Take over the weight as it is now."""
+        """Copy the current weight into the packed layout."""
         self._packed = _reorder(self.weight)
 
     def unpack(self) -> None:
-        """Give the copy's memory back; `pack` comes before the next use."""
+        """Free the copy. Call `pack` before the next use."""
         self._packed = None
 
 
-class PackedLinear(_OneWeight, nn.Linear):
-    """A linear layer without gradient that shares `linear`'s parameters and keeps its weight packed."""
+class PackedLinear(_PackedWeight, nn.Linear):
+    """A linear layer without gradient that shares the parameters of `linear` and packs its weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -53,23 +53,23 @@ class PackedLinear(_OneWeight, nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` [rows, in_features] to [rows, out_features]."""
-        return _product(input, self._packed, self.bias)
+        """Transform `input` [rows, in_features] to [rows, out_features]."""
+        return _packed_linear(input, self._packed, self.bias)
 
 
-class PackedHead(_OneWeight, LMHead):
-    """An output layer that shares `head`'s weight; packed for `logits` alone."""
+class PackedHead(_PackedWeight, LMHead):
+    """An output layer that shares the weight of `head`; only `logits` uses the packed copy."""
 
     def __init__(self, head: LMHead) -> None:
         super().__init__(0, 0, tied_to=head.weight, softcap=head.softcap)
 
     def logits(self, states: Tensor) -> Tensor:
         """See `LMHead.logits`."""
-        return self.capped(_product(states, self._packed, None))
+        return self.apply_softcap(_packed_linear(states, self._packed, None))
 
 
 class PackedExperts(RoutedExperts):
-    """Routed experts without gradient that share `experts`' parameters and keep every matrix packed."""
+    """Routed experts without gradient that share the parameters of `experts` and pack every matrix."""
 
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__(0, 1, 1)
@@ -83,76 +83,76 @@ class PackedExperts(RoutedExperts):
         return [*(self._gate_up or ()), *(self._down or ())]
 
     def pack(self) -> None:
-        """Take over the weights as they are now."""
+        """Copy the current weights into the packed layout."""
         self._gate_up, self._down = (list(map(_reorder, weights)) for weights in (self.gate_up, self.down))
 
     def unpack(self) -> None:
-        """Give the copies' memory back; `pack` comes before the next use."""
+        """Free the copies. Call `pack` before the next use."""
         self._gate_up = self._down = None
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor, capacity: int | None = None) -> Tensor:
         """See `RoutedExperts.forward`."""
-        assert self._gate_up is not None and self._down is not None, "pack() comes first"
-        if len(x) == 1:  # matrices are read once, in any order: fewer steps count
+        assert self._gate_up is not None and self._down is not None, "call pack() before the first use"
+        if len(x) == 1:  # reads each matrix once in any layout, in fewer steps
             return super().forward(x, experts, weights, capacity)
-        sorted_experts, order = sorted_pairs(experts, capacity)
+        sorted_experts, order = sort_by_expert(experts, capacity)
         numbers, counts = sorted_experts.unique_consecutive(return_counts=True)
-        blocks = _filled_up(counts)
-        shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # rows filled in before each expert's
+        blocks = _round_up_rows(counts)
+        shifts = (blocks - counts).cumsum(0) - (blocks - counts)  # padding rows before each expert's rows
         places = torch.arange(len(order)) + shifts.repeat_interleave(counts)
-        pairs = order.new_zeros(int(blocks.sum()))  # filled up with the first one, whose result nobody reads there
+        pairs = order.new_zeros(int(blocks.sum()))  # padding repeats the first pair; its results are not read
         pairs[places] = order
         rows, scales = x.index_select(0, pairs // weights.shape[1]), weights.flatten()[pairs, None]
         sizes, outputs = blocks.tolist(), [x[:0]]
         for expert, part, scale in zip(numbers.tolist(), rows.split(sizes), scales.split(sizes), strict=True):
-            gate, up = _product(part, self._gate_up[expert], None).chunk(2, -1)
-            outputs.append(_product(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
-        return added_up(torch.cat(outputs), order, weights.shape, places)
+            gate, up = _packed_linear(part, self._gate_up[expert], None).chunk(2, -1)
+            outputs.append(_packed_linear(F.silu(gate).mul_(up).mul_(scale), self._down[expert], None))
+        return combine_pairs(torch.cat(outputs), order, weights.shape, places)
 
 
-def _filled_up(counts: Tensor) -> Tensor:
-    """Numbers of rows, each filled up to a multiple of `FEW`, or of `MANY` where it is larger."""
-    step = torch.where(counts > MANY, MANY, FEW)
+def _round_up_rows(counts: Tensor) -> Tensor:
+    """Round numbers of rows up to a multiple of `SMALL_BLOCK`, those above `LARGE_BLOCK` to a multiple of that."""
+    step = torch.where(counts > LARGE_BLOCK, LARGE_BLOCK, SMALL_BLOCK)
     return (counts + step - 1) // step * step
 
 
-PACKED: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
+PACKED_TYPES: dict[type[nn.Module], Callable[[Any], "PackedModule"]] = {
     Linear: PackedLinear,
     LMHead: PackedHead,
     RoutedExperts: PackedExperts,
 }
-"""What is packed, by its exact type."""
+"""The packed class of each layer type; subclasses are not packed."""
 PackedModule = PackedLinear | PackedHead | PackedExperts
 
 
 def can_pack(model: CausalLM) -> bool:
-    """Whether the kernels are there: a CPU model in float32 or bfloat16, and a torch build with oneDNN."""
+    """True if the model is on a CPU in float32 or bfloat16, and the torch build has oneDNN."""
     weight = next(model.parameters())
     has_kernels = torch.backends.mkldnn.is_available()
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and bool(has_kernels)
 
 
 def pack_model(model: CausalLM) -> None:
-    """Replace linear layers, experts and the head by packed ones, or pack anew after weights have changed.
+    """Replace linear layers, experts and the head with packed ones, and pack the current weights.
 
-    Parameters keep their names.
+    Call it again after the weights have changed. Parameters keep their names.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in PACKED:
-                setattr(parent, name, PACKED[type(child)](child))
+            if type(child) in PACKED_TYPES:
+                setattr(parent, name, PACKED_TYPES[type(child)](child))
     for module in _packed_modules(model):
         module.pack()
 
 
 def unpack_model(model: CausalLM) -> None:
-    """Give the memory of the packed copies back, until `pack_model` makes them again."""
+    """Free the packed copies. Call `pack_model` before the next use."""
     for module in _packed_modules(model):
         module.unpack()
 
 
 def packed_bytes(model: CausalLM) -> int:
-    """Memory of the packed copies."""
+    """Memory of the packed copies, in bytes."""
     return sum(copy.nbytes for module in _packed_modules(model) for copy in module.packed)
 
 
@@ -166,6 +166,6 @@ def _reorder(weight: Tensor) -> Tensor:
     return packed
 
 
-def _product(x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
-    assert packed is not None, "pack() comes first"
-    return by_onednn(x, packed, bias)
+def _packed_linear(x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert packed is not None, "call pack() before the first use"
+    return onednn_linear(x, packed, bias)

@@ -1,7 +1,7 @@
-"""Sampling as functions of logits: temperature, min-p, top-k, top-p, and one random number for each token.
+"""Token sampling: temperature, min-p, top-k, top-p, and one random number per token.
 
-The order and the kept sets are those of vLLM (temperature, then min-p, then top-k, then top-p), so that both engines
-sample from the same distribution. Shapes: [batch, vocab] for logits, [batch] for what belongs to a sequence.
+The order of the filters and the tokens that they keep are those of vLLM (temperature, min-p, top-k, top-p), so both
+engines sample from the same distribution. Logits have the shape [batch, vocab], values per sequence [batch].
 """
 
 import math
@@ -18,17 +18,17 @@ _MIX_2 = -0x6B2FB644ECCEEE15
 
 
 def processed_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [batch, vocab] of the distribution to sample from, in float32; -inf where a token was dropped.
+    """Compute the logits [batch, vocab] of the distribution to sample from, in float32; -inf for dropped tokens.
 
-    A temperature of 0 leaves them as they are: greedy decoding reports log-probs at temperature 1.
+    With temperature 0 the logits are unchanged: greedy decoding reports log-probs at temperature 1.
     """
     scores = logits.float()
     if sampling.temperature in (0.0, 1.0):
-        return scores if sampling.temperature == 0 else _filtered(scores, sampling)
-    return _filtered(scores / sampling.temperature, sampling)
+        return scores if sampling.temperature == 0 else _filter(scores, sampling)
+    return _filter(scores / sampling.temperature, sampling)
 
 
-def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+def _filter(scores: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p > 0:
         scores = keep_min_p(scores, sampling.min_p)
     if 0 < sampling.top_k < scores.shape[-1]:
@@ -45,15 +45,15 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the `k` most likely tokens, and any as likely as the last of them."""
+    """Keep the `k` most likely tokens, and ties with the last of them (Fan et al. 2018, arXiv:1805.04833)."""
     kth = logits.topk(k, dim=-1).values[:, -1:]
     return logits.masked_fill(logits < kth, -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probability reaches `p` (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the fewest most likely tokens with a total probability of `p` (Holtzman et al. 2019, arXiv:1904.09751)."""
     probs = logits.softmax(-1)
-    # Tokens below (1 - p) / vocab sum to less than 1 - p, so all of them fall: only the few others need sorting.
+    # Tokens below (1 - p) / vocab sum to less than 1 - p, so all of them are dropped: only the others need sorting.
     candidates = int((probs >= (1 - p) / probs.shape[-1]).sum(-1).max())
     largest, tokens = probs.topk(max(candidates, 1), dim=-1)
     likelier = largest.double().cumsum(-1) - largest
@@ -61,20 +61,20 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(~kept, -math.inf)
 
 
-def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token for each sequence by inverting its cumulative distribution at one uniform number.
+def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample one token per sequence by inverting the cumulative distribution at a uniform random number.
 
-    One number for a token instead of one for each word of the vocabulary makes the draw cheap and lets it be a function
+    It uses one random number per token, not one per vocabulary entry. That is cheap, and the number can be a function
     of (seed, completion, position) alone.
 
     Args:
-        logits: [batch, vocab], any float dtype.
-        sampling: As `processed_logits`.
-        uniforms: Float64 [batch] in [0, 1); not looked at when the temperature is 0.
+        logits: Logits [batch, vocab], any float dtype.
+        sampling: Temperature and filters.
+        uniforms: Uniform numbers in [0, 1), float64 [batch]; ignored at temperature 0.
 
     Returns:
-        Token ids [batch], and their log-probs under the distribution sampled from, float32 [batch]. The log-prob of a
-        row whose logits hold a NaN or +inf is NaN; its token is then meaningless.
+        Token ids [batch], and their log-probs under the distribution sampled from, float32 [batch]. If the logits of a
+        row contain NaN or +inf, its log-prob is NaN and its token is meaningless.
     """
     scores = processed_logits(logits, sampling)
     top = scores.amax(-1, keepdim=True)
@@ -87,28 +87,28 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, 
         threshold = torch.minimum((uniforms * total.double()).float(), below_total)
         # right=True: the first token whose cumulative weight exceeds the threshold, hence never one of weight 0
         tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
-        tokens = tokens.clamp_(max=scores.shape[-1] - 1)  # a NaN exceeds nothing
+        tokens = tokens.clamp_(max=scores.shape[-1] - 1)  # with NaN no weight exceeds the threshold
     chosen = scores.gather(-1, tokens[:, None]).squeeze(-1)
     return tokens, chosen - top.squeeze(-1) - total.log()
 
 
 def stream_keys(seed: int, n: int) -> Tensor:
-    """Keys [n], long: one random stream for each completion of a request, a function of (seed, completion) alone."""
+    """Keys of the random streams of a request's completions, long [n]; each depends on (seed, completion) only."""
     signed = (seed + 2**63) % 2**64 - 2**63
     return _mix(_mix(torch.tensor([signed])) + torch.arange(n) * _GOLDEN)
 
 
 def stream_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """Number `positions` [batch] of the streams `keys` [batch]: float64 [batch] in [0, 1).
+    """Random number at `positions` [batch] of the streams `keys` [batch]: float64 [batch] in [0, 1).
 
-    A counter-based generator (SplitMix64): no state to keep, save or advance, the same on every device.
+    SplitMix64 is a counter-based generator here: it has no state, and gives the same numbers on every device.
     """
     bits = _shift(_mix(keys + positions * _GOLDEN), 11)
     return bits.double().mul_(2.0**-53)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function; products wrap around."""
+    """Apply SplitMix64's output function; products wrap around modulo 2^64."""
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)

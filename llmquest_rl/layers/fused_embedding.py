@@ -1,4 +1,4 @@
-"""An embedding in which some tokens are given as vectors: how images enter a model that reads token ids."""
+"""An embedding that replaces image tokens with feature vectors, so that a text model can read images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ from torch import Tensor, nn
 
 
 class FusedEmbedding(nn.Embedding):
-    """Another embedding's table, in which ids after the vocabulary mean rows of features that are given for a while.
+    """An embedding in which token ids beyond the vocabulary stand for rows of given features.
 
-    Given features take the place of the table's rows, so whatever the model does to embeddings is done to them.
+    Features take the place of embeddings, so any scaling that the model applies to embeddings applies to them too.
     """
 
     def __init__(self, plain: nn.Embedding) -> None:
         super().__init__(plain.num_embeddings, plain.embedding_dim, _weight=plain.weight)
-        self.weight = plain.weight  # the very same: the output layer may be tied to it
+        self.weight = plain.weight  # the same parameter, because the output layer may be tied to it
         self._features: Tensor | None = None
 
     @contextmanager
-    def holding(self, features: Tensor | None) -> Iterator[None]:
-        """Meanwhile id `num_embeddings + i` means row i of `features` [rows, D]."""
+    def with_features(self, features: Tensor | None) -> Iterator[None]:
+        """Inside the context, token id `num_embeddings + i` stands for row i of `features` [rows, D]."""
         self._features = features
         try:
             yield
@@ -27,10 +27,10 @@ class FusedEmbedding(nn.Embedding):
             self._features = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings [T, D] of `tokens` [T]."""
+        """Look up embeddings [T, D] of `tokens` [T]."""
         if self._features is None:
             return super().forward(tokens)
         rows = (tokens >= self.num_embeddings).nonzero().squeeze(-1)
-        text = super().forward(tokens.index_fill(0, rows, 0))  # any id: what it gives is replaced
+        text = super().forward(tokens.index_fill(0, rows, 0))  # any valid id: the result is replaced below
         chosen = self._features[tokens[rows] - self.num_embeddings]
         return text.index_copy(0, rows, chosen.to(text.dtype))

@@ -1,8 +1,8 @@
-"""The output layer: log-probabilities of given tokens without ever holding tokens x vocabulary.
+"""The output layer, which computes log-probabilities of given tokens without a [tokens, vocab] tensor.
 
-The vocabulary is worked through in chunks of columns that stay in a fast cache, in buffers that all chunks share; each
-weight is read once. Backward computes the chunks' probabilities a second time: one more matrix product, instead of
-keeping the largest tensor of the whole model.
+The vocabulary is processed in chunks of columns that fit into a fast cache, in buffers that all chunks share. Each
+weight is read once. Backward computes the probabilities of each chunk again: that costs one more matrix product, but
+avoids the largest tensor of the model.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmquest_rl.layers.linear import multiply, product, worthwhile
+from llmquest_rl.layers.linear import matmul_into, onednn_is_faster, onednn_matmul
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Logits held at once, by device: on a CPU what fits its last cache, on a GPU enough to fill it."""
+"""Logits per chunk by device: on a CPU they fit into the last-level cache, on a GPU they occupy all cores."""
 
 MIN_CHUNK_COLUMNS = 256
-"""Fewer columns would make the matrix products slow."""
+"""Fewest columns per chunk; the matrix products would be slow with fewer."""
 
 
 class LMHead(nn.Module):
-    """A [vocab, size] matrix, its own or the embedding's. No bias.
+    """Output projection with a weight [vocab, size], its own or the tied embedding's, and no bias.
 
     With a soft cap s the logits are `s * tanh(products / s)` (Gemma 2, arXiv:2408.00118, section 2).
     """
@@ -32,31 +32,31 @@ class LMHead(nn.Module):
         self.softcap = softcap
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, vocab] of `states` [n, size]: what `forward` avoids, so for few rows.
+        """Compute logits [n, vocab] of `states` [n, size]. Use it for few rows: `forward` avoids this tensor.
 
-        In the model's dtype; with a soft cap float32, as `forward` computes them.
+        The logits are in the model's dtype, with a soft cap in float32.
         """
-        return self.capped(states @ self.weight.t())
+        return self.apply_softcap(states @ self.weight.t())
 
-    def capped(self, products: Tensor) -> Tensor:
-        """Logits from `products` [n, vocab] of states and weight."""
+    def apply_softcap(self, products: Tensor) -> Tensor:
+        """Turn `products` [n, vocab] of states and weight into logits [n, vocab]."""
         return products if self.softcap is None else (products.float() / self.softcap).tanh() * self.softcap
 
     def forward(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each target, and the entropy of the distribution that it stands in.
+        """Compute the log-probability of each target, and the entropy of each row's distribution.
 
-        Matrix products are in the weight's dtype, all else is float32.
+        Matrix products are in the weight's dtype, everything else is float32.
 
         Args:
             states: Final hidden states [n, size].
             targets: Token ids [n].
-            temperature: Divides the logits first.
-            entropy: Also compute the entropy, in nats.
+            temperature: Divides the logits before the softmax.
+            entropy: True: also compute the entropy, in nats.
 
         Returns:
-            Log-probs [n] and entropy [n] (None unless asked for), float32.
+            Log-probs [n] and entropies [n] (None without `entropy`), float32.
         """
         inputs = (states, self.weight, targets, temperature, self.softcap, entropy)
         logprobs, entropies = _ChunkedLogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -74,13 +74,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         softcap: float | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of exponentials is kept relative to the largest logit so far (Milakov and Gimelshein 2018)."""
+        """Online softmax: sums exponentials relative to the largest logit so far (Milakov and Gimelshein 2018)."""
         chosen = states.new_zeros(len(states), dtype=torch.float32)
         largest = torch.full_like(chosen, -torch.inf)
         total, weighted = torch.zeros_like(chosen), torch.zeros_like(chosen)
-        room = chosen.new_empty(0)
-        for chunk in _chunks(states, weight, targets, temperature, softcap):
-            logits, exponentials = chunk.logits, room.resize_(chunk.logits.shape)
+        buffer = chosen.new_empty(0)
+        for chunk in _vocab_chunks(states, weight, targets, temperature, softcap):
+            logits, exponentials = chunk.logits, buffer.resize_(chunk.logits.shape)
             before, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (before - largest).exp_()
             torch.sub(logits, largest[:, None], out=exponentials).exp_()
@@ -92,14 +92,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         entropies = normalizer - weighted / total
         ctx.save_for_backward(states, weight, targets, normalizer, entropies)
         ctx.temperature, ctx.softcap = temperature, softcap
-        ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing here
+        ctx.set_materialize_grads(False)  # no work for an entropy that is not in the loss
         return chosen - normalizer, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """d logprob / d logits = (onehot - softmax(logits / T)) / T. A row's factor goes to the smaller operand.
+        """Compute d logprob / d logits = (onehot - softmax(logits / T)) / T.
 
-        With a soft cap s another factor follows, d logits / d products = 1 - (logits / s)^2.
+        Row factors are multiplied into the smaller operand. A soft cap s adds the factor
+        d logits / d products = 1 - (logits / s)^2.
         """
         states, weight, targets, normalizer, entropies = ctx.saved_tensors
         logprob_grad = torch.zeros_like(normalizer) if grads[0] is None else grads[0]
@@ -108,94 +109,96 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scaled = states * scale.to(states.dtype)
         grad_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        room = normalizer.new_empty(0)
-        for chunk in _chunks(states, weight, targets, ctx.temperature, ctx.softcap):
-            slopes = _slopes(chunk.logits, ctx.temperature, ctx.softcap, room)
+        buffer = normalizer.new_empty(0)
+        for chunk in _vocab_chunks(states, weight, targets, ctx.temperature, ctx.softcap):
+            softcap_gradient = _softcap_gradient(chunk.logits, ctx.temperature, ctx.softcap, buffer)
             logprobs = chunk.logits.sub_(normalizer[:, None])
             if grads[1] is None:
-                errors = _errors(logprobs, chunk)
+                logit_gradient = _logit_gradient(logprobs, chunk)
             else:
-                errors = _errors_with_entropy(logprobs, chunk, logprob_grad, grads[1], entropies)
-            errors = errors if slopes is None else errors.mul_(slopes)
-            errors = errors if errors.dtype == weight.dtype else chunk.products.copy_(errors)
+                logit_gradient = _logit_gradient_with_entropy(logprobs, chunk, logprob_grad, grads[1], entropies)
+            logit_gradient = logit_gradient if softcap_gradient is None else logit_gradient.mul_(softcap_gradient)
+            logit_gradient = (
+                logit_gradient if logit_gradient.dtype == weight.dtype else chunk.products.copy_(logit_gradient)
+            )
             if grad_states is not None:
-                _add_product(grad_states, errors, weight[chunk.columns])
+                _add_matmul(grad_states, logit_gradient, weight[chunk.columns])
             if grad_weight is not None:
-                multiply(errors.t(), scaled, out=grad_weight[chunk.columns])
+                matmul_into(logit_gradient.t(), scaled, out=grad_weight[chunk.columns])
         if grad_states is not None:
             grad_states = grad_states.mul_(scale).to(states.dtype)
         return grad_states, grad_weight, None, None, None, None
 
 
-class _Chunk(NamedTuple):
-    """Some columns of the logits."""
+class _VocabChunk(NamedTuple):
+    """A range of columns of the logits."""
 
     columns: slice
     products: Tensor
-    """[n, columns] in the dtype of the weight; where that is float32, the logits themselves."""
+    """Products [n, columns] in the dtype of the weight; with float32 the same tensor as `logits`."""
     logits: Tensor
-    """[n, columns] float32, capped and divided by the temperature; free to be overwritten."""
+    """Logits [n, columns], float32, capped and divided by the temperature; may be overwritten."""
     rows: Tensor
-    """Rows whose target is among the columns."""
+    """Rows whose target is among the columns, long [hits]."""
     targets: Tensor
-    """Their targets, counted from the first column."""
+    """The targets of these rows, counted from the first column, long [hits]."""
 
 
-def _chunks(
+def _vocab_chunks(
     states: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None
-) -> Iterator[_Chunk]:
-    """All logits, a chunk at a time. Fresh tensors for each would cost more time than the softmax does."""
+) -> Iterator[_VocabChunk]:
+    """Yield all logits chunk by chunk. Chunks share buffers, because allocation would cost more than the softmax."""
     n, vocab = len(states), len(weight)
     elements = CHUNK_ELEMENTS.get(states.device.type, CHUNK_ELEMENTS["cpu"])
     width = min(vocab, max(MIN_CHUNK_COLUMNS, elements // max(n, 1)))
     products = states.new_empty(n * width)
-    wide = products if states.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+    float32_buffer = products if states.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
     order = targets.argsort()
     starts = torch.arange(0, vocab, width, device=targets.device)
     ends = torch.searchsorted(targets[order], starts + width).tolist()
     for start, first, last in zip(range(0, vocab, width), [0, *ends[:-1]], ends, strict=True):
         columns = slice(start, min(start + width, vocab))
         shape = (n, columns.stop - start)
-        chunk, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, wide))
-        multiply(states, weight[columns].t(), out=chunk)
-        if wide is not products:
+        chunk, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (products, float32_buffer))
+        matmul_into(states, weight[columns].t(), out=chunk)
+        if float32_buffer is not products:
             logits.copy_(chunk)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if temperature != 1.0:
             logits.div_(temperature)
         rows = order[first:last]
-        yield _Chunk(columns, chunk, logits, rows, targets[rows] - start)
+        yield _VocabChunk(columns, chunk, logits, rows, targets[rows] - start)
 
 
-def _errors(logprobs: Tensor, chunk: _Chunk) -> Tensor:
-    """softmax - onehot, in place of the log-probs [n, columns]."""
-    errors = logprobs.exp_()
-    errors[chunk.rows, chunk.targets] -= 1.0
-    return errors
+def _logit_gradient(logprobs: Tensor, chunk: _VocabChunk) -> Tensor:
+    """Compute softmax - onehot [n, columns], in place of the log-probs."""
+    logit_gradient = logprobs.exp_()
+    logit_gradient[chunk.rows, chunk.targets] -= 1.0
+    return logit_gradient
 
 
-def _errors_with_entropy(
-    logprobs: Tensor, chunk: _Chunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
+def _logit_gradient_with_entropy(
+    logprobs: Tensor, chunk: _VocabChunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
 ) -> Tensor:
-    """The same times the log-prob's gradient, plus that of the entropy H: -dH / d logit = p (log p + H)."""
+    """Compute the same with the gradient of the entropy H: -dH / d logit = p (log p + H)."""
     factors = logprobs.add(entropies[:, None]).mul_(entropy_grad[:, None]).add_(logprob_grad[:, None])
-    errors = logprobs.exp_().mul_(factors)
-    errors[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
-    return errors
+    logit_gradient = logprobs.exp_().mul_(factors)
+    logit_gradient[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
+    return logit_gradient
 
 
-def _slopes(logits: Tensor, temperature: float, softcap: float | None, room: Tensor) -> Tensor | None:
-    """d logits / d products of a chunk before the temperature, in `room`; None = 1 everywhere."""
+def _softcap_gradient(logits: Tensor, temperature: float, softcap: float | None, buffer: Tensor) -> Tensor | None:
+    """Compute d logits / d products [n, columns] in `buffer`; None = no soft cap, so 1 everywhere."""
     if softcap is None:
         return None
-    return torch.mul(logits, temperature / softcap, out=room.resize_(logits.shape)).square_().neg_().add_(1.0)
+    return torch.mul(logits, temperature / softcap, out=buffer.resize_(logits.shape)).square_().neg_().add_(1.0)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, where the float32 total may be wider than the factors."""
-    if worthwhile(left.numel() * right.shape[1], left, right):
-        total += product(left, right)
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Compute `total += left @ right`; `total` is float32, the operands may be bfloat16."""
+    if onednn_is_faster(left.numel() * right.shape[1], left, right):
+        total += onednn_matmul(left, right)
     elif total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

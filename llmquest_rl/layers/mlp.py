@@ -18,21 +18,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
-"""By the names of config.json. GELU is exact or its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, 2)."""
+"""Activation functions by their names in config.json (GELU: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
 
 
 def check_activation(name: str, field: str) -> None:
-    """Whether an activation is in the table.
+    """Check that an activation is implemented.
 
     Raises:
-        ValueError: it is not; names the `field` of config.json.
+        ValueError: It is not. The message gives the `field` of config.json.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"{field} {name!r} is not implemented: expected one of {', '.join(ACTIVATIONS)}")
 
 
 class GatedMLP(nn.Module):
-    """`down(f(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, section 2): SwiGLU for silu, GeGLU for a GELU."""
+    """Gated feed-forward layer `down(f(gate(x)) * up(x))`: SwiGLU with silu, GeGLU with GELU.
+
+    Source: Shazeer 2020, arXiv:2002.05202, section 2.
+    """
 
     def __init__(self, size: int, inner: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
@@ -42,13 +45,13 @@ class GatedMLP(nn.Module):
         self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [tokens, size] to the same shape."""
+        """Transform `x` [tokens, size]; returns [tokens, size]."""
         out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return out
 
 
 class MLP(nn.Module):
-    """`down(f(up(x)))` with biases (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, there with f = ReLU)."""
+    """Feed-forward layer `down(f(up(x)))` with biases (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, with f = ReLU)."""
 
     def __init__(self, size: int, inner: int, activation: str) -> None:
         super().__init__()
@@ -57,6 +60,6 @@ class MLP(nn.Module):
         self.down = Linear(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [tokens, size] to the same shape."""
+        """Transform `x` [tokens, size]; returns [tokens, size]."""
         out: Tensor = self.down(self.activation(self.up(x)))
         return out

@@ -1,11 +1,11 @@
-"""Which tokens multi-token prediction works on (DeepSeek-V3, arXiv:2412.19437, section 2.2), for packed batches.
+"""Inputs and targets of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2) for packed batches.
 
-The model itself predicts token i + 1 from token i. Module k = 1, 2, ... predicts token i + k + 1 from the state that
-module k - 1 left at i and the embedding of token i + k, so it covers the first n - k of n tokens.
+The model itself predicts token i + 1 from token i. Module k = 1, 2, ... predicts token i + k + 1 from the state of
+module k - 1 at i and the embedding of token i + k. So it covers the first n - k of n tokens.
 
-A prompt that several completions share has another future in each: here every completion has its prompt to itself,
-though the model has computed it once. Targets are those of the batch, each predicted from k tokens earlier; those with
-fewer than k tokens before them have no such prediction.
+A prompt that several completions share has a different next token in each. So every completion gets a copy of its
+prompt here, although the model computes the prompt once. The targets are those of the batch, each predicted from k
+tokens earlier. A target with too few tokens before it has no prediction.
 """
 
 from bisect import bisect_right
@@ -18,29 +18,31 @@ from torch import Tensor
 from llmquest_rl.batch import Layout, TokenBatch
 
 
-class Depth(NamedTuple):
-    """What one module computes."""
+class MTPDepth(NamedTuple):
+    """The inputs and targets of one prediction module."""
 
     layout: Layout
-    """A segment for each completion that has a target."""
+    """One segment per completion with a target."""
     rows: Tensor
-    """Long [tokens]: whose state it continues: index into the states of the module before (the model's, for k = 1)."""
+    """Rows of the input states among the states of the previous module (of the model, for k = 1), long [tokens]."""
     tokens: Tensor
-    """Long [tokens]: the ids whose embeddings join: k tokens ahead of `rows`."""
+    """Ids of the tokens k ahead of `rows`, whose embeddings are the other input, long [tokens]."""
     positions: Tensor
-    """Long [tokens]: those of `rows`."""
+    """Position ids of `rows`, long [tokens]."""
     sources: Tensor
-    """Long [targets]: index into its own states of the position that predicts the target."""
+    """Row of the module's output state that predicts each target, long [targets]."""
     targets: Tensor
-    """Long [targets]: token ids to be predicted, k + 1 tokens ahead of their sources."""
+    """Token ids to predict, k + 1 tokens ahead of their sources, long [targets]."""
 
 
-def depths(batch: TokenBatch, num_modules: int) -> Iterator[Depth]:
-    """The work of modules 1 to `num_modules`, in order."""
+def mtp_depths(batch: TokenBatch, num_modules: int) -> Iterator[MTPDepth]:
+    """Yield the inputs and targets of modules 1 to `num_modules`, in order."""
     device = batch.tokens.device
     starts = batch.layout.starts
     rows = [_rows(batch.layout, starts, last) for last in _last_sources(batch)]
-    owners = batch.sequence_ids.unique_consecutive(return_inverse=True)[1].cpu()  # of targets, among `rows`
+    owners = batch.sequence_ids.unique_consecutive(return_inverse=True)[
+        1
+    ].cpu()  # index in `rows` of each target's completion
     reached = batch.positions[batch.sources].cpu()
     lengths = torch.tensor([len(path) for path in rows], dtype=torch.long)
     whole = torch.cat([torch.zeros(0, dtype=torch.long), *rows])
@@ -52,7 +54,7 @@ def depths(batch: TokenBatch, num_modules: int) -> Iterator[Depth]:
         positions = layout.positions()
         kept_starts = kept.cumsum(0) - kept
         far_enough = reached >= k
-        yield Depth(
+        yield MTPDepth(
             layout=layout,
             rows=before[before_starts.repeat_interleave(kept) + positions].to(device),
             tokens=batch.tokens[whole[whole_starts.repeat_interleave(kept) + positions + k].to(device)],
@@ -64,13 +66,13 @@ def depths(batch: TokenBatch, num_modules: int) -> Iterator[Depth]:
 
 
 def _last_sources(batch: TokenBatch) -> list[int]:
-    """For each completion with a target, the packed row that predicts its last one."""
+    """Packed row that predicts the last target of each completion with a target."""
     counts = batch.sequence_ids.unique_consecutive(return_counts=True)[1]
     return batch.sources[counts.cumsum(0) - 1].tolist()
 
 
 def _rows(layout: Layout, starts: list[int], last: int) -> Tensor:
-    """The packed rows of the sequence that ends in row `last`: the parent's, then its own."""
+    """Packed rows of the sequence that ends in row `last`, those of its parent first: long [tokens]."""
     segment = bisect_right(starts, last) - 1
     parent = layout.parents[segment]
     own = torch.arange(starts[segment], last + 1)

@@ -1,4 +1,4 @@
-"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), in the two roundings in use."""
+"""RMS normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), with the two rounding orders in use."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension.
 
-    The normalised value is computed in float32 and rounded to the input's dtype *before* the product with the weight:
-    that order is part of the architecture, because bfloat16 checkpoints were trained with it.
+    The normalised value is computed in float32 and rounded to the input's dtype *before* the product with the weight.
+    This order is part of the architecture, because bfloat16 checkpoints were trained with it.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(nn.Module):
-    """`(1 + weight) * x / sqrt(mean(x^2) + eps)` over the last dimension: a weight of 0 changes nothing.
+    """`(1 + weight) * x / sqrt(mean(x^2) + eps)` over the last dimension, so weights start at 0.
 
     Everything is computed in float32 and rounded to the input's dtype *last*, as Gemma and Qwen3-Next were trained.
     """

@@ -1,11 +1,11 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2) and its context extensions.
 
-Pair i of a head's rotated dimensions is turned by the angle `position * inv_freq[i]`. A checkpoint's layout says which
-two dimensions are a pair: i and i + half of them (`rotate`, nearly every model on the Hub), or 2i and 2i + 1
-(`rotate_interleaved`, DeepSeek). Dimensions after the rotated ones pass through.
+Pair i of a head's rotated dimensions is rotated by the angle `position * inv_freq[i]`. The checkpoint's layout defines
+the pairs: dimensions i and i + half (`rotate`, nearly every model on the Hub), or 2i and 2i + 1 (`rotate_interleaved`,
+DeepSeek). Dimensions after the rotated ones pass through unchanged.
 
-Extensions whose frequencies depend on the longest sequence of a batch (`dynamic`, `longrope`) are refused: a token's
-key would change with its neighbours in a pack, and with every token that is generated after it.
+Extensions whose frequencies depend on the longest sequence of a batch (`dynamic`, `longrope`) are not supported: a
+token's key would change with the other sequences of a packed batch, and with every token generated after it.
 """
 
 import math
@@ -17,38 +17,41 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine for one batch of positions, each [tokens, 1, rotated dimensions / 2]."""
+    """Cosine and sine of the angles of one batch of positions, each [tokens, 1, rotated dimensions / 2]."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Frequencies(NamedTuple):
-    """What a `rope_type` computes."""
+    """The frequencies of a rotary embedding."""
 
     inv_freq: Tensor
-    """Radians for each position [rotated dimensions / 2], float32."""
+    """Radians per position [rotated dimensions / 2], float32."""
     attention_factor: float = 1.0
-    """Multiplies cosine and sine, so the scores by its square."""
+    """Multiplies cosine and sine, and so the scores by its square."""
 
 
 class RoPE:
-    """Angles for positions. Not a module: its frequencies follow from the config, and stay float32 in any model."""
+    """Computes the angles of positions.
+
+    It is not a module: the frequencies follow from the configuration, and stay float32 in a model of any dtype.
+    """
 
     def __init__(self, dim: int, parameters: Mapping[str, Any]) -> None:
         """Prepare the frequencies.
 
         Args:
-            dim: Size of a head, of which the first `partial_rotary_factor` (default all of it) is rotated.
-            parameters: `rope_theta`, `rope_type` and what that type needs, as from `rope_parameters`.
+            dim: Head size. The first `partial_rotary_factor` (default 1) of it is rotated.
+            parameters: `rope_theta`, `rope_type` and the parameters of that type, as `rope_parameters` returns them.
 
         Raises:
-            ValueError: `rope_type` is not supported, one of its parameters is missing, or the rotated dimensions are
-                no even number.
+            ValueError: `rope_type` is not supported, one of its parameters is missing, or the number of rotated
+                dimensions is not even.
         """
         kind = parameters.get("rope_type", "default")
-        if kind not in SCALINGS:
-            raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(SCALINGS)}")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
         part = parameters.get("partial_rotary_factor", 1.0)
         rotated = int(dim * part)
         if rotated < 2 or rotated % 2 or rotated > dim:
@@ -56,12 +59,12 @@ class RoPE:
             raise ValueError(f"{whole} gives {rotated} rotated dimensions: expected an even number from 2 to {dim}")
         powers = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
         try:
-            self.inv_freq, self.attention_factor = SCALINGS[kind](parameters["rope_theta"] ** powers, parameters)
+            self.inv_freq, self.attention_factor = ROPE_TYPES[kind](parameters["rope_theta"] ** powers, parameters)
         except KeyError as missing:
             raise ValueError(f"rope_type {kind!r} needs {missing} in the rope parameters of config.json") from missing
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """Cosine and sine of `positions` [tokens], computed in float32 and then rounded to `dtype`."""
+        """Compute cosine and sine for `positions` [tokens] in float32 and round them to `dtype`."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
@@ -69,8 +72,10 @@ class RoPE:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the heads `x` [tokens, heads, head_dim], pairs half the rotated dimensions apart: `[x1 | x2 | rest]` becomes
-    `[x1 cos - x2 sin | x2 cos + x1 sin | rest]`."""
+    """Rotate heads `x` [tokens, heads, head_dim] whose pairs are half the rotated dimensions apart.
+
+    `[x1 | x2 | rest]` becomes `[x1 cos - x2 sin | x2 cos + x1 sin | rest]`.
+    """
     cos, sin = rotary
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -78,39 +83,44 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_interleaved(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the heads `x` [tokens, heads, rotated dimensions], pairs side by side. They come out half the dimensions
-    apart, in queries and keys alike, so that the scores are the same."""
+    """Rotate heads `x` [tokens, heads, rotated dimensions] whose pairs are neighbouring dimensions.
+
+    In the result the pairs are half the dimensions apart. This holds for queries and keys alike, so the scores do not
+    change.
+    """
     cos, sin = rotary
     x1, x2 = x[..., 0::2], x[..., 1::2]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much a context that is `factor` times longer has to sharpen attention: `0.1 mscale ln(factor) + 1` (YaRN,
-    arXiv:2309.00071, section 3.4)."""
+    """YaRN's scale of attention for a context `factor` times longer: `0.1 mscale ln(factor) + 1`.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4.
+    """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_parameters(
     values: Mapping[str, Any], layer_type: str | None = None, default_theta: float = 10000.0
 ) -> dict[str, Any]:
-    """The rotary parameters of a config.json's `values`, complete, as `RoPE` takes them.
+    """Collect the rotary parameters of a config.json in the form that `RoPE` expects.
 
-    transformers 5 keeps them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
+    transformers 5 writes them to `rope_parameters`, transformers 4 to `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`.
 
     Args:
         values: The content of a config.json.
-        layer_type: Whose parameters, where `rope_parameters` holds one dict for each type of layer (Gemma 3).
-        default_theta: The base where the file names none.
+        layer_type: Layer type to select if `rope_parameters` holds one dict per layer type (Gemma 3).
+        default_theta: Base of the frequencies if the file gives none.
 
     Raises:
-        ValueError: the parameters are no dict, or one for each type of layer in a model that has one rotation.
+        ValueError: The parameters are not a dict, or they differ between layer types and `layer_type` is None.
     """
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if isinstance(found, Mapping) and any(isinstance(entry, Mapping) for entry in found.values()):
         if layer_type is None:
-            raise ValueError(f"rope_parameters {found} differ between layers, which this architecture does not have")
+            raise ValueError(f"rope_parameters {found} differ between layers, which this architecture does not support")
         found = found.get(layer_type) or {}
     if not isinstance(found, Mapping):
         raise ValueError(f"rope_parameters (rope_scaling) is {found!r}: expected a dict")
@@ -125,7 +135,7 @@ def rope_parameters(
 
 
 def _fill_lengths(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Context lengths may stand outside of the parameters, and give the factor where that is left out."""
+    """Fill in context lengths from outside of the parameters, and the factor that follows from them if it is absent."""
     original, longest = "original_max_position_embeddings", values.get("max_position_embeddings")
     if values.get(original) is not None:
         merged[original] = values[original]
@@ -139,14 +149,15 @@ def _unscaled(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
 
 
 def _linear(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
-    """Position interpolation (Chen et al. 2023, arXiv:2306.15595, eq. 3): all waves are slowed by `factor`."""
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595, eq. 3): divides all frequencies by `factor`."""
     return Frequencies(1.0 / period / parameters["factor"])
 
 
 def _llama3(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
-    """Llama 3.1's context extension: long waves are slowed by `factor`, short ones kept, those between interpolated.
+    """Llama 3.1's context extension: divides low frequencies by `factor`, keeps high ones, interpolates in between.
 
-    Source: the reference code of Llama 3.1. The bounds are wavelengths: `L / low_freq_factor`, `L / high_freq_factor`.
+    Source: the reference code of Llama 3.1. The bounds are the wavelengths `L / low_freq_factor` and
+    `L / high_freq_factor`, where L is the original context length.
     """
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     length = parameters["original_max_position_embeddings"]
@@ -159,8 +170,10 @@ def _llama3(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
 
 
 def _yarn(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): as `_llama3`, but interpolated along the dimensions,
-    between those that turn `beta_fast` and `beta_slow` times within the original context length."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): like `_llama3`, but it interpolates over dimensions.
+
+    The ramp lies between the dimensions that rotate `beta_fast` and `beta_slow` times within the original context.
+    """
     factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
     dim, theta = 2 * len(period), parameters["rope_theta"]
 
@@ -171,24 +184,24 @@ def _yarn(period: Tensor, parameters: Mapping[str, Any]) -> Frequencies:
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 if low == high else 0.0  # a ramp needs some width
+    high += 0.001 if low == high else 0.0  # avoids a division by zero
     keep = 1 - ((torch.arange(len(period), dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     inv_freq = 1.0 / (factor * period) * (1 - keep) + 1.0 / period * keep
     return Frequencies(inv_freq, _yarn_attention_factor(parameters))
 
 
 def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
-    """DeepSeek's configs divide by the part that its attention applies to its softmax scale instead."""
+    """The factor of cosine and sine. DeepSeek's configurations move a part of it to the softmax scale of attention."""
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
     factor, mscale, all_dim = parameters["factor"], parameters.get("mscale"), parameters.get("mscale_all_dim")
     return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
 
 
-SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
+ROPE_TYPES: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
     "default": _unscaled,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""The frequencies of each `rope_type`, from the unscaled positions for a radian [rotated dimensions / 2]."""
+"""Frequencies of each `rope_type`, as a function of the unscaled positions per radian [rotated dimensions / 2]."""

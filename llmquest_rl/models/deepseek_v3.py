@@ -22,8 +22,8 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.moe.experts import RoutedExperts
-from llmquest_rl.layers.moe.moe import RouterLoad, Routing, SigmoidRouter, load, sequence_balance_loss
-from llmquest_rl.layers.mtp import depths
+from llmquest_rl.layers.moe.moe import RouterLoad, Routing, SigmoidRouter, router_load, sequence_balance_loss
+from llmquest_rl.layers.mtp import mtp_depths
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary
 from llmquest_rl.models import weight_map
@@ -140,7 +140,7 @@ class DeepseekV3(CausalLM):
         if not (self.is_trained and self.mtp and self.config.mtp_loss_weight > 0):
             return hidden
         found, total = hidden, hidden.states.new_zeros((), dtype=torch.float32)
-        for module, depth in zip(self.mtp, depths(batch, len(self.mtp)), strict=True):
+        for module, depth in zip(self.mtp, mtp_depths(batch, len(self.mtp)), strict=True):
             context = PackedAttention(depth.layout, batch.tokens.device)
             embedded = self.embedding(depth.tokens)
             rotary = self.rope(depth.positions, embedded.dtype)
@@ -158,7 +158,7 @@ class DeepseekV3(CausalLM):
         if not (routed and self.is_trained):
             return Hidden(states, {})
         loss = torch.stack([sequence_balance_loss(routing, layout) for routing in routed]).sum()
-        return Hidden(states, {"balance": self.config.aux_loss_alpha * loss}, load(routed))
+        return Hidden(states, {"balance": self.config.aux_loss_alpha * loss}, router_load(routed))
 
     def balance(self, counts: Tensor) -> None:
         """Raise the biases of experts with less than the mean load and lower those of the others (Wang et al. 2024,

@@ -16,7 +16,7 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.moe.experts import RoutedExperts
-from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_losses
+from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, router_load, router_losses
 from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import RoPE, Rotary, rope_parameters, rotate
 from llmquest_rl.models.base import CausalLM, Hidden
@@ -263,7 +263,7 @@ class Qwen3Moe(CausalLM):
         if not (routings and self.is_trained):
             return Hidden(self.norm(x), {})
         aux = router_losses(routings, self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
-        return Hidden(self.norm(x), aux, load(routings))
+        return Hidden(self.norm(x), aux, router_load(routings))
 
 
 HF = HFMap(

@@ -21,7 +21,7 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.mlp import GatedMLP
 from llmquest_rl.layers.moe.experts import RoutedExperts
-from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, load, router_losses
+from llmquest_rl.layers.moe.moe import Routing, SoftmaxRouter, router_load, router_losses
 from llmquest_rl.layers.norm import OffsetRMSNorm, RMSNorm
 from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
 from llmquest_rl.layers.recurrent.short_conv import ShortConv
@@ -201,7 +201,7 @@ class Qwen3Next(CausalLM):
             routings += [] if routing is None else [routing]
         if not (routings and self.is_trained):
             return Hidden(self.norm(x), {})
-        return Hidden(self.norm(x), router_losses(routings, self.config.router_aux_loss_coef), load(routings))
+        return Hidden(self.norm(x), router_losses(routings, self.config.router_aux_loss_coef), router_load(routings))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

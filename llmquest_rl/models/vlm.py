@@ -202,7 +202,7 @@ class VLM(CausalLM):
         Raises:
             ValueError: see `forward`.
         """
-        if not context.decodes:  # sampled tokens are text, also those with the id of an image token
+        if not context.is_decoding:  # sampled tokens are text, also those with the id of an image token
             tokens = self._numbered(tokens, context.layout, image_counts)
         with self._seeing(images):
             return self.decoder.hidden(tokens, positions, context)
@@ -213,7 +213,7 @@ class VLM(CausalLM):
         features = None if images is None else self.adapter(self.vision.features(images)).flatten(0, 1)  # [N * S, D]
         embedding = self.decoder.get_submodule("embedding")
         assert isinstance(embedding, FusedEmbedding)
-        with embedding.holding(features):
+        with embedding.with_features(features):
             yield
 
     def _numbered(self, tokens: Tensor, layout: Layout, counts: Sequence[int]) -> Tensor:

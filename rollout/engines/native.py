@@ -1,7 +1,7 @@
-"""The native engine: our own model, in this process, drawing with `llmquest_rl.generation`.
+"""The native engine, which runs our own model in this process with `llmquest_rl.generation`.
 
-The default wherever vLLM is not installed, the reference that other engines are checked against, and the one whose runs
-can be resumed bit for bit: see `llmquest_rl.generation.engine` for what its exactness depends on.
+It is the default where vLLM is not installed, and the reference for tests of other engines. Runs with it can be resumed
+bit for bit; `llmquest_rl.generation.engine` lists the conditions.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmquest_rl.generation.batch import GenerationError
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.generation.packed_weights import can_pack, pack_model, packed_bytes, unpack_model
-from llmquest_rl.generation.quantize import round_weights
+from llmquest_rl.generation.quantize import fake_quantize_model
 from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model
@@ -31,32 +31,32 @@ class Config(Options):
     """Options of the native engine."""
 
     cache_tokens: int = Field(default=65536, ge=1)
-    """Most tokens whose keys and values are kept at the same time, a group's prompt counted once; completions that find
-    no room wait. In bytes it is this times 8 (float32 keys and values) x layers x key/value heads x head size."""
+    """Maximum number of cached tokens; a prompt counts once for all its completions. Completions wait until there is
+    room. A token takes 8 bytes (float32 key and value) x layers x key/value heads x head size."""
     pack_weights: bool = True
-    """Keep a second copy of the weights in the order of the CPU's kernels: less time for more memory. Of no effect on a
-    GPU."""
+    """Store a second copy of the weights in the layout of the CPU's kernels, which is faster but takes more memory. No
+    effect on a GPU."""
     weight_bits: int | None = Field(default=None, ge=2, le=8)
-    """Round the weights to so many bits, as a quantised engine would hold them, whenever they are loaded; null = not.
-    For experiments on the mismatch between engine and learner: neither memory nor time is saved."""
+    """Round the weights to this many bits on every load, as a quantised engine would; null = no rounding. Use it for
+    experiments on the mismatch between engine and learner: it saves neither memory nor time."""
 
 
 def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
-    """Whether the architecture is one of ours and was trained for that much context.
+    """Check that the model's architecture is implemented and supports the context length.
 
     Raises:
-        ValueError: it is not; the message says why.
+        ValueError: It does not. The message gives the reason.
     """
     path = model_path / "config.json"
     if not path.exists():
-        raise ValueError(f"{model_path} has no config.json: give a folder of the Hugging Face layout")
+        raise ValueError(f"{model_path} has no config.json: give a model folder in the Hugging Face layout")
     values = json.loads(path.read_text(encoding="utf-8"))
     shape = find_architecture(values, path).config.from_hf(values)
     check_context(model_path, getattr(shape, "max_positions", None), setup)
 
 
 def build(model_path: Path, config: Config, setup: EngineSetup) -> "NativeEngine":
-    """Put an engine around the model of a folder, with random weights where the folder has none."""
+    """Build an engine with the model of a folder, or with random weights if the folder has none."""
     dtype = getattr(torch, setup.dtype)
     if any(model_path.glob("*.safetensors")):
         model = load_model(model_path, dtype, setup.device)
@@ -66,7 +66,7 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> "NativeEngine
 
 
 class NativeEngine:
-    """See `rollout.engine.RolloutEngine`. One call at a time."""
+    """Implements `rollout.engine.RolloutEngine` for our own models. Not thread-safe."""
 
     def __init__(self, model: CausalLM, decoder: Decoder, config: Config, setup: EngineSetup) -> None:
         self._model = model.requires_grad_(False).eval()
@@ -119,23 +119,23 @@ class NativeEngine:
         self._generator.version = version
 
     def sleep(self) -> None:
-        """Give back the memory of keys and values, and of the packed copy of the weights."""
+        """Free the cache and the packed copy of the weights."""
         self._generator.release()
         unpack_model(self._model)
         self._awake = False
 
     def wake(self) -> None:
-        """Undo `sleep`; the memory of keys and values is taken when it is next needed."""
+        """Undo `sleep`. The cache is allocated when it is next needed."""
         if self._packs and not self._awake:
             pack_model(self._model)
         self._awake = True
 
     def close(self) -> None:
-        """Free what `sleep` frees; the weights go with the engine."""
+        """Free the same memory as `sleep`; the weights are freed with the engine object."""
         self.sleep()
 
     def describe(self) -> FACTS:
-        """Facts for logs."""
+        """See `RolloutEngine.describe`."""
         return {
             "engine": "native",
             "architecture": type(self._model).__name__,
@@ -153,9 +153,9 @@ class NativeEngine:
         }
 
     def _prepare_weights(self) -> None:
-        """What is done to weights once they are loaded."""
+        """Round and pack the loaded weights, if the options ask for it."""
         if self._weight_bits is not None:
-            round_weights(self._model, self._weight_bits)
+            fake_quantize_model(self._model, self._weight_bits)
         if self._packs:
             pack_model(self._model)
 

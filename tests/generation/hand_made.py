@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 class Latent(nn.Module):
-    """Latent attention: keys and values of each head are projections of one latent, which is all that is kept."""
+    """Latent attention: keys and values of each head are projections of one latent, and only it is cached."""
 
     def __init__(self, layer: int, window: int | None = None) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class Latent(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         q = self.query(x).unflatten(-1, (-1, HEAD_DIM))
         latent = self.latent(x)[:, None]  # [T, 1, LATENT]
-        if context.decodes:
+        if context.is_decoding:
             absorbed = torch.einsum("thc,hcl->thl", q, self.key)
             mixed = context.attend(self.layer, absorbed, latent, None, 0.4, window=self.window)
             v = torch.einsum("thl,hvl->thv", mixed, self.value)
         else:
             k, v = (torch.einsum("til,hcl->thc", latent, weight) for weight in (self.key, self.value))
-            v = context.attend(self.layer, q, k, v, 0.4, window=self.window, kept=latent)
+            v = context.attend(self.layer, q, k, v, 0.4, window=self.window, cache_entry=latent)
         return self.output(v.flatten(1))
 
 

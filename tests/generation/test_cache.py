@@ -1,4 +1,4 @@
-"""The cache gives what the packed forward gives: mixed lengths, shared prompts, sequences that move and leave."""
+"""Cached forwards equal packed forwards, for mixed lengths, shared prompts, and sequences that move and leave."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cache import Decode, Prefill
-from llmquest_rl.layers.attention.cache_slots import CALL_COST, SlotCache, buckets
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
+from llmquest_rl.layers.attention.cache_slots import MAX_PADDING_TOKENS, SlotCache, slot_buckets
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.llama import Llama, LlamaConfig
 from tests.generation.hand_made import (
@@ -53,7 +53,7 @@ def some_tokens(count: int, seed: int) -> list[int]:
 def prefill(model: CausalLM, cache: SlotCache, prompts: Sequence[list[int]], slots: Sequence[int]) -> Tensor:
     layout = Layout(tuple(len(prompt) for prompt in prompts), (-1,) * len(prompts))
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
-    return model.hidden(tokens, layout.positions(), Prefill(cache, layout, slots)).states
+    return model.hidden(tokens, layout.positions(), PrefillContext(cache, layout, slots)).states
 
 
 def packed_states(model: CausalLM, prompt: list[int], completion: list[int]) -> Tensor:
@@ -74,7 +74,7 @@ def test_cached_equals_packed_at_every_length_for_mixed_prompts_and_groups(model
         torch.testing.assert_close(packed[start : start + len(prompt)], packed_states(model, [], prompt))
     expected = [packed_states(model, prompts[parent], row) for parent, row in zip(parents, completions, strict=True)]
     for step in range(12):
-        context = Decode(prompt_cache, [len(p) for p in prompts], tail_cache, [step] * len(parents), parents)
+        context = DecodeContext(prompt_cache, [len(p) for p in prompts], tail_cache, [step] * len(parents), parents)
         tokens = torch.tensor([row[step] for row in completions])
         positions = torch.tensor([len(prompts[parent]) + step for parent in parents])
         states = model.hidden(tokens, positions, context).states
@@ -93,7 +93,7 @@ def test_sequences_of_different_age_and_moved_slots(model: CausalLM) -> None:
         for _ in range(steps):
             rows = [completions[i] for i in members]
             parents = [1, 0, 1][: len(members)]
-            context = Decode(prompt_cache, lengths, tail_cache, [ages[i] for i in members], parents)
+            context = DecodeContext(prompt_cache, lengths, tail_cache, [ages[i] for i in members], parents)
             tokens = torch.tensor([row[ages[i]] for row, i in zip(rows, members, strict=True)])
             positions = torch.tensor([lengths[p] + ages[i] for p, i in zip(parents, members, strict=True)])
             states = model.hidden(tokens, positions, context).states
@@ -110,13 +110,17 @@ def test_sequences_of_different_age_and_moved_slots(model: CausalLM) -> None:
 def test_what_a_slot_held_before_does_not_matter(model: CausalLM) -> None:
     def last_states(cache: SlotCache, tails: SlotCache) -> Tensor:
         prefill(model, cache, [some_tokens(5, 1)], [0])
-        steps = [(torch.tensor([9 + i]), torch.tensor([5 + i]), Decode(cache, [5], tails, [i], [0])) for i in range(4)]
+        steps = [
+            (torch.tensor([9 + i]), torch.tensor([5 + i]), DecodeContext(cache, [5], tails, [i], [0])) for i in range(4)
+        ]
         return torch.cat([model.hidden(*step).states for step in steps])
 
     used, used_tails = SlotCache(2, 30, "cpu"), SlotCache(2, 20, "cpu")
     prefill(model, used, [some_tokens(30, 2), some_tokens(28, 3)], [0, 1])
     for step in range(20):
-        model.hidden(torch.tensor([3]), torch.tensor([30 + step]), Decode(used, [30, 28], used_tails, [step], [0]))
+        model.hidden(
+            torch.tensor([3]), torch.tensor([30 + step]), DecodeContext(used, [30, 28], used_tails, [step], [0])
+        )
     used.move(0, 1, 30)
     used_tails.move(0, 1, 20)
     assert torch.equal(last_states(used, used_tails), last_states(SlotCache(1, 5, "cpu"), SlotCache(1, 4, "cpu")))
@@ -129,7 +133,7 @@ def test_bfloat16_models_keep_float32_scores(model: CausalLM) -> None:
     cache, tails = SlotCache(1, 20, "cpu"), SlotCache(1, 6, "cpu")
     prefill(half, cache, [prompt], [0])
     for step, expected in enumerate(packed_states(half, prompt, completion)):
-        context = Decode(cache, [20], tails, [step], [0])
+        context = DecodeContext(cache, [20], tails, [step], [0])
         state = half.hidden(torch.tensor(completion[step : step + 1]), torch.tensor([20 + step]), context).states[0]
         torch.testing.assert_close(state, expected, atol=0.1, rtol=0.05)
 
@@ -140,7 +144,7 @@ def test_memory_is_what_each_layer_needs() -> None:
     prompts, tails = SlotCache(3, 40), SlotCache(4, 30)
     with torch.inference_mode():
         prefill(model, prompts, [some_tokens(35, 0)], [0])
-        model.hidden(torch.tensor([1, 2]), torch.tensor([35, 35]), Decode(prompts, [35], tails, [0, 0], [0, 0]))
+        model.hidden(torch.tensor([1, 2]), torch.tensor([35, 35]), DecodeContext(prompts, [35], tails, [0, 0], [0, 0]))
     pair = 2 * (HEAD_DIM + VALUE_DIM)
     assert prompts.num_bytes == 4 * 3 * ((40 + 8 + 40) * pair + (40 + 4) * LATENT + 2 * SIZE)
     assert tails.num_bytes == 4 * 4 * ((30 + 9 + 30) * pair + (30 + 5) * LATENT + 2 * SIZE)
@@ -161,7 +165,7 @@ def test_a_window_bounds_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch, "bmm", counted)
         for step in range(length):
             read.clear()
-            context = Decode(prompts, [length] * 2, tails, [step] * 3, [0, 0, 1])
+            context = DecodeContext(prompts, [length] * 2, tails, [step] * 3, [0, 0, 1])
             model.hidden(torch.tensor([1, 2, 3]), torch.tensor([length + step] * 3), context)
             in_prompts, in_tails = 2 * max(window - step - 1, 0), 3 * min(step + 1, window)
             assert sum(read) == (in_prompts + in_tails) * 2 * (HEAD_DIM + VALUE_DIM)
@@ -174,11 +178,11 @@ def test_keys_that_are_values_are_kept_once(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(15, count, size, generator=generator) for count in (heads, 1))
     expected = PackedAttention(Layout((15,), (-1,)), "cpu").attend(0, q, k, None, 0.5, window=window)
-    first = Prefill(prompts, Layout((9,), (-1,)), [0]).attend(0, q[:9], k[:9], None, 0.5, window=window)
+    first = PrefillContext(prompts, Layout((9,), (-1,)), [0]).attend(0, q[:9], k[:9], None, 0.5, window=window)
     torch.testing.assert_close(first, expected[:9])
     for i in range(6):
         new = slice(9 + i, 10 + i)
-        out = Decode(prompts, [9], tails, [i], [0]).attend(0, q[new], k[new], None, 0.5, window=window)
+        out = DecodeContext(prompts, [9], tails, [i], [0]).attend(0, q[new], k[new], None, 0.5, window=window)
         torch.testing.assert_close(out, expected[new])
     assert tails.num_bytes == 4 * min(window or 6, 6) * size
 
@@ -186,11 +190,11 @@ def test_keys_that_are_values_are_kept_once(kind: Kind) -> None:
 def test_buckets_cover_every_slot_once_with_bounded_padding() -> None:
     lengths = torch.randint(1, 900, (300,), generator=torch.Generator().manual_seed(5)).tolist()
     for order in (lengths, sorted(lengths), [7], []):
-        runs = buckets(order)
-        assert [slot for run in runs for slot in range(run.start, run.stop)] == list(range(len(order)))
-        for run in runs:
-            members = order[run.start : run.stop]
-            assert run.length == max(members)
-            assert run.length * len(members) - sum(members) <= CALL_COST
-    assert len(buckets([50] * 128)) == 1
-    assert len(buckets(sorted(lengths))) < len(buckets(lengths)) / 4
+        buckets = slot_buckets(order)
+        assert [slot for bucket in buckets for slot in range(bucket.start, bucket.stop)] == list(range(len(order)))
+        for bucket in buckets:
+            members = order[bucket.start : bucket.stop]
+            assert bucket.length == max(members)
+            assert bucket.length * len(members) - sum(members) <= MAX_PADDING_TOKENS
+    assert len(slot_buckets([50] * 128)) == 1
+    assert len(slot_buckets(sorted(lengths))) < len(slot_buckets(lengths)) / 4

@@ -207,7 +207,7 @@ def test_nothing_asked_nothing_given() -> None:
     [
         (Request([], 1, 0), Sampling(), "request 1 has an empty prompt"),
         (Request([1] * 96, 1, 0), Sampling(), "request 1 has a prompt of 96 tokens.*context of 96"),
-        (Request([1, 256], 1, 0), Sampling(), "request 1 holds token 256"),
+        (Request([1, 256], 1, 0), Sampling(), "request 1 contains token 256"),
         (Request([1] * 80, 1, 0), Sampling(max_tokens=16), "cache_tokens to 96"),
     ],
 )

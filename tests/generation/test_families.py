@@ -1,4 +1,4 @@
-"""Every language model generates with a cache what its packed forward computes: at every length, for any mix."""
+"""Every language model generates with a cache as its packed forward predicts, for mixed lengths."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Vision-language models complete prompts with images as their forward over everything says, for every decoder."""
+"""Vision-language models generate with images as their full forward predicts, for every decoder."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +58,7 @@ def requests() -> list[Request]:
 
 
 def learner_logprobs(model: VLM, asked: Sequence[Request], groups: Sequence[Sequence[Completion]]) -> list[float]:
-    """Of all completions in one packed forward, as a learner computes them."""
+    """Log-probs of all completions in one packed forward, as a learner computes them."""
     sequence_groups = [
         SequenceGroup(
             request.prompt_ids,

@@ -1,4 +1,4 @@
-"""Packed experts compute what experts compute, take over new weights, and give their memory back."""
+"""Packed experts equal plain experts, pack new weights, and free their memory."""
 
 import json
 from pathlib import Path

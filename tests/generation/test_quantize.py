@@ -1,4 +1,4 @@
-"""Rounded weights: the grid, what is left alone, and an engine that rounds whatever it loads."""
+"""Fake quantisation: the grid, the layers that are not rounded, and an engine that rounds on every load."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquest_rl.generation.quantize import round_weights, rounded
+from llmquest_rl.generation.quantize import fake_quantize, fake_quantize_model
 from llmquest_rl.models.checkpoint.load_save import new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.qwen3_moe import Qwen3MoeConfig
@@ -20,7 +20,7 @@ from rollout.engines.native import Config, build
 def test_rows_lie_on_their_grid_and_move_by_half_a_step_at_most(bits: int) -> None:
     weight = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     weight[0, 0] = 0.0
-    found = rounded(weight, bits)
+    found = fake_quantize(weight, bits)
     levels = 2 ** (bits - 1) - 1
     step = weight.abs().amax(-1, keepdim=True) / levels
     assert ((found - weight).abs() <= step / 2 * 1.001).all()
@@ -32,7 +32,7 @@ def test_rows_lie_on_their_grid_and_move_by_half_a_step_at_most(bits: int) -> No
 def test_linear_and_expert_weights_are_rounded_and_nothing_else(tmp_path: Path, config: type[LlamaConfig]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.tiny().to_hf()))
     model, plain = (new_model(tmp_path, torch.float32, seed=1) for _ in range(2))
-    round_weights(model, 3)
+    fake_quantize_model(model, 3)
     for (name, weight), before in zip(model.named_parameters(), plain.parameters(), strict=True):
         inner = "blocks" in name and weight.ndim > 1 and "router" not in name
         assert torch.equal(weight, before) != inner, name
@@ -48,7 +48,7 @@ def test_the_engine_rounds_what_it_loads(tmp_path: Path) -> None:
     for version, model in enumerate(models):
         if version:
             engine.load_weights(disk_tensors(model), version)
-        round_weights(model, 3)
+        fake_quantize_model(model, 3)
         [completions] = engine.generate(requests, sampling)
         sequences = [[5, 9, 3, *completion.token_ids] for completion in completions]
         plain = build(tmp_path, Config(), setup)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.generation.sampling import (
-    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     processed_logits,
+    sample_tokens,
     stream_keys,
     stream_uniforms,
 )
@@ -54,7 +54,7 @@ def test_tokens_follow_the_exact_distribution(name: str) -> None:
     logits = random_logits(1)
     expected = exact_probs(logits[0], sampling)
     uniforms = stream_uniforms(stream_keys(11, count), torch.zeros(count, dtype=torch.long))
-    tokens, _ = draw(logits.expand(count, -1), sampling, uniforms)
+    tokens, _ = sample_tokens(logits.expand(count, -1), sampling, uniforms)
     observed = torch.bincount(tokens, minlength=24).double()
     assert observed[expected == 0].sum() == 0
     kept = expected > 0
@@ -66,14 +66,16 @@ def test_tokens_follow_the_exact_distribution(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_logprobs_are_those_of_the_distribution_sampled_from(name: str) -> None:
     sampling, logits = SAMPLINGS[name], random_logits(50)
-    tokens, logprobs = draw(logits, sampling, stream_uniforms(stream_keys(0, 50), torch.arange(50)))
+    tokens, logprobs = sample_tokens(logits, sampling, stream_uniforms(stream_keys(0, 50), torch.arange(50)))
     for row, token, logprob in zip(logits, tokens.tolist(), logprobs.tolist(), strict=True):
         assert logprob == pytest.approx(math.log(exact_probs(row, sampling)[token]), abs=1e-5)
 
 
 def test_greedy_takes_the_likeliest_with_its_logprob_at_temperature_1() -> None:
     logits = random_logits(8)
-    tokens, logprobs = draw(logits, Sampling(temperature=0, top_k=3, top_p=0.5), torch.zeros(8, dtype=torch.float64))
+    tokens, logprobs = sample_tokens(
+        logits, Sampling(temperature=0, top_k=3, top_p=0.5), torch.zeros(8, dtype=torch.float64)
+    )
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
@@ -108,7 +110,7 @@ def test_ties_at_the_kth_place_are_all_kept() -> None:
 def test_the_largest_and_smallest_numbers_still_draw_a_kept_token() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.1, -math.inf]])
     for uniform, token in ((0.0, 1), (1 - 2.0**-53, 2)):
-        tokens, logprobs = draw(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))
+        tokens, logprobs = sample_tokens(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))
         assert tokens.tolist() == [token]
         assert logprobs.isfinite().all()
 
@@ -118,7 +120,7 @@ def test_the_largest_and_smallest_numbers_still_draw_a_kept_token() -> None:
 def test_broken_logits_give_nan_logprobs_in_their_row_only(bad: float, temperature: float) -> None:
     logits = random_logits(3)
     logits[1, 4] = bad
-    _, logprobs = draw(logits, Sampling(temperature=temperature), torch.full((3,), 0.5, dtype=torch.float64))
+    _, logprobs = sample_tokens(logits, Sampling(temperature=temperature), torch.full((3,), 0.5, dtype=torch.float64))
     assert logprobs.isnan().tolist() == [False, True, False]
 
 

@@ -1,4 +1,4 @@
-"""Packed attention: who sees whom, and that padding inside a bucket never shows."""
+"""Packed attention equals dense attention with an explicit mask; padding inside a bucket has no effect."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cpu import CHUNKS_PER_WINDOW, MIN_CHUNK, Plan
-from llmquest_rl.layers.attention.gpu import attend, visible
-from llmquest_rl.layers.attention.scores import Scoring
+from llmquest_rl.layers.attention.cpu import CHUNKS_PER_WINDOW, MIN_CHUNK, BucketPlan
+from llmquest_rl.layers.attention.gpu import build_mask_mod, flex_attend
+from llmquest_rl.layers.attention.scores import ScoreOptions
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention: sizes, and what it asks for beyond causal attention."""
+    """The sizes and options of one attention call."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -74,7 +74,7 @@ def inputs(tokens: int, case: Case = CASES["plain"], dtype: torch.dtype = torch.
 
 
 def definition(layout: Layout, window: int | None = None) -> Tensor:
-    """Which token sees which, token by token: [tokens, tokens]."""
+    """The mask by its definition, token by token: bool [tokens, tokens]."""
     place = [(segment, i) for segment, length in enumerate(layout.lengths) for i in range(length)]
     table = [[(s == t and j <= i) or layout.parents[s] == t for t, j in place] for s, i in place]
     positions = layout.positions()
@@ -85,7 +85,7 @@ def definition(layout: Layout, window: int | None = None) -> Tensor:
 def dense(
     seen: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention by its definition, where `seen` [tokens, tokens] says which token sees which."""
+    """Attention by its definition, with the mask `seen` [tokens, tokens]."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -167,8 +167,8 @@ def test_layers_with_and_without_a_window_share_one_context() -> None:
 
 
 def num_scores(layout: Layout, window: int | None) -> int:
-    """Scores of one head, padding and hidden ones included."""
-    plan = Plan(layout, window, torch.device("cpu"))
+    """Number of scores of one head, padding and masked ones included."""
+    plan = BucketPlan(layout, window, torch.device("cpu"))
     return sum(bucket.num_queries * bucket.num_keys // bucket.batch for bucket in plan.buckets)
 
 
@@ -188,7 +188,7 @@ def test_gpu_mask_is_the_same_definition(name: str, window: int | None) -> None:
     layout = LAYOUTS[name]
     index = torch.arange(layout.num_tokens)
     nothing = torch.tensor(0)
-    pairs = visible(layout, window, "cpu")(nothing, nothing, index[:, None], index[None, :])
+    pairs = build_mask_mod(layout, window, "cpu")(nothing, nothing, index[:, None], index[None, :])
     assert torch.equal(pairs, definition(layout, window))
 
 
@@ -202,11 +202,11 @@ def test_gpu_block_mask_and_flex_attention_equal_dense_attention(name: str) -> N
 
     layout, case = Layout((60, 90, 70, 150), (-1, 0, 0, -1)), CASES[name]
     size = layout.num_tokens
-    mask = create_block_mask(visible(layout, case.window, "cpu"), None, None, size, size, device="cpu")
+    mask = create_block_mask(build_mask_mod(layout, case.window, "cpu"), None, None, size, size, device="cpu")
     tensors = [x.detach() for x in inputs(size, case, torch.float32)]
     q, k, *v, sinks = tensors
-    scoring = Scoring(0.3, case.softcap, sinks if case.sinks else None)
-    out = attend(flex_attention, mask, q, k, v[0] if v else k, scoring)
+    options = ScoreOptions(0.3, case.softcap, sinks if case.sinks else None)
+    out = flex_attend(flex_attention, mask, q, k, v[0] if v else k, options)
     torch.testing.assert_close(out, expected_for(layout, case, tensors), atol=1e-5, rtol=1e-5)
 
 
@@ -250,7 +250,7 @@ def test_nothing_is_kept_while_training() -> None:
     context = PackedAttention(LAYOUTS["group"], "cpu")
     context.store_state(0, (torch.ones(4, 2),))
     assert context.load_state(0) is None
-    assert not context.decodes and context.layout == LAYOUTS["group"]
+    assert not context.is_decoding and context.layout == LAYOUTS["group"]
 
 
 def test_few_calls_for_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.recurrent.delta_chunks import CHUNK, chunks_of
+from llmquest_rl.layers.recurrent.delta_chunks import CHUNK, chunk_layout
 from llmquest_rl.layers.recurrent.delta_rule import gated_delta_rule, gated_delta_step
 from llmquest_rl.layers.recurrent.short_conv import ShortConv
 
@@ -168,9 +168,9 @@ def test_generation_and_training_with_the_same_lengths() -> None:
 
 
 def test_padding_is_less_than_a_chunk_for_each_segment() -> None:
-    """And a step takes all chunks of its depth: cost follows the tokens, steps the longest sequence."""
+    """A step processes all chunks of one depth, so the longest sequence determines the number of steps."""
     layout = Layout((1000, 10, 500, 70, 300, 64), (-1, -1, 0, 0, 1, -1))
-    chunks = chunks_of(layout, torch.device("cpu"))
+    chunks = chunk_layout(layout, torch.device("cpu"))
     assert chunks.num_chunks * CHUNK - layout.num_tokens < CHUNK * len(layout.lengths)
     assert len(chunks.levels) == 16 + 8
     assert sum(level.stop - level.start for level in chunks.levels) == chunks.num_chunks

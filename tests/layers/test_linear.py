@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.layers import linear
-from llmquest_rl.layers.linear import Linear, multiply, worthwhile
+from llmquest_rl.layers.linear import Linear, matmul_into, onednn_is_faster
 from llmquest_rl.layers.moe.experts import RoutedExperts
-from llmquest_rl.layers.moe.grouped_matmul import Grouped, Looped, products
+from llmquest_rl.layers.moe.grouped_matmul import FusedGroupedMatmul, LoopedGroupedMatmul, choose_grouped_matmul
 
 torch.set_num_threads(1)
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -19,7 +19,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN for every product, on every processor."""
-    monkeypatch.setattr(linear, "WORTHWHILE", 0)
+    monkeypatch.setattr(linear, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
 
 
@@ -70,26 +70,26 @@ def test_what_is_frozen_gets_no_gradient() -> None:
 def test_transposed_operands() -> None:
     torch.manual_seed(0)
     left, right, out = torch.randn(9, 6).t(), torch.randn(5, 9).t(), torch.empty(6, 5)
-    multiply(left, right, out)
+    matmul_into(left, right, out)
     torch.testing.assert_close(out, left @ right)
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    enough, small = linear.WORTHWHILE, torch.ones(1, 1)
+    enough, small = linear.ONEDNN_MIN_MULTIPLICATIONS, torch.ones(1, 1)
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
-    assert worthwhile(enough, small)
-    assert not worthwhile(enough - 1, small)
-    assert not worthwhile(enough, small, small.bfloat16())
-    assert not worthwhile(enough, small.double())
-    assert not worthwhile(enough, small.to("meta"))
+    assert onednn_is_faster(enough, small)
+    assert not onednn_is_faster(enough - 1, small)
+    assert not onednn_is_faster(enough, small, small.bfloat16())
+    assert not onednn_is_faster(enough, small.double())
+    assert not onednn_is_faster(enough, small.to("meta"))
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: False)
-    assert not worthwhile(enough, small)
+    assert not onednn_is_faster(enough, small)
 
 
 @needs_onednn
 def test_only_large_products_leave_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
-    monkeypatch.setattr(linear, "WORTHWHILE", 8 * 16 * 16)
+    monkeypatch.setattr(linear, "ONEDNN_MIN_MULTIPLICATIONS", 8 * 16 * 16)
     layer = Linear(16, 16)
     assert "mkldnn::_linear_pointwise" in calls(layer, torch.randn(8, 16))
     assert "mkldnn::_linear_pointwise" not in calls(layer, torch.randn(7, 16))
@@ -98,16 +98,16 @@ def test_only_large_products_leave_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
 def test_experts_are_looped_over_where_their_average_product_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, groups = (torch.ones(4, 8, 8), torch.ones(4, 8, 8)), torch.arange(4).repeat_interleave(10)
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
-    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8)
-    assert isinstance(products(groups, weights), Looped)
-    monkeypatch.setattr(linear, "WORTHWHILE", 10 * 8 * 8 + 1)
-    assert isinstance(products(groups, weights), Grouped)
+    monkeypatch.setattr(linear, "ONEDNN_MIN_MULTIPLICATIONS", 10 * 8 * 8)
+    assert isinstance(choose_grouped_matmul(groups, weights), LoopedGroupedMatmul)
+    monkeypatch.setattr(linear, "ONEDNN_MIN_MULTIPLICATIONS", 10 * 8 * 8 + 1)
+    assert isinstance(choose_grouped_matmul(groups, weights), FusedGroupedMatmul)
 
 
 @needs_onednn
 @pytest.mark.usefixtures("always")
 def test_experts_by_onednn_equal_grouped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 4)
+    monkeypatch.setattr(linear, "ONEDNN_ROW_BLOCK", 4)
     torch.manual_seed(0)
     layer, x = RoutedExperts(5, 16, 8), torch.randn(30, 16)
     experts, weights = torch.randint(4, (30, 2)), torch.rand(30, 2)  # the last one is never chosen
@@ -130,13 +130,13 @@ def test_experts_by_onednn_equal_grouped_ones(monkeypatch: pytest.MonkeyPatch) -
 def test_few_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     many = """
 import torch
-from llmquest_rl.layers.linear import product
+from llmquest_rl.layers.linear import onednn_matmul
 
 x, weight = torch.ones(140, 4), torch.ones(4, 4)
 for rows in [*range(1, 141), 140, 1]:
-    product(x[:rows], weight)
+    onednn_matmul(x[:rows], weight)
 """
-    for name in linear.KERNELS_KEPT:
+    for name in linear.KERNEL_CACHE_SIZES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ONEDNN_VERBOSE", "profile_create")
     done = subprocess.run([sys.executable, "-c", many], capture_output=True, text=True, check=True)

@@ -79,7 +79,7 @@ def test_values_and_gradients_equal_float64(
 def test_the_gradient_of_the_entropy(
     temperature: float, softcap: float | None, share: float, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """With a share of the log-probs' gradient, and alone."""
+    """Checks the gradient of the entropy together with a fraction of the log-probs' gradient, and alone."""
     head, states, targets = make(9, dtype=dtype, softcap=softcap)
     upstream = torch.linspace(-1.0, 2.0, 9)
     logprobs, entropy = head(states, targets, temperature, entropy=True)
@@ -101,7 +101,7 @@ def test_an_entropy_that_nobody_asked_for_is_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_capped_logits_are_those_of_the_log_probs(dtype: torch.dtype) -> None:
-    """Also from the packed head that generates: the cap is applied in float32 everywhere."""
+    """The packed head of generation gives the same logits: the cap is applied in float32 everywhere."""
     head, states, targets = make(5, dtype=dtype, softcap=5.0)
     with torch.no_grad():
         logits = head.logits(states)

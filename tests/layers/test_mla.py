@@ -9,7 +9,7 @@ from torch import Tensor
 from llmquest_rl.batch import Layout
 from llmquest_rl.generation.packed_weights import PackedLinear, pack_model
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.attention.mla import LatentAttention, LatentShape
 from llmquest_rl.layers.rope import RoPE
@@ -51,10 +51,12 @@ def decoded(layer: LatentAttention, prompts: Tensor, tails: Tensor) -> tuple[Ten
     rope = RoPE(layer.shape.qk_rope_head_dim, {"rope_theta": 100.0})
     layout = Layout(PROMPTS, (-1,) * len(PROMPTS))
     kept, tail_cache = SlotCache(len(PROMPTS), max(PROMPTS)), SlotCache(len(PARENTS), STEPS)
-    prefilled = layer(prompts, rope(layout.positions(), prompts.dtype), Prefill(kept, layout, range(len(PROMPTS))))
+    prefilled = layer(
+        prompts, rope(layout.positions(), prompts.dtype), PrefillContext(kept, layout, range(len(PROMPTS)))
+    )
     outputs = []
     for step in range(STEPS):
-        context = Decode(kept, PROMPTS, tail_cache, [step] * len(PARENTS), PARENTS)
+        context = DecodeContext(kept, PROMPTS, tail_cache, [step] * len(PARENTS), PARENTS)
         positions = torch.tensor([PROMPTS[parent] + step for parent in PARENTS])
         outputs.append(layer(tails[:, step], rope(positions, prompts.dtype), context))
     return prefilled, torch.stack(outputs, 1), kept

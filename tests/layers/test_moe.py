@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.moe.experts import RoutedExperts, expert_capacity
-from llmquest_rl.layers.moe.grouped_matmul import Grouped, Looped, products
+from llmquest_rl.layers.moe.grouped_matmul import FusedGroupedMatmul, LoopedGroupedMatmul, choose_grouped_matmul
 from llmquest_rl.layers.moe.moe import (
     Routing,
     SigmoidRouter,
     SoftmaxRouter,
     balance_loss,
     expert_counts,
-    load,
+    router_load,
     sequence_balance_loss,
     z_loss,
 )
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 
 def dense(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every expert on every token; what a token did not choose is multiplied by zero."""
+    """Run every expert on every token, and multiply the output of experts that a token did not choose by zero."""
     out = torch.zeros_like(x)
     for e in range(len(gate_up)):
         gate, up = (x @ gate_up[e].T).chunk(2, -1)
@@ -62,7 +62,7 @@ def make(tokens: int, experts: int, k: int, size: int, inner: int, dtype: torch.
 def test_values_and_gradients_equal_a_dense_loop(
     tokens: int, num_experts: int, k: int, size: int, inner: int, seed: int
 ) -> None:
-    """Sizes with and without a kernel, more and fewer rows than experts, experts without tokens, no tokens at all."""
+    """Covers sizes with and without a kernel, more and fewer rows than experts, idle experts, and no tokens at all."""
     k = min(k, num_experts)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         module, x, chosen, weights = make(tokens, num_experts, k, size, inner, dtype, seed)
@@ -109,9 +109,11 @@ def test_both_ways_of_multiplying_are_one(rows: int) -> None:
     groups = groups[groups != 7]
     weight = torch.randn(40, 8, 12)
     x, gradient = torch.randn(len(groups), 12), torch.randn(len(groups), 8)
-    grouped, looped = Grouped(groups, 40), Looped(groups)
-    assert isinstance(products(groups, (weight,)), Looped if rows == 3 else Grouped)
-    assert isinstance(products(groups, (weight.double(),)), Looped)
+    grouped, looped = FusedGroupedMatmul(groups, 40), LoopedGroupedMatmul(groups)
+    assert isinstance(
+        choose_grouped_matmul(groups, (weight,)), LoopedGroupedMatmul if rows == 3 else FusedGroupedMatmul
+    )
+    assert isinstance(choose_grouped_matmul(groups, (weight.double(),)), LoopedGroupedMatmul)
     torch.testing.assert_close(grouped.outputs(x, weight), looped.outputs(x, weight))
     torch.testing.assert_close(grouped.input_gradient(gradient, weight), looped.input_gradient(gradient, weight))
     ours = grouped.weight_gradient(gradient, x, 40)
@@ -138,7 +140,7 @@ def test_frozen_experts_pass_gradients_on() -> None:
 
 
 def test_parameters_may_be_away_between_forward_and_backward() -> None:
-    """As with ZeRO-3, which frees them after a module's forward and fetches them again, elsewhere, for its backward."""
+    """ZeRO-3 frees parameters after a module's forward and fetches them again, to other memory, for its backward."""
     gradients = []
     for goes_away in (False, True):
         module, x, chosen, weights = make(9, 6, 2, 8, 4, torch.float32, 0)
@@ -171,7 +173,7 @@ def test_capacity_drops_the_last_tokens() -> None:
 
 
 def test_memory_kept_for_backward_does_not_hold_copies_of_tokens() -> None:
-    """With k = 4 of size 64, copies of the tokens or of the results would be most of it."""
+    """With k = 4 and hidden size 64, copies of the tokens or of the results would take most of the saved memory."""
     module, x, chosen, weights = make(256, 8, 4, 64, 4, torch.float32, 0)
     sizes: list[int] = []
 
@@ -196,7 +198,7 @@ def qwen_router(normalize: bool) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_softmax_router_equals_transformers(normalize: bool, dtype: torch.dtype) -> None:
-    """In bfloat16 many logits tie; transformers then rounds the weights, which stay float32 here."""
+    """In bfloat16 many logits tie. transformers rounds the weights to bfloat16; ours stay float32."""
     theirs, ours = qwen_router(normalize), SoftmaxRouter(16, 12, 3, normalize)
     torch.nn.init.normal_(theirs.weight)
     ours.load_state_dict(theirs.state_dict())
@@ -322,7 +324,7 @@ def test_losses_of_no_tokens_are_zero() -> None:
 
 def test_load_counts_choices_and_entropy() -> None:
     layers = [random_routing(30, 5, 2, seed) for seed in range(3)]
-    found = load(layers)
+    found = router_load(layers)
     assert found is not None
     assert found.counts.dtype == torch.float32
     for layer, routing in enumerate(layers):
@@ -335,4 +337,4 @@ def test_load_counts_choices_and_entropy() -> None:
     doubled = {name: 2 * value if "tokens" in name else value for name, value in found.metrics().items()}
     assert both.metrics() == pytest.approx(doubled)
     assert found.metrics()["moe/expert_tokens_max"] == float(found.counts.max())
-    assert load([]) is None
+    assert router_load([]) is None

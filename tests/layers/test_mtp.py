@@ -1,10 +1,10 @@
-"""Which tokens multi-token prediction works on, beside plain lists."""
+"""Inputs and targets of multi-token prediction, compared with plain lists."""
 
 import pytest
 import torch
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.layers.mtp import depths
+from llmquest_rl.layers.mtp import mtp_depths
 
 GROUPS = [
     SequenceGroup([5, 9, 2, 7], [[3, 8], [1, 1, 4, 6, 2], [9]]),
@@ -17,7 +17,7 @@ GROUPS = [
 
 
 def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[int, int]]]]:
-    """For each completion with a target: (position, its token, the token `depth` ahead), and (position, target)."""
+    """Inputs (position, token, token `depth` ahead) and targets (position, target) of each completion with a target."""
     found = []
     for group in GROUPS:
         for i, completion in enumerate(group.completions):
@@ -35,7 +35,7 @@ def expected(depth: int) -> list[tuple[list[tuple[int, int, int]], list[tuple[in
 def test_inputs_and_targets(shared: bool) -> None:
     batch = collate(GROUPS if shared else [part for group in GROUPS for part in group.expanded()])
     trail = torch.arange(len(batch.tokens))  # of each position, the packed row that it comes from
-    for number, depth in enumerate(depths(batch, 3), start=1):
+    for number, depth in enumerate(mtp_depths(batch, 3), start=1):
         trail = trail[depth.rows]
         wanted = expected(number)
         assert depth.layout.lengths == tuple(len(inputs) for inputs, _ in wanted)
@@ -53,5 +53,5 @@ def test_inputs_and_targets(shared: bool) -> None:
 
 def test_nothing_to_predict() -> None:
     for groups in ([], [SequenceGroup([1, 2], [])], [SequenceGroup([3, 4], [[], []])], [SequenceGroup([], [[5]])]):
-        for depth in depths(collate(groups), 2):
+        for depth in mtp_depths(collate(groups), 2):
             assert depth.layout.num_tokens == len(depth.rows) == len(depth.targets) == 0

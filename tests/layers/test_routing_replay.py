@@ -1,4 +1,4 @@
-"""Routing replay on every mixture of experts: what is replayed, what is still computed, and when it ends."""
+"""Routing replay on every MoE model: experts are replayed, their weights are not, and replay ends with its context."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.layers.moe.moe import Routing, SigmoidRouter, SoftmaxRouter
-from llmquest_rl.layers.moe.routing_replay import Router, noted_choices, num_changed, replaying, routers
+from llmquest_rl.layers.moe.routing_replay import Router, num_changed_choices, record_routing, replay_routing, routers
 from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
 
@@ -44,14 +44,14 @@ def make(architecture: str) -> CausalLM:
 
 
 def record(model: CausalLM) -> Tensor:
-    with torch.no_grad(), noted_choices(routers(model)) as choices:
+    with torch.no_grad(), record_routing(routers(model)) as choices:
         model(BATCH)
     return torch.stack(choices)
 
 
 @torch.no_grad()
 def move(watched: Sequence[Router]) -> None:
-    """What an update does to routers, and more of it."""
+    """Change the routers as an update would, but more strongly."""
     generator = torch.Generator().manual_seed(1)
     for router in watched:
         router.weight += 0.1 * torch.randn(router.weight.shape, generator=generator)
@@ -60,7 +60,7 @@ def move(watched: Sequence[Router]) -> None:
 def gradients(model: CausalLM, experts: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs, and the gradient of their sum and the model's own losses."""
     model.zero_grad()
-    with replaying(model, experts):
+    with replay_routing(model, experts):
         output = model(BATCH)
         (output.logprobs.sum() + sum(output.aux.values())).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -97,10 +97,10 @@ def test_a_router_takes_given_experts_with_weights_of_its_own(router: Router) ->
     move([router])
     own = router(x)
     assert not torch.equal(own.experts, before)
-    router.replayed = before
+    router.replayed_experts = before
     routing = router(x)
     assert torch.equal(routing.experts, before)
-    assert torch.equal(router.preferred(routing), own.experts)
+    assert torch.equal(router.own_choice(routing), own.experts)
     assert torch.equal(routing.logits, own.logits)
     logits = routing.logits.detach().double()
     scores = logits.softmax(-1) if isinstance(router, SoftmaxRouter) else logits.sigmoid()
@@ -133,12 +133,12 @@ def test_after_an_update_tokens_go_to_the_recorded_experts(architecture: str) ->
     assert experts.dtype == torch.int16
     assert experts.shape[:2] == (len(routers(model)) - modules_ahead, len(BATCH.tokens))
     move(routers(model))
-    with used_experts(model) as used, noted_choices(routers(model)) as choices:
+    with used_experts(model) as used, record_routing(routers(model)) as choices:
         logprobs, _ = gradients(model, experts)
     assert len(used) == len(choices) == len(experts) + modules_ahead
     assert torch.equal(torch.stack(used[: len(experts)]), experts.long())
-    assert int(num_changed(experts, choices)) > 0
-    assert int(num_changed(experts, list(experts))) == 0
+    assert int(num_changed_choices(experts, choices)) > 0
+    assert int(num_changed_choices(experts, list(experts))) == 0
     assert not torch.equal(logprobs, gradients(model, None)[0])
     for router in routers(model)[: len(experts)]:
         assert router.weight.grad is not None and bool(router.weight.grad.any())
@@ -162,10 +162,10 @@ def test_gradient_checkpointing_replays_in_backward_too(architecture: str) -> No
 def test_replay_and_notes_end_with_an_exception() -> None:
     model = make("DeepseekV3ForCausalLM")
     experts = record(model)
-    with pytest.raises(ZeroDivisionError), replaying(model, experts), noted_choices(routers(model)):
-        assert [router.replayed is not None for router in routers(model)] == [True, False]
+    with pytest.raises(ZeroDivisionError), replay_routing(model, experts), record_routing(routers(model)):
+        assert [router.replayed_experts is not None for router in routers(model)] == [True, False]
         _ = 1 / 0
-    assert all(router.replayed is None for router in routers(model))
+    assert all(router.replayed_experts is None for router in routers(model))
     assert not any(router._forward_hooks for router in routers(model))
 
 
@@ -175,15 +175,15 @@ def test_changed_choices_are_counted_as_sets() -> None:
     pairs = zip(recorded.flatten(0, 1).tolist(), own.flatten(0, 1).tolist(), strict=True)
     expected = sum(len(set(chosen) - set(before)) for before, chosen in pairs)
     ahead = torch.zeros(5, 4, dtype=torch.int16)
-    assert int(num_changed(recorded, [*own, ahead])) == expected > 0
-    assert int(num_changed(recorded, list(recorded.flip(-1)))) == 0
+    assert int(num_changed_choices(recorded, [*own, ahead])) == expected > 0
+    assert int(num_changed_choices(recorded, list(recorded.flip(-1)))) == 0
 
 
 def test_a_router_that_runs_twice_is_not_recorded_as_two_layers() -> None:
     model = make("Qwen3MoeForCausalLM")
     first, second = routers(model)
     x = torch.zeros(2, model.config.hidden_size)
-    with noted_choices([first, second]), pytest.raises(AssertionError, match="once each"):
+    with record_routing([first, second]), pytest.raises(AssertionError, match="once each"):
         first(x)
         first(x)
 

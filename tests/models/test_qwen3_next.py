@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.layers.norm import OffsetRMSNorm
 from llmquest_rl.models.base import CausalLM
@@ -60,9 +60,9 @@ def test_generation_after_prompts_longer_than_a_chunk(tmp_path: Path) -> None:
     expected = packed_logits(model, [*prompts, a, b, c], (-1, -1, 0, 0, 1))[2:]
     layout = Layout((130, 64), (-1, -1))
     prompt_cache, tails = SlotCache(2, 130), SlotCache(3, 5)
-    model.hidden(torch.cat(prompts), layout.positions(), Prefill(prompt_cache, layout, (0, 1)))
+    model.hidden(torch.cat(prompts), layout.positions(), PrefillContext(prompt_cache, layout, (0, 1)))
     for step in range(5):
-        context = Decode(prompt_cache, (130, 64), tails, (step,) * 3, (0, 0, 1))
+        context = DecodeContext(prompt_cache, (130, 64), tails, (step,) * 3, (0, 0, 1))
         tokens = torch.stack((a[step], b[step], c[step]))
         states = model.hidden(tokens, torch.tensor((130, 130, 64)) + step, context).states
         wanted = torch.stack([logits[step] for logits in expected])

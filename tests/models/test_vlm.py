@@ -14,7 +14,7 @@ from torch import Tensor
 from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.generation.engine import NativeGenerator
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cache import Decode, Prefill
+from llmquest_rl.layers.attention.cache import DecodeContext, PrefillContext
 from llmquest_rl.layers.attention.cache_slots import SlotCache
 from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
@@ -210,10 +210,10 @@ def test_prefill_with_images_and_decoding(decoder: str) -> None:
     kept, slots = (SlotCache(3, capacity) for capacity in (10, 2)), list(range(3))
     prompt_cache, tail_cache = kept
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
-    context = Prefill(prompt_cache, layout, slots)
+    context = PrefillContext(prompt_cache, layout, slots)
     states = [model.hidden(tokens, layout.positions(), context, images, (1, 0, 2)).states[torch.tensor([6, 7, 17])]]
     for step in range(2):
-        decode = Decode(prompt_cache, list(layout.lengths), tail_cache, [step] * 3, slots)
+        decode = DecodeContext(prompt_cache, list(layout.lengths), tail_cache, [step] * 3, slots)
         positions = torch.tensor(layout.lengths) + step
         states.append(model.hidden(torch.tensor([tail[step] for tail in tails]), positions, decode).states)
     whole = Layout((*layout.lengths, 2, 2, 2), (-1, -1, -1, 0, 1, 2))

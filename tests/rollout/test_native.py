@@ -83,7 +83,7 @@ def test_update_is_refused_whole_when_a_tensor_does_not_fit(folder: Path, engine
         f"missing: {name}": fitting[:-1],
         "unknown: model.extra.weight": [*fitting, ("model.extra.weight", tensor)],
         f"given twice: {name}": [*fitting, (name, tensor)],
-        f"another shape: {name}": [*fitting[:-1], (name, tensor[:1])],
+        f"wrong shape: {name}": [*fitting[:-1], (name, tensor[:1])],
     }
     for message, tensors in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -234,5 +234,7 @@ def test_what_does_not_go_together_is_refused_before_the_start(
 def test_no_engine_takes_a_classifier(runs: Runs) -> None:
     exported = letters(runs).train("steps=2") / "checkpoints" / "step-000002" / "model"
     for name in ("native", "vllm"):
-        with pytest.raises(ValueError, match="a LlamaForSequenceClassification, which scores and writes no text"):
+        with pytest.raises(
+            ValueError, match="a LlamaForSequenceClassification, which scores text and cannot generate it"
+        ):
             check_engine(name, engine_config(name)(), exported, EngineSetup(context_tokens=32))

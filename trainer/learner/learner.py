@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
-from llmquest_rl.layers.moe.routing_replay import replaying
+from llmquest_rl.layers.moe.routing_replay import replay_routing
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier, new_classifier
@@ -134,7 +134,7 @@ class Learner:
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
             batch = microbatch.to(self.device)
-            with replaying(self.model, batch.experts if self.setup.objective.routing_replay else None):
+            with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
                 # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
                 poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)

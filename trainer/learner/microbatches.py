@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
-from llmquest_rl.layers.moe.routing_replay import noted_choices, num_changed, routers
+from llmquest_rl.layers.moe.routing_replay import num_changed_choices, record_routing, routers
 from llmquest_rl.objectives import Loss, Objective
 from llmquest_rl.packing import pack
 from llmquest_rl.types import ImageFormat
@@ -117,7 +117,7 @@ def add_logprobs(
     watched = routers(model) if record_experts else []
 
     def with_token_field(batch: TokenBatch) -> TokenBatch:
-        with noted_choices(watched) as choices:
+        with record_routing(watched) as choices:
             logprobs: Tensor = model(batch.to(device), temperature=temperature).logprobs
         token_fields = {**batch.token_fields, name: logprobs.to("cpu", torch.float32)}
         return replace(
@@ -137,9 +137,9 @@ def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) 
     """
     if batch.experts is None:
         return objective.loss(model, batch)
-    with noted_choices(routers(model)) as choices:
+    with record_routing(routers(model)) as choices:
         loss = objective.loss(model, batch)
     is_counted = (batch.token_fields["weights"] != 0).any()
-    changed = num_changed(batch.experts, choices)
+    changed = num_changed_choices(batch.experts, choices)
     loss.metrics.mean("moe/changed_share", changed * is_counted, batch.experts.numel() * is_counted)
     return loss

@@ -1,4 +1,4 @@
-"""Attention and its caches, on CPUs and GPUs.
+"""Attention: the packed form for training on CPUs and GPUs, latent attention, and the key/value caches of generation.
 
-May import the other layers and `llmquest_rl.batch`.
+May import the flat layer files (`linear`, `norm`, `rope`) and `llmquest_rl.batch`, but neither `moe` nor `recurrent`.
 """

@@ -1,6 +1,7 @@
-"""Attention over packed tokens, and the interface that it shares with the caches used in generation.
+"""The attention interface that model layers use, and its packed form for training.
 
-The packed form never pads what its caller sees.
+The contexts of generation, which read and write a cache, are in `layers/attention/cache.py`. Inputs and outputs are
+packed: the caller never sees padding.
 """
 
 from typing import Protocol
@@ -9,25 +10,25 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention.cpu import Bucketed
-from llmquest_rl.layers.attention.gpu import Flex
-from llmquest_rl.layers.attention.scores import Scoring
+from llmquest_rl.layers.attention.cpu import BucketedAttention
+from llmquest_rl.layers.attention.gpu import FlexAttention
+from llmquest_rl.layers.attention.scores import ScoreOptions
 
 
 class AttentionContext(Protocol):
-    """What a model's layers need from the outside: which earlier tokens each token sees, and what was kept of them.
+    """Gives a model's layers access to earlier tokens: those of the same batch, or those in a cache.
 
-    A layer uses either `attend` or the pair `load_state` and `store_state`.
+    An attention layer calls `attend`; a recurrent layer calls `load_state` and `store_state`.
     """
 
     @property
-    def decodes(self) -> bool:
-        """False: whole packed sequences. True: one new token of each sequence, which continues what is kept."""
+    def is_decoding(self) -> bool:
+        """True: the batch is one new token of each cached sequence. False: the batch is whole packed sequences."""
         ...
 
     @property
     def layout(self) -> Layout:
-        """The segments of the packed tokens; while decoding each row is a segment of one token without a parent."""
+        """The segments of the packed tokens. During decoding each row is a segment of one token without a parent."""
         ...
 
     def attend(
@@ -41,48 +42,51 @@ class AttentionContext(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
         """Attention output [tokens, heads, value_dim].
 
         Args:
-            layer: Index of the layer that asks; a cache keeps keys and values by it.
-            q: Queries [tokens, heads, head_dim], positions already applied.
+            layer: Index of the calling layer; a cache stores keys and values under it.
+            q: Queries [tokens, heads, head_dim], with positions already applied.
             k: Keys [tokens, kv_heads, head_dim]; query head h reads kv head `h // (heads / kv_heads)`.
-            v: Values [tokens, kv_heads, value_dim]; None = the keys are the values.
+            v: Values [tokens, kv_heads, value_dim]; None = the keys serve as values.
             scale: Multiplies the scores before the softmax.
-            window: A token sees the last `window` positions, itself included; None = all.
+            window: A token attends to the last `window` positions, itself included; None = all.
             softcap: Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv:2408.00118, 2).
-            sinks: Logits [heads], one more in each head's softmax, which has no value (gpt-oss, arXiv:2508.10925).
-            kept: What a cache keeps in place of keys and values [tokens, 1, size] (DeepSeek-V2, arXiv:2405.04434,
-                2.1): while decoding such a layer passes it as `k`, `v=None`, and queries projected onto it.
+            sinks: Logits [heads]: one extra logit in each head's softmax, without a value (gpt-oss, arXiv:2508.10925).
+            cache_entry: Tensor [tokens, 1, size] that a cache stores instead of keys and values (DeepSeek-V2,
+                arXiv:2405.04434, 2.1). During decoding the layer passes it as `k` with `v=None`, and projects its
+                queries onto it.
         """
         ...
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """The recurrent state that each row continues (first dimension = rows); None = sequences start here."""
+        """The recurrent state of each row, as tensors [rows, ...]; None = all sequences start with this batch."""
         ...
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
-        """Keep the state after the last token of each segment (first dimension = segments; rows while decoding)."""
+        """Store the state after the last token of each segment, as tensors [segments, ...]."""
         ...
 
 
 class PackedAttention:
-    """Causal attention within each segment of a layout, which continues its parent. Nothing else is seen.
+    """Causal attention within each segment of a layout and over the segment's parent.
 
-    Built once for a batch: index tensors and masks are made for each window when it is first asked for, and shared by
-    all layers that have it.
+    One context serves all layers of a batch. Index tensors and masks are built on the first use of each window and
+    shared by all layers with that window.
     """
 
-    decodes = False
+    is_decoding = False
 
     def __init__(self, layout: Layout, device: torch.device | str) -> None:
         assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "parents have no parents"
         device = torch.device(device)
         self.layout = layout
         self._longest = 1 + int(layout.positions().max()) if layout.num_tokens else 0
-        self._backend: Bucketed | Flex = (Flex if device.type == "cuda" else Bucketed)(layout, device)
+        self._backend: BucketedAttention | FlexAttention = (
+            FlexAttention if device.type == "cuda" else BucketedAttention
+        )(layout, device)
 
     def attend(
         self,
@@ -95,19 +99,19 @@ class PackedAttention:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
-        """See `AttentionContext.attend`; every layer is treated alike, and `kept` is of no use here."""
+        """See `AttentionContext.attend`. `layer` and `cache_entry` have no effect, because nothing is cached."""
         assert window is None or window > 0, "a token sees itself at least"
         values = k if v is None else v
-        if not self.layout.num_tokens:  # nothing to compute, but what made the inputs gets gradients, of zero
+        if not self.layout.num_tokens:  # the sum keeps the inputs in the graph, so that they get zero gradients
             return values.new_empty(0, q.shape[1], values.shape[2]) + (q.sum() + k.sum() + values.sum())
         hides = window is not None and window < self._longest
-        return self._backend(q, k, values, window if hides else None, Scoring(scale, softcap, sinks))
+        return self._backend(q, k, values, window if hides else None, ScoreOptions(scale, softcap, sinks))
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """Nothing is kept: every sequence starts here."""
+        """Return None: every sequence starts with this batch."""
         return None
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
+        """Do nothing: training does not continue from a state."""

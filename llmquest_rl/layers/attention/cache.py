@@ -1,15 +1,16 @@
-"""The attention contexts of generation, which write and read what is kept of earlier tokens.
+"""The attention contexts of generation: `PrefillContext` fills a cache, `DecodeContext` reads and extends it.
 
-A prompt has one slot, whatever the number of its completions; the tokens of each completion have another. Decoding
-scores every prompt once for all the completions that share it, every completion's own tokens once, and takes one
-softmax over both.
+A prompt occupies one slot of the prompt cache, however many completions share it. Each completion occupies one slot of
+the completion cache. A decoding step reads each prompt once for all its completions, reads each completion once, and
+takes one softmax over both.
 
-A layer with a window of W tokens keeps the last W - 1 tokens of a prompt and a ring of the last W of a completion. A
-prompt's tokens lie newest first: the part of it that a window still reaches shrinks as a completion grows, and is
-always at the start of the slot. A ring holds nothing but what the window sees, so that order is of no account there.
+A layer with a window of W tokens caches the last W - 1 tokens of a prompt, and a ring buffer of the last W tokens of a
+completion. Prompt tokens are stored newest first. The part of the prompt that a window still reaches shrinks as the
+completion grows, and in this order it is always at the start of the slot. A ring buffer holds only tokens that the
+window sees, so its order does not matter.
 
-Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads on one of them, C head size,
-Cv size of a value.
+Shapes: n sequences, G prompts, H query heads, K key/value heads, R = H / K query heads per key/value head, C head size,
+Cv value size.
 """
 
 from collections.abc import Sequence
@@ -21,33 +22,42 @@ from torch import Tensor
 
 from llmquest_rl.batch import Layout
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.layers.attention.cache_slots import Bucket, SlotCache, buckets
-from llmquest_rl.layers.attention.scores import Scoring
+from llmquest_rl.layers.attention.cache_slots import SlotBucket, SlotCache, slot_buckets
+from llmquest_rl.layers.attention.scores import ScoreOptions
 
 
-class _Kept(NamedTuple):
-    """Which tokens of a pack are kept, and where: index tensors of equal length."""
+class _CacheIndex(NamedTuple):
+    """The packed tokens to cache, and their places in the cache. All tensors are [cached tokens], long."""
 
     rows: Tensor
+    """Packed row of each token."""
     slots: Tensor
-    places: Tensor
+    """Slot of each token."""
+    offsets: Tensor
+    """Index of each token in its slot."""
 
 
-class Prefill:
-    """Context of a forward over whole prompts, packed: plain causal attention that also keeps what decoding reads."""
+class PrefillContext:
+    """Context of a forward over packed prompts: causal attention that also writes the cache for decoding."""
 
-    decodes = False
+    is_decoding = False
 
     def __init__(self, prompts: SlotCache, layout: Layout, slots: Sequence[int]) -> None:
-        """Prepare for the prompts of `layout`, one segment each, to be kept in `slots`."""
+        """Prepare to cache prompts.
+
+        Args:
+            prompts: Cache of the prompts.
+            layout: One segment per prompt.
+            slots: Slot of each prompt.
+        """
         lengths = torch.tensor(layout.lengths)
         self.layout = layout
         self._prompts = prompts
         self._attention = PackedAttention(layout, prompts.device)
         self._segment_slots = torch.tensor(slots)
         self._slots = self._segment_slots.repeat_interleave(lengths)
-        self._places = lengths.repeat_interleave(lengths) - 1 - layout.positions()  # newest first
-        self._kept: dict[int, _Kept] = {}
+        self._offsets = lengths.repeat_interleave(lengths) - 1 - layout.positions()  # newest first
+        self._indices: dict[int, _CacheIndex] = {}
 
     def attend(
         self,
@@ -60,79 +70,79 @@ class Prefill:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionContext.attend`."""
-        capacity = self._prompts.capacity
-        room = capacity if window is None else min(window - 1, capacity)
-        rows, slots, places = self._kept_in(room)
-        keep = (kept,) if kept is not None else (k,) if v is None else (k, v)
-        self._prompts.write(layer, slots, places, [x.index_select(0, rows) for x in keep], room)
+        capacity = self._prompts.capacity if window is None else min(window - 1, self._prompts.capacity)
+        rows, slots, offsets = self._cache_index(capacity)
+        entries = (cache_entry,) if cache_entry is not None else (k,) if v is None else (k, v)
+        self._prompts.write(layer, slots, offsets, [x.index_select(0, rows) for x in entries], capacity)
         return self._attention.attend(layer, q, k, v, scale, window=window, softcap=softcap, sinks=sinks)
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """Nothing is kept yet: every prompt starts here."""
+        """Return None: every prompt starts with this batch."""
         return None
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
         """See `AttentionContext.store_state`."""
         self._prompts.write_states(layer, self._segment_slots.to(self._prompts.device), state)
 
-    def _kept_in(self, room: int) -> _Kept:
-        if room not in self._kept:
-            rows = (self._places < room).nonzero().squeeze(-1)
-            index = (rows, self._slots[rows], self._places[rows])
-            self._kept[room] = _Kept(*(x.to(self._prompts.device) for x in index))
-        return self._kept[room]
+    def _cache_index(self, capacity: int) -> _CacheIndex:
+        if capacity not in self._indices:
+            rows = (self._offsets < capacity).nonzero().squeeze(-1)
+            index = (rows, self._slots[rows], self._offsets[rows])
+            self._indices[capacity] = _CacheIndex(*(x.to(self._prompts.device) for x in index))
+        return self._indices[capacity]
 
 
 @dataclass(frozen=True)
-class _View:
-    """What the sequences see through one window: shared by all layers that have it."""
+class _WindowView:
+    """The cached tokens that each sequence sees through one window; all layers with that window share it."""
 
-    prompt_runs: list[Bucket]
-    tail_runs: list[Bucket]
+    prompt_buckets: list[SlotBucket]
+    completion_buckets: list[SlotBucket]
     longest_prompt: int
-    """Most tokens read of a prompt."""
-    tail_room: int
+    """Number of tokens read of the prompt of which most are visible."""
+    completion_capacity: int
+    """Tokens that a completion's slot holds in these layers."""
     new: Tensor
-    """[n]: where each sequence's new token goes."""
-    hidden: Tensor
-    """Bool [n, 1, 1, longest prompt + longest tail]."""
+    """Offset of each sequence's new token in its slot [n]."""
+    masked: Tensor
+    """True for tokens that are not visible: bool [n, 1, 1, longest prompt + longest completion]."""
 
 
-class Decode:
-    """Context of a forward over one new token for each of n sequences, which see their prompt and their own tokens."""
+class DecodeContext:
+    """Context of a forward over one new token of each of n sequences, which see their prompts and completions."""
 
-    decodes = True
+    is_decoding = True
 
     def __init__(
         self,
         prompts: SlotCache,
         prompt_lengths: Sequence[int],
-        tails: SlotCache,
-        tail_lengths: Sequence[int],
+        completions: SlotCache,
+        completion_lengths: Sequence[int],
         parents: Sequence[int],
     ) -> None:
-        """Prepare what all layers share.
+        """Prepare the index tensors that all layers share.
 
         Args:
-            prompts: Where the prompts are kept.
+            prompts: Cache of the prompts.
             prompt_lengths: Tokens of each prompt [G], in slot order.
-            tails: Where the completions are kept: sequence i in slot i.
-            tail_lengths: Tokens of each completion [n] already in there, without the new one.
+            completions: Cache of the completions, sequence i in slot i.
+            completion_lengths: Cached tokens of each completion [n], without the new one.
             parents: Prompt slot of each sequence [n].
         """
         self.layout = Layout((1,) * len(parents), (-1,) * len(parents))
-        self._prompts, self._tails = prompts, tails
-        self._prompt_lengths, self._tail_lengths, self._parents = prompt_lengths, tail_lengths, parents
-        self._rows = torch.arange(len(parents), device=tails.device)
-        first = torch.tensor([row for row, length in enumerate(tail_lengths) if length == 0], dtype=torch.long)
-        self._first = first.to(tails.device)
-        self._first_parents = torch.tensor(parents)[first].to(prompts.device)
-        place, self._width = _places(parents)
-        self._place = place.to(tails.device)
-        self._views: dict[int, _View] = {}
+        self._prompts, self._completions = prompts, completions
+        self._prompt_lengths, self._completion_lengths, self._parents = prompt_lengths, completion_lengths, parents
+        self._rows = torch.arange(len(parents), device=completions.device)
+        starting = torch.tensor([row for row, length in enumerate(completion_lengths) if length == 0], dtype=torch.long)
+        self._starting = starting.to(completions.device)
+        self._starting_parents = torch.tensor(parents)[starting].to(prompts.device)
+        cells, self._width = _table_cells(parents)
+        self._cells = cells.to(completions.device)
+        self._views: dict[int, _WindowView] = {}
 
     def attend(
         self,
@@ -145,93 +155,99 @@ class Decode:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        kept: Tensor | None = None,
+        cache_entry: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionContext.attend`."""
-        assert kept is None or (kept is k and v is None), "while decoding, what is kept is what is attended"
-        view, scoring = self._view(window), Scoring(scale, softcap, sinks)
-        self._tails.write(layer, self._rows, view.new, (k,) if v is None else (k, v), view.tail_room)
-        own = q.float().mul(scale).view(len(q), k.shape[1], -1, q.shape[-1])  # [n, K, R, C]
-        scores = scoring.capped(self._scores(layer, own, view)).masked_fill_(view.hidden, float("-inf"))
-        mixed = self._mix(layer, scores.softmax(-1), view).flatten(1, 2)  # [n, H, Cv]
+        assert cache_entry is None or (cache_entry is k and v is None), (
+            "a decoding layer with a cache entry passes it as keys, with v=None"
+        )
+        view, options = self._view(window), ScoreOptions(scale, softcap, sinks)
+        self._completions.write(layer, self._rows, view.new, (k,) if v is None else (k, v), view.completion_capacity)
+        queries = q.float().mul(scale).view(len(q), k.shape[1], -1, q.shape[-1])  # [n, K, R, C]
+        scores = options.apply_softcap(self._scores(layer, queries, view)).masked_fill_(view.masked, float("-inf"))
+        output = self._weighted_values(layer, scores.softmax(-1), view).flatten(1, 2)  # [n, H, Cv]
         if sinks is not None:
-            mixed = scoring.without_sink(mixed, scores.logsumexp(-1).flatten(1))
-        return mixed.to(q.dtype)
+            output = options.apply_sinks(output, scores.logsumexp(-1).flatten(1))
+        return output.to(q.dtype)
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """See `AttentionContext.load_state`: a sequence's first step continues a copy of its prompt's state."""
-        if len(self._first):
-            start = [state[self._first_parents] for state in self._prompts.states(layer)]
-            self._tails.write_states(layer, self._first, start)
-        return tuple(state[: len(self._rows)] for state in self._tails.states(layer))
+        """See `AttentionContext.load_state`. A sequence's first step starts from a copy of its prompt's state."""
+        if len(self._starting):
+            start = [state[self._starting_parents] for state in self._prompts.states(layer)]
+            self._completions.write_states(layer, self._starting, start)
+        return tuple(state[: len(self._rows)] for state in self._completions.states(layer))
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
         """See `AttentionContext.store_state`."""
-        self._tails.write_states(layer, slice(len(self._rows)), state)
+        self._completions.write_states(layer, slice(len(self._rows)), state)
 
-    def _view(self, window: int | None) -> _View:
-        everything = self._prompts.capacity + self._tails.capacity
+    def _view(self, window: int | None) -> _WindowView:
+        everything = self._prompts.capacity + self._completions.capacity
         window = min(window or everything, everything)
         if window not in self._views:
             self._views[window] = self._make_view(window)
         return self._views[window]
 
-    def _make_view(self, window: int) -> _View:
-        """With its new token a completion of t tokens sees min(t, window) of them and window - t of its prompt."""
-        device, tail_room = self._tails.device, min(window, self._tails.capacity)
-        sizes = [length + 1 for length in self._tail_lengths]
+    def _make_view(self, window: int) -> _WindowView:
+        """Build the view of a window.
+
+        A completion of t tokens, the new one included, sees its last min(t, window) tokens and the last window - t
+        tokens of its prompt.
+        """
+        device, completion_capacity = self._completions.device, min(window, self._completions.capacity)
+        sizes = [length + 1 for length in self._completion_lengths]
         smallest: dict[int, int] = {}
         for slot, length in zip(self._parents, sizes, strict=True):
             smallest[slot] = min(length, smallest.get(slot, length))
         reach = [min(p, max(window - smallest.get(i, 1), 0)) for i, p in enumerate(self._prompt_lengths)]
         parent, size = torch.tensor(self._parents), torch.tensor(sizes)
-        in_prompt = torch.minimum(torch.tensor(self._prompt_lengths)[parent], window - size)  # below 0 counts as 0
-        in_tail = size.clamp(max=tail_room)
+        in_prompt = torch.minimum(torch.tensor(self._prompt_lengths)[parent], window - size)  # negative counts as 0
+        in_completion = size.clamp(max=completion_capacity)
         prompt_shown = torch.arange(max(reach)) < in_prompt[:, None]
-        tail_shown = torch.arange(int(in_tail.max())) < in_tail[:, None]
-        return _View(
-            prompt_runs=buckets(reach),
-            tail_runs=buckets(in_tail.tolist()),
+        completion_shown = torch.arange(int(in_completion.max())) < in_completion[:, None]
+        return _WindowView(
+            prompt_buckets=slot_buckets(reach),
+            completion_buckets=slot_buckets(in_completion.tolist()),
             longest_prompt=max(reach),
-            tail_room=tail_room,
-            new=((size - 1) % tail_room).to(device),
-            hidden=~torch.cat((prompt_shown, tail_shown), 1)[:, None, None].to(device),
+            completion_capacity=completion_capacity,
+            new=((size - 1) % completion_capacity).to(device),
+            masked=~torch.cat((prompt_shown, completion_shown), 1)[:, None, None].to(device),
         )
 
-    def _scores(self, layer: int, own: Tensor, view: _View) -> Tensor:
-        """[n, K, R, longest prompt + longest tail]; what is hidden holds anything."""
+    def _scores(self, layer: int, queries: Tensor, view: _WindowView) -> Tensor:
+        """Scores [n, K, R, longest prompt + longest completion]; values at masked places are arbitrary."""
         split = view.longest_prompt
-        scores = own.new_empty(*own.shape[:3], view.hidden.shape[-1])
-        self._tails.scores(layer, own, view.tail_runs, scores[..., split:])
-        shared = own.new_empty(len(self._prompt_lengths), own.shape[1], self._width * own.shape[2], split)
-        self._prompts.scores(layer, self._by_prompt(own), view.prompt_runs, shared)
-        scores[..., :split] = self._by_sequence(shared, own.shape[2])
+        scores = queries.new_empty(*queries.shape[:3], view.masked.shape[-1])
+        self._completions.scores(layer, queries, view.completion_buckets, scores[..., split:])
+        shared = queries.new_empty(len(self._prompt_lengths), queries.shape[1], self._width * queries.shape[2], split)
+        self._prompts.scores(layer, self._group_by_prompt(queries), view.prompt_buckets, shared)
+        scores[..., :split] = self._ungroup(shared, queries.shape[2])
         return scores
 
-    def _mix(self, layer: int, weights: Tensor, view: _View) -> Tensor:
-        """[n, K, R, Cv]."""
+    def _weighted_values(self, layer: int, weights: Tensor, view: _WindowView) -> Tensor:
+        """Values weighted by `weights` [n, K, R, longest prompt + longest completion]: [n, K, R, Cv]."""
         split = view.longest_prompt
-        mixed = self._tails.mix(layer, weights[..., split:], view.tail_runs)
-        shared = self._prompts.mix(layer, self._by_prompt(weights[..., :split]), view.prompt_runs)
-        mixed += self._by_sequence(shared, weights.shape[2])
-        return mixed
+        output = self._completions.weighted_values(layer, weights[..., split:], view.completion_buckets)
+        shared = self._prompts.weighted_values(layer, self._group_by_prompt(weights[..., :split]), view.prompt_buckets)
+        output += self._ungroup(shared, weights.shape[2])
+        return output
 
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """[n, K, R, c] to [G, K, width * R, c]: a prompt's sequences side by side, with zeros up to width."""
-        places = x.new_zeros(len(self._prompt_lengths) * self._width, *x.shape[1:])
-        places[self._place] = x
-        table = places.view(len(self._prompt_lengths), self._width, *x.shape[1:])
+    def _group_by_prompt(self, x: Tensor) -> Tensor:
+        """Reshape [n, K, R, c] to [G, K, width * R, c]: the sequences of a prompt side by side, padded with zeros."""
+        flat = x.new_zeros(len(self._prompt_lengths) * self._width, *x.shape[1:])
+        flat[self._cells] = x
+        table = flat.view(len(self._prompt_lengths), self._width, *x.shape[1:])
         return table.transpose(1, 2).flatten(2, 3)
 
-    def _by_sequence(self, x: Tensor, repeats: int) -> Tensor:
-        """The inverse: [G, K, width * R, c] to [n, K, R, c]."""
+    def _ungroup(self, x: Tensor, repeats: int) -> Tensor:
+        """Invert `_group_by_prompt`: [G, K, width * R, c] to [n, K, R, c]."""
         groups, heads, _, size = x.shape
-        places = x.view(groups, heads, self._width, repeats, size).transpose(1, 2).flatten(0, 1)
-        return places[self._place]
+        flat = x.view(groups, heads, self._width, repeats, size).transpose(1, 2).flatten(0, 1)
+        return flat[self._cells]
 
 
-def _places(parents: Sequence[int]) -> tuple[Tensor, int]:
-    """Each sequence's place in a flattened [prompts, width] table [n], and the width, the most that a prompt has."""
+def _table_cells(parents: Sequence[int]) -> tuple[Tensor, int]:
+    """Each sequence's cell [n] in a flattened [prompts, width] table, and the width: the most sequences per prompt."""
     counts: dict[int, int] = {}
     ranks = []
     for parent in parents:

@@ -1,4 +1,7 @@
-"""Packed attention on a GPU: one FlexAttention kernel walks the blocks of the pack that hold visible pairs."""
+"""Packed attention on GPUs with FlexAttention (Dong et al. 2024, arXiv:2412.05496).
+
+One kernel visits only the blocks of the packed batch that hold visible (query, key) pairs.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,35 +11,35 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.batch import Layout
-from llmquest_rl.layers.attention.scores import Scoring
+from llmquest_rl.layers.attention.scores import ScoreOptions
 
-PairTest = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(batch, head, query, key) to whether the packed token `query` may read the packed token `key`."""
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Maps index tensors (batch, head, query, key) to True where packed token `query` may attend to packed token `key`."""
 
 
-class Flex:
-    """One block mask for each window, shared by all layers that have it."""
+class FlexAttention:
+    """Attention through `flex_attention`, with one block mask per window that all layers share."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
         self._device = device
         self._block_masks: dict[int | None, Any] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scoring: Scoring) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, options: ScoreOptions) -> Tensor:
         """See `AttentionContext.attend`."""
-        return attend(_compiled_flex_attention(), self._block_mask(window), q, k, v, scoring)
+        return flex_attend(_compiled_flex_attention(), self._block_mask(window), q, k, v, options)
 
     def _block_mask(self, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._block_masks:
-            size, test = self._layout.num_tokens, visible(self._layout, window, self._device)
+            size, test = self._layout.num_tokens, build_mask_mod(self._layout, window, self._device)
             self._block_masks[window] = create_block_mask(test, None, None, size, size, device=self._device)
         return self._block_masks[window]
 
 
-def visible(layout: Layout, window: int | None, device: torch.device | str) -> PairTest:
-    """The test that tells which pairs of packed tokens are scored (index tensors that broadcast)."""
+def build_mask_mod(layout: Layout, window: int | None, device: torch.device | str) -> MaskMod:
+    """Build the mask function of a layout; its index tensors may have any shapes that broadcast."""
     lengths = torch.tensor(layout.lengths, dtype=torch.long)
     segments = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
     parents = torch.tensor(layout.parents, dtype=torch.long).repeat_interleave(lengths).to(device)
@@ -48,7 +51,7 @@ def visible(layout: Layout, window: int | None, device: torch.device | str) -> P
 
     if window is None:
         return in_sequence
-    oldest = positions - window  # of each query: the last position that it does not see
+    oldest = positions - window  # the last position outside each query's window
 
     def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return in_sequence(batch, head, query, key) & (positions[key] > oldest[query])
@@ -56,32 +59,44 @@ def visible(layout: Layout, window: int | None, device: torch.device | str) -> P
     return in_window
 
 
-def attend(flex_attention: Any, block_mask: Any, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """One call of `flex_attention`, compiled or not: [tokens, heads, value_dim]."""
+def flex_attend(flex_attention: Any, block_mask: Any, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+    """Call `flex_attention`, compiled or not, on packed tokens.
+
+    Args:
+        flex_attention: The function of `torch.nn.attention.flex_attention`, or its compiled form.
+        block_mask: Block mask of the layout and the window.
+        q: Queries [tokens, heads, head_dim].
+        k: Keys [tokens, kv_heads, head_dim].
+        v: Values [tokens, kv_heads, value_dim].
+        options: Scale, soft cap and sinks.
+
+    Returns:
+        Attention output [tokens, heads, value_dim].
+    """
     from torch.nn.attention.flex_attention import AuxRequest
 
     out, aux = flex_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
-        score_mod=None if scoring.softcap is None else _bend(scoring.softcap),
+        score_mod=None if options.softcap is None else _softcap_score_mod(options.softcap),
         block_mask=block_mask,
-        scale=scoring.scale,
+        scale=options.scale,
         enable_gqa=True,
-        return_aux=AuxRequest(lse=scoring.sinks is not None),
+        return_aux=AuxRequest(lse=options.sinks is not None),
     )
     result: Tensor = out[0].transpose(0, 1)
-    if scoring.sinks is not None:
-        result = scoring.without_sink(result.float(), aux.lse[0].transpose(0, 1)).to(q.dtype)
+    if options.sinks is not None:
+        result = options.apply_sinks(result.float(), aux.lse[0].transpose(0, 1)).to(q.dtype)
     return result
 
 
 @cache
-def _bend(softcap: float) -> Callable[..., Tensor]:
-    """The same function object for the same cap, so that the kernel is compiled once."""
+def _softcap_score_mod(softcap: float) -> Callable[..., Tensor]:
+    """Return the score function of a cap. It is cached, because a new function object would compile a new kernel."""
 
-    def bend(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    return bend
+    return score_mod
 
 
 @cache

@@ -1,17 +1,17 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437, 2.1.1).
 
-Keys and values of all heads are projections of one latent vector for each token, and only that vector is kept in a
-cache, beside one key of a few rotated dimensions that all heads share, because a rotation would stand between the two
-projections. There are two ways through the same formula:
+Keys and values of all heads are projections of one latent vector per token, and a cache stores that vector. Beside it
+the cache stores one short rotated key that all heads share, because a rotation cannot be merged into the projections.
+The same formula is computed in two forms:
 
-* expanded: the latent is projected up to keys and values, then attention as usual: the fewest products where a token
-  sees whole packed sequences, in training and for prompts;
-* absorbed: the key projection is moved to the query and the value projection behind the attention,
-  `q (W_k c) = (W_k^T q) c` and `sum_j p_j (W_v c_j) = W_v (sum_j p_j c_j)`, so that a new token meets the latents
-  themselves: multi-query attention with one key/value head, and nothing to project again for tokens long past.
+* expanded: the latent is projected up to keys and values, followed by ordinary attention. This form needs the fewest
+  products where whole packed sequences are attended, in training and for prompts;
+* absorbed: the key projection is applied to the query and the value projection to the output,
+  `q (W_k c) = (W_k^T q) c` and `sum_j p_j (W_v c_j) = W_v (sum_j p_j c_j)`. A new token then attends to the latents
+  themselves: this is multi-query attention with one key/value head, and cached tokens are never projected again.
 
-Shapes: T tokens, D hidden size, H heads, L latent size; N dimensions of a query's head without rotation and R with it,
-V dimensions of a value's head.
+Shapes: T tokens, D hidden size, H heads, L latent size; a query head has N dimensions without rotation and R rotated
+ones, a value head has V dimensions.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ from llmquest_rl.layers.norm import RMSNorm
 from llmquest_rl.layers.rope import Rotary, rotate, rotate_interleaved
 
 LATENT_EPS = 1e-6
-"""Of the norms on the latents, whatever the model's other norms have."""
+"""Epsilon of the norms on the latents; it does not follow the model's other norms."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ class LatentShape:
     hidden_size: int
     num_heads: int
     q_lora_rank: int | None
-    """Size of the queries' own latent; None = queries are projected directly."""
+    """Size of the queries' latent; None = queries are projected directly."""
     kv_lora_rank: int
-    """L: what keys and values are made of."""
+    """L: size of the latent of keys and values."""
     qk_nope_head_dim: int
-    """N: a head's dimensions without position."""
+    """N: dimensions of a query or key head without rotation."""
     qk_rope_head_dim: int
-    """R: a head's rotated dimensions."""
+    """R: rotated dimensions of a query or key head."""
     v_head_dim: int
-    """V."""
+    """V: dimensions of a value head."""
     scale: float
-    """Multiplies the scores: `(N + R)^-1/2`, and more where a context was extended."""
+    """Multiplies the scores: `(N + R)^-1/2`, times a YaRN factor if the context was extended."""
     bias: bool = False
-    """Whether the projections from and to the hidden size have one."""
+    """True if the projections from and to the hidden size have a bias."""
     interleaved: bool = True
-    """Whether a rotated pair is two neighbours, or half the dimensions apart."""
+    """True: rotated pairs are neighbouring dimensions. False: they are half the rotated dimensions apart."""
 
 
 class LatentAttention(nn.Module):
-    """One attention layer."""
+    """One multi-head latent attention layer."""
 
     def __init__(self, shape: LatentShape, layer: int) -> None:
         super().__init__()
@@ -69,28 +69,31 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * shape.v_head_dim, size, bias=shape.bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """`x` [T, D] to the same shape."""
+        """Attend from hidden states `x` [T, D]; returns [T, D]."""
         shape = self.shape
         queries = self.query(x).unflatten(-1, (shape.num_heads, -1))
         q, q_rope = queries.split((shape.qk_nope_head_dim, shape.qk_rope_head_dim), -1)  # [T, H, N], [T, H, R]
         latent, k_rope = self.latent_down(x)[:, None].split((shape.kv_lora_rank, shape.qk_rope_head_dim), -1)
         latent = self.latent_norm(latent)  # [T, 1, L]
-        q_rope, k_rope = self.rotate(q_rope, rotary), self.rotate(k_rope, rotary)  # [T, H, R], [T, 1, R], without norm
-        attend = self._absorbed if context.decodes else self._expanded
+        q_rope, k_rope = (
+            self.rotate(q_rope, rotary),
+            self.rotate(k_rope, rotary),
+        )  # [T, H, R], [T, 1, R]; not normalised
+        attend = self._absorbed if context.is_decoding else self._expanded
         out: Tensor = self.output(attend(q, q_rope, latent, k_rope, context).flatten(1))
         return out
 
     def _expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: AttentionContext) -> Tensor:
-        """Attention output [T, H, V], with keys and values of every head."""
+        """Attention output [T, H, V], computed with the keys and values of every head."""
         shape = self.shape
         pairs = self.latent_up(latent[:, 0]).unflatten(-1, (shape.num_heads, -1))
         k, v = pairs.split((shape.qk_nope_head_dim, shape.v_head_dim), -1)  # [T, H, N], [T, H, V]
         k = torch.cat((k, k_rope.expand(-1, shape.num_heads, -1)), -1)  # [T, H, N + R]
-        kept = torch.cat((latent, k_rope), -1)  # [T, 1, L + R]
-        return context.attend(self.layer, torch.cat((q, q_rope), -1), k, v, shape.scale, kept=kept)
+        cache_entry = torch.cat((latent, k_rope), -1)  # [T, 1, L + R]
+        return context.attend(self.layer, torch.cat((q, q_rope), -1), k, v, shape.scale, cache_entry=cache_entry)
 
     def _absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: AttentionContext) -> Tensor:
-        """The same output on the latents that the context has kept."""
+        """The same output [T, H, V], computed on the latents in the cache."""
         shape = self.shape
         up = self.latent_up.weight.unflatten(0, (shape.num_heads, -1))  # [H, N + V, L]
         up_k, up_v = up.split((shape.qk_nope_head_dim, shape.v_head_dim), 1)
@@ -100,7 +103,7 @@ class LatentAttention(nn.Module):
 
 
 def _query(shape: LatentShape) -> nn.Module:
-    """From the hidden size to all heads' queries, straight or through a normalised latent."""
+    """The projection to all heads' queries, direct or through a normalised latent."""
     width = shape.num_heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
     if shape.q_lora_rank is None:
         return Linear(shape.hidden_size, width, bias=False)

@@ -1,4 +1,4 @@
-"""What turns dot products into attention weights beyond scale and softmax: a soft cap and attention sinks."""
+"""Options of an attention layer's scores: the scale, a soft cap and attention sinks."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class Scoring(NamedTuple):
-    """How a layer scores; see `AttentionContext.attend` for the fields."""
+class ScoreOptions(NamedTuple):
+    """The score options of one layer. `AttentionContext.attend` describes the fields."""
 
     scale: float
     softcap: float | None = None
@@ -15,23 +15,26 @@ class Scoring(NamedTuple):
     """[heads]."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether scores are scaled and nothing else, as in the fused kernels."""
+    def is_scale_only(self) -> bool:
+        """True if scores are only scaled, which is all that fused kernels support."""
         return self.softcap is None and self.sinks is None
 
-    def capped(self, scores: Tensor) -> Tensor:
-        """Scaled scores of any shape, bent so that none exceeds the soft cap."""
+    def apply_softcap(self, scores: Tensor) -> Tensor:
+        """Squash scaled scores of any shape with tanh, so that none exceeds the soft cap."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
-    def without_sink(self, out: Tensor, logsumexp: Tensor) -> Tensor:
-        """`out` [..., heads, value_dim] of a softmax over the keys alone, less the weight that the sinks draw.
+    def apply_sinks(self, out: Tensor, logsumexp: Tensor) -> Tensor:
+        """Rescale the output of a softmax over the keys alone to the output of a softmax with sinks.
 
-        With S the sum of exp(score) over the keys, a softmax that has one more logit `sink` gives each key S / (S +
-        exp(sink)) = sigmoid(log S - sink) of the weight it had: no column is added to the scores.
+        Let S be the sum of exp(score) over the keys. With one more logit `sink` in the softmax, each key keeps the
+        fraction S / (S + exp(sink)) = sigmoid(log S - sink) of its weight. So no column is added to the scores.
 
         Args:
-            out: Float32 for full precision.
+            out: Attention output without sinks [..., heads, value_dim]; float32 for full precision.
             logsumexp: log S [..., heads].
+
+        Returns:
+            Attention output with sinks [..., heads, value_dim].
         """
         if self.sinks is None:
             return out

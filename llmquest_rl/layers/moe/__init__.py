@@ -1,4 +1,4 @@
-"""Mixtures of experts: routers, experts, grouped products, and replayed routing.
+"""Mixture of experts: routers and their losses, experts, grouped matrix products, and routing replay.
 
-May import the other layers.
+May import the flat layer files (`linear`) and `llmquest_rl.batch`, but neither `attention` nor `recurrent`.
 """

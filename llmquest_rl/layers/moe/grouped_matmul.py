@@ -1,7 +1,8 @@
-"""Products of rows with one matrix for each group of rows: what a mixture of experts is computed with.
+"""Grouped matrix products: rows are multiplied with the matrix of their group, as in a mixture of experts.
 
-Rows are sorted by group, so each group is a contiguous slice and costs one product of its own size: nothing is padded,
-no matrix is copied, and a group without rows costs nothing that grows with its matrix.
+Rows are sorted by group, so each group is a contiguous slice and costs one product of its own size. Nothing is padded,
+no matrix is copied, and the cost of a group without rows does not grow with its matrix.
+
 Shapes: R rows, G groups, each with a matrix [out, in].
 """
 
@@ -11,51 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquest_rl.layers.linear import in_blocks, product, weight_gradient, worthwhile
+from llmquest_rl.layers.linear import onednn_is_faster, onednn_matmul, onednn_rows, weight_gradient
 
 SPARSE_GROUPS = 8
-"""With this many groups for each row, a loop over the few groups that have rows is faster on a CPU: F.grouped_mm spends
-a microsecond on each group, with or without rows."""
+"""From this many groups per row on, a loop over the groups that have rows is faster on a CPU, because `F.grouped_mm`
+spends a microsecond on each group, even without rows."""
 
 
-class Products(Protocol):
-    """The three products of a linear layer `y = x W^T`, for each group with its own W."""
+class GroupedMatmul(Protocol):
+    """The three matrix products of a linear layer `y = x W^T`, with a W of its own for each group."""
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x W^T`: rows [R, in] and matrices [G, out, in] to [R, out]."""
+        """Compute `x W^T` from rows [R, in] and matrices [G, out, in]: [R, out]."""
         ...
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """`g W`: rows [R, out] and matrices [G, out, in] to [R, in]."""
+        """Compute `g W` from gradients [R, out] and matrices [G, out, in]: [R, in]."""
         ...
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
-        """`g^T x` over the rows of each group: [R, out] and [R, in] to [G, out, in]; zeros where it has no rows."""
+        """Compute `g^T x` over the rows of each group, from [R, out] and [R, in]: [G, out, in], zeros without rows."""
         ...
 
 
-def products(groups: Tensor, weights: tuple[Tensor, ...]) -> Products:
-    """The fastest products for rows of the given groups.
+def choose_grouped_matmul(groups: Tensor, weights: tuple[Tensor, ...]) -> GroupedMatmul:
+    """Choose the fastest implementation for the given groups.
 
     Args:
-        groups: Long [R], ascending: the group of each row.
-        weights: The matrices [G, out, in] of each product to come.
+        groups: Group of each row, long [R], ascending.
+        weights: The matrices [G, out, in] of each product that the caller will compute.
     """
     num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
     sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
     average = len(groups) * sum(weight[0].numel() for weight in weights) // (num_groups * len(weights))
-    looped = sparse or worthwhile(average, *weights) or not all(map(_has_kernel, weights))
-    return Looped(groups) if looped else Grouped(groups, num_groups)
+    looped = sparse or onednn_is_faster(average, *weights) or not all(map(_has_kernel, weights))
+    return LoopedGroupedMatmul(groups) if looped else FusedGroupedMatmul(groups, num_groups)
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    """Whether F.grouped_mm takes it: rows of whole 16 bytes, on GPUs bfloat16 only."""
+    """True if `F.grouped_mm` supports the matrices: rows of a multiple of 16 bytes, and on GPUs bfloat16 only."""
     dtypes = (torch.bfloat16,) if weight.device.type == "cuda" else (torch.bfloat16, torch.float16, torch.float32)
     return weight.dtype in dtypes and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
-class Grouped:
-    """One kernel call for all groups, and nothing that waits for a GPU."""
+class FusedGroupedMatmul:
+    """One kernel call for all groups, without a synchronisation with the GPU."""
 
     def __init__(self, groups: Tensor, num_groups: int) -> None:
         numbers = torch.arange(num_groups, device=groups.device)
@@ -74,8 +75,8 @@ class Grouped:
         return F.grouped_mm(gradient.t(), x, offs=self._ends)
 
 
-class Looped:
-    """One product for each group that has rows, written straight into the result. Any dtype, any size."""
+class LoopedGroupedMatmul:
+    """One product for each group that has rows, written directly into the result, for any dtype and size."""
 
     def __init__(self, groups: Tensor) -> None:
         numbers, counts = torch.unique_consecutive(groups, return_counts=True)
@@ -86,14 +87,14 @@ class Looped:
         """See `Products`."""
         out = x.new_empty(len(x), weight.shape[1])
         for group, start, stop in self._slices:
-            _multiply(x[start:stop], weight[group].t(), out[start:stop])
+            _matmul_into(x[start:stop], weight[group].t(), out[start:stop])
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """See `Products`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for group, start, stop in self._slices:
-            _multiply(gradient[start:stop], weight[group], out[start:stop])
+            _matmul_into(gradient[start:stop], weight[group], out[start:stop])
         return out
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
@@ -104,9 +105,9 @@ class Looped:
         return out
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`out = left @ right`."""
-    whole = in_blocks(len(left), right.numel(), left)
+    whole = onednn_rows(len(left), right.numel(), left)
     if whole:
-        out[:whole] = product(left[:whole], right)
+        out[:whole] = onednn_matmul(left[:whole], right)
     torch.mm(left[whole:], right, out=out[whole:])

@@ -1,8 +1,9 @@
-"""Mixture of experts: which experts a token goes to, the losses that keep them balanced, and what the routers did.
+"""Routers of a mixture of experts, their load-balancing losses, and the measured load of the experts.
 
-The experts themselves are in `layers/experts.py`. Routers compute in float32 from the logits on: a choice that flips
-with the rounding is another function.
-Shapes: T tokens, D size, E experts, k of them chosen for each token.
+The experts are in `layers/moe/experts.py`. Routers compute in float32 from the logits on, because a rounded score can
+change which experts are chosen.
+
+Shapes: T tokens, D hidden size, E experts, k experts chosen per token.
 """
 
 from collections.abc import Sequence
@@ -16,30 +17,39 @@ from llmquest_rl.batch import Layout
 
 
 class Routing(NamedTuple):
-    """Where one layer's router sends each token. The block returns it beside its output, so that a block that is
-    computed again (gradient checkpointing) counts once."""
+    """The routing of one layer: the experts of each token and their weights.
+
+    A block returns it beside its output, so that a block that gradient checkpointing computes twice counts once.
+    """
 
     experts: Tensor
-    """Long [T, k]."""
+    """Expert ids, long [T, k]."""
     weights: Tensor
-    """Float32 [T, k]: what each expert's output is multiplied by."""
+    """Factor of each expert's output, float32 [T, k]."""
     probs: Tensor
-    """Float32 [T, E]: a distribution over experts for each token."""
+    """Distribution over experts for each token, float32 [T, E]."""
     logits: Tensor
-    """Float32 [T, E]."""
+    """Router logits, float32 [T, E]."""
 
 
 class SoftmaxRouter(nn.Module):
     """The k most probable experts under a softmax over all of them (Shazeer et al. 2017, arXiv:1701.06538, eq. 2-5).
 
-    The products are in the dtype of the weights, as Qwen and Mixtral were trained, the softmax in float32.
+    The matrix product is in the dtype of the weights, as Qwen and Mixtral were trained; the softmax is in float32.
     """
 
-    replayed: Tensor | None = None
-    """Long [T, k]: experts that the tokens go to instead of those of its own choice (`layers/routing_replay.py`)."""
+    replayed_experts: Tensor | None = None
+    """Recorded expert ids that replace the router's own choice, long [T, k] (`layers/moe/routing_replay.py`)."""
 
     def __init__(self, size: int, num_experts: int, num_chosen: int, normalize: bool) -> None:
-        """With `normalize` a token's weights sum to 1, otherwise they are the probabilities themselves."""
+        """Make a router.
+
+        Args:
+            size: Hidden size, D.
+            num_experts: Number of experts, E.
+            num_chosen: Experts per token, k.
+            normalize: True: a token's weights sum to 1. False: they are the probabilities themselves.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, size).normal_(0.0, size**-0.5))
         self.num_chosen = num_chosen
@@ -49,30 +59,32 @@ class SoftmaxRouter(nn.Module):
         """Route `x` [T, D]."""
         logits = F.linear(x, self.weight).float()
         probs = logits.softmax(-1)
-        experts = self._best(probs) if self.replayed is None else self.replayed
+        experts = self._top_experts(probs) if self.replayed_experts is None else self.replayed_experts
         weights = probs.gather(1, experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(experts, weights, probs, logits)
 
-    def preferred(self, routing: Routing) -> Tensor:
+    def own_choice(self, routing: Routing) -> Tensor:
         """The experts [T, k] that it would have chosen in place of replayed ones."""
-        return self._best(routing.probs)
+        return self._top_experts(routing.probs)
 
-    def _best(self, probs: Tensor) -> Tensor:
+    def _top_experts(self, probs: Tensor) -> Tensor:
         experts: Tensor = probs.detach().topk(self.num_chosen, dim=-1).indices
         return experts
 
 
 class SigmoidRouter(nn.Module):
-    """DeepSeek-V3's router (arXiv:2412.19437, eq. 13-16): an affinity of its own for each expert, a bias that balances
-    them and only takes part in the choice, and experts in groups (machines), of which a token reaches a few (2.1.2).
+    """DeepSeek-V3's router with a sigmoid affinity per expert (arXiv:2412.19437, eq. 13-16).
 
-    `e_score_correction_bias` has no gradient: `balance` of the model moves it (Wang et al. 2024, arXiv:2408.15664).
+    A bias per expert balances the load; it affects the choice of experts, not their weights. Experts form groups
+    (machines), and a token's experts come from a few groups only (section 2.1.2).
+
+    `e_score_correction_bias` has no gradient; the model's `balance` updates it (Wang et al. 2024, arXiv:2408.15664).
     """
 
-    replayed: Tensor | None = None
-    """As that of `SoftmaxRouter`."""
+    replayed_experts: Tensor | None = None
+    """See `SoftmaxRouter.replayed_experts`."""
 
     def __init__(
         self,
@@ -84,10 +96,16 @@ class SigmoidRouter(nn.Module):
         num_groups: int = 1,
         groups_chosen: int = 1,
     ) -> None:
-        """Args:
-        normalize: A token's weights sum to `scale`, otherwise they are `scale` x affinity.
-        num_groups: Groups of equal size, two experts or more in each.
-        groups_chosen: Groups that a token's experts may come from.
+        """Make a router.
+
+        Args:
+            size: Hidden size, D.
+            num_experts: Number of experts, E.
+            num_chosen: Experts per token, k.
+            normalize: True: a token's weights sum to `scale`. False: they are `scale` x affinity.
+            scale: Multiplies the weights.
+            num_groups: Number of expert groups, of equal size, with at least two experts each.
+            groups_chosen: Groups that a token's experts may come from.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, size).normal_(0.0, size**-0.5))
@@ -102,23 +120,23 @@ class SigmoidRouter(nn.Module):
         """Route `x` [T, D]; `probs` are the affinities divided by their sum (eq. 19)."""
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid()
-        experts = self._best(scores) if self.replayed is None else self.replayed
+        experts = self._top_experts(scores) if self.replayed_experts is None else self.replayed_experts
         weights = scores.gather(1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scale, scores / (scores.sum(-1, keepdim=True) + 1e-20), logits)
 
-    def preferred(self, routing: Routing) -> Tensor:
+    def own_choice(self, routing: Routing) -> Tensor:
         """The experts [T, k] that it would have chosen in place of replayed ones."""
-        return self._best(routing.logits.sigmoid())
+        return self._top_experts(routing.logits.sigmoid())
 
-    def _best(self, scores: Tensor) -> Tensor:
-        choices = self._within_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
+    def _top_experts(self, scores: Tensor) -> Tensor:
+        choices = self._mask_other_groups(scores.detach() + self.get_buffer("e_score_correction_bias"))
         experts: Tensor = choices.topk(self.num_chosen, dim=-1, sorted=False).indices
         return experts
 
-    def _within_groups(self, choices: Tensor) -> Tensor:
-        """-inf outside of the groups whose two best experts have the largest sums."""
+    def _mask_other_groups(self, choices: Tensor) -> Tensor:
+        """Set choices to -inf outside of the best groups; a group's score is the sum of its two best experts."""
         grouped = choices.unflatten(-1, (self.num_groups, -1))  # [T, groups, experts of each]
         sums = grouped.topk(2, dim=-1).values.sum(-1)
         best = sums.topk(self.groups_chosen, dim=-1, sorted=False).indices
@@ -128,7 +146,7 @@ class SigmoidRouter(nn.Module):
 
 
 def expert_counts(routing: Routing) -> Tensor:
-    """How often each expert was chosen: float32 [E], without gradient."""
+    """Count how often each expert was chosen: float32 [E], without gradient."""
     chosen = routing.experts.flatten()
     counts = torch.zeros(routing.probs.shape[1], device=chosen.device)
     return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
@@ -137,10 +155,10 @@ def expert_counts(routing: Routing) -> Tensor:
 def balance_loss(routing: Routing) -> Tensor:
     """Load-balancing loss of one layer: `E sum_e f_e P_e` (Fedus et al. 2021, arXiv:2101.03961, eq. 4-6).
 
-    f_e is the share of the chosen experts that are e, P_e the mean probability of e over tokens; the gradient goes
-    through P alone. 1 when balanced, E/k when all tokens choose the same. transformers' `load_balancing_loss_func`
-    divides the counts by T instead of T k, so for one layer it is k times as large, and it takes f and P over all
-    layers together, which lets layers that are unbalanced in different ways cancel.
+    f_e is the fraction of all choices that fall on expert e, and P_e is the mean probability of e over tokens. The
+    gradient flows through P only. The loss is 1 for a balanced load and E/k if all tokens choose the same experts.
+    `load_balancing_loss_func` of transformers divides the counts by T instead of T k, so it is k times as large for one
+    layer. It also averages f and P over all layers first, so that imbalances of different layers can cancel.
     """
     experts, (tokens, num_experts) = routing.experts, routing.probs.shape
     shares = expert_counts(routing) / max(experts.numel(), 1)
@@ -150,13 +168,22 @@ def balance_loss(routing: Routing) -> Tensor:
 def z_loss(routing: Routing) -> Tensor:
     """Router z-loss of one layer: mean over tokens of `logsumexp(logits)^2` (Zoph et al. 2022, 2202.08906, eq. 5).
 
-    Keeps logits small, where float32's exponentials are exact.
+    It keeps the logits small, where exponentials lose least precision.
     """
     return routing.logits.logsumexp(-1).square().sum() / max(len(routing.logits), 1)
 
 
 def router_losses(routings: Sequence[Routing], balance: float, z: float = 0.0) -> dict[str, Tensor]:
-    """Balance loss and z-loss by name: means over layers times these weights; those of weight 0 are left out."""
+    """Weighted router losses by name, averaged over layers.
+
+    Args:
+        routings: The routing of each layer.
+        balance: Weight of the load-balancing loss.
+        z: Weight of the z-loss.
+
+    Returns:
+        The losses with a positive weight.
+    """
     losses = {"balance": (balance, balance_loss), "router_z": (z, z_loss)}
     return {
         name: weight * torch.stack([loss(routing) for routing in routings]).mean()
@@ -166,11 +193,12 @@ def router_losses(routings: Sequence[Routing], balance: float, z: float = 0.0) -
 
 
 def sequence_balance_loss(routing: Routing, layout: Layout) -> Tensor:
-    """DeepSeek-V3's balance loss of one layer, without alpha (arXiv:2412.19437, eq. 17-20): `sum_e f_e P_e` within each
-    sequence, with `f_e = E / (k T)` x choices of e and P_e the mean of `probs` over its T tokens; mean over sequences.
+    """DeepSeek-V3's sequence-wise balance loss of one layer, without the factor alpha (arXiv:2412.19437, eq. 17-20).
 
-    A sequence is a segment that no other continues, together with its parent: a prompt that is computed once for
-    several completions counts in each of them, as if it stood before each. The gradient goes through P alone.
+    For a sequence of T tokens it is `sum_e f_e P_e`, where f_e is E / (k T) times the number of choices of e, and P_e
+    is the mean of `probs` over the tokens. The result is the mean over sequences. A sequence is a segment without
+    continuations, together with its parent: a prompt that is computed once for several completions counts in each of
+    them. The gradient flows through P only.
     """
     probs, (tokens, choices) = routing.probs, routing.experts.shape
     lengths = torch.tensor(layout.lengths, dtype=torch.long)
@@ -189,21 +217,21 @@ def sequence_balance_loss(routing: Routing, layout: Layout) -> Tensor:
 
 
 class RouterLoad(NamedTuple):
-    """What the routers of one forward did: sums, so that the loads of several forwards and processes add up."""
+    """The load of the experts in one forward, as sums that can be added over forwards and processes."""
 
     counts: Tensor
-    """Float32 [MoE layers, experts]: how often each expert was chosen."""
+    """How often each expert was chosen, float32 [MoE layers, experts]."""
     entropy: Tensor
-    """Float32 [MoE layers]: entropy of the router's distribution in nats, summed over tokens."""
+    """Entropy of the router's distribution in nats, summed over tokens, float32 [MoE layers]."""
     tokens: Tensor
-    """Float32 [MoE layers]: tokens routed."""
+    """Number of routed tokens, float32 [MoE layers]."""
 
     def plus(self, other: "RouterLoad | None") -> "RouterLoad":
-        """The load of both together."""
+        """Add two loads; None counts as zero."""
         return self if other is None else RouterLoad(*(a + b for a, b in zip(self, other, strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """Counts, entropy, and MaxVio = largest count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
+        """Metrics by name. MaxVio is max count / mean count - 1 (Wang et al. 2024, arXiv:2408.15664, eq. 4)."""
         mean = self.counts.mean(-1)
         violation = self.counts.amax(-1) / mean - 1
         return {
@@ -217,8 +245,8 @@ class RouterLoad(NamedTuple):
 
 
 @torch.no_grad()
-def load(routings: Sequence[Routing]) -> RouterLoad | None:
-    """What the routers of a model's MoE layers did in one forward; None for a model that has no such layers."""
+def router_load(routings: Sequence[Routing]) -> RouterLoad | None:
+    """Sum up the routings of a model's MoE layers in one forward; returns None for a model without such layers."""
     if not routings:
         return None
     return RouterLoad(

@@ -1,11 +1,12 @@
-"""Routing replay: what the routers of a mixture chose in one forward is recorded, and given to them in later ones.
+"""Routing replay: records the experts that routers choose in one forward, and reuses them in later forwards.
 
-When a step's data serves several updates, later updates send tokens to other experts than the forward that computed the
-old policy's log-probs: after one update about a tenth of the experts that a token activates are others (Zheng et al.
-2025, arXiv:2507.18071, section 5.3). Ratios of single tokens jump with them. Replay fixes which experts are chosen;
-what each of them counts still comes from the current router, which keeps its gradient. Recorded is the learner's own
-choice, not the rollout engine's (that is Ma et al. 2025, arXiv:2510.11370).
-Shapes: L layers with experts, T tokens of a pack, k experts for each token.
+When the data of a step serves several updates, the router changes between them. After one update about a tenth of the
+experts that a token activates differ from those of the old policy's forward (Zheng et al. 2025, arXiv:2507.18071,
+section 5.3), and the token's importance ratio jumps. Replay fixes which experts are chosen. Their weights still come
+from the current router, which keeps its gradient. The recorded choice is the learner's own, not the rollout engine's as
+in Ma et al. 2025 (arXiv:2510.11370).
+
+Shapes: L layers with experts, T packed tokens, k experts per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,27 +21,27 @@ Router = SoftmaxRouter | SigmoidRouter
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """A model's routers in the order of its layers, those of multi-token prediction last; none for a dense model."""
+    """The routers of a model in layer order, multi-token prediction modules last; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
 @contextmanager
-def noted_choices(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
-    """Note what routers choose in the one forward inside, or would choose if nothing were replayed.
+def record_routing(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
+    """Record the routers' own choices in one forward, also while other experts are replayed.
 
-    End it before backward: gradient checkpointing runs routers once more there.
+    Leave the context before backward, because gradient checkpointing runs the routers again there.
 
     Args:
-        watched: `routers(model)`, of which the last ones may not run.
+        watched: `routers(model)`. The last ones need not run in the forward.
 
     Yields:
-        A list that grows by an int16 tensor [T, k], on the model's device, for each router that runs.
+        A list to which each router that runs appends its expert ids, int16 [T, k], on the model's device.
     """
     choices: list[Tensor] = []
 
     def note(router: Router, inputs: tuple[Tensor], routing: Routing) -> None:
         assert router is watched[len(choices)], "routers run once each, in the order of their layers"
-        chosen = routing.experts if router.replayed is None else router.preferred(routing)
+        chosen = routing.experts if router.replayed_experts is None else router.own_choice(routing)
         choices.append(chosen.to(torch.int16))
 
     handles = [router.register_forward_hook(note) for router in watched]
@@ -52,34 +53,35 @@ def noted_choices(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def replaying(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
-    """Inside, a model's routers send tokens to recorded experts.
+def replay_routing(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
+    """Make a model's routers send tokens to recorded experts.
 
-    Hold it until backward has ended: gradient checkpointing computes layers again, and must find the same experts.
+    Stay in the context until backward has ended: gradient checkpointing computes layers again, and they must use the
+    same experts.
 
     Args:
-        model: Its first L routers replay; those of multi-token prediction, which are never recorded, go on choosing.
-        experts: Integers [L, T, k] on the model's device, for the T tokens of the forward inside; None: all choose.
+        model: The model; its first L routers replay. Routers of multi-token prediction are never recorded or replayed.
+        experts: Recorded expert ids, integers [L, T, k], on the model's device; None = every router chooses itself.
     """
     given = [] if experts is None else list(zip(routers(model), experts.long(), strict=False))
     try:
         for router, chosen in given:
-            router.replayed = chosen
+            router.replayed_experts = chosen
         yield
     finally:
         for router, _ in given:
-            router.replayed = None
+            router.replayed_experts = None
 
 
-def num_changed(experts: Tensor, choices: Sequence[Tensor]) -> Tensor:
-    """How many choices are not among those that were recorded for the same layer and token, in whatever order.
+def num_changed_choices(experts: Tensor, choices: Sequence[Tensor]) -> Tensor:
+    """Count the choices that differ from the recorded experts of the same layer and token, in any order.
 
     Args:
-        experts: Recorded, int16 [L, T, k].
-        choices: As `noted_choices` yields, [T, k] each; those after the first L do not count.
+        experts: Recorded expert ids, int16 [L, T, k].
+        choices: The choices that `record_routing` yields, [T, k] each; only the first L count.
 
     Returns:
-        A whole number, at most L T k, as a scalar.
+        The count, at most L T k: scalar, long.
     """
     layers = zip(experts, choices[: len(experts)], strict=True)
     return torch.stack([(own[:, :, None] != recorded[:, None]).all(-1).sum() for recorded, own in layers]).sum()

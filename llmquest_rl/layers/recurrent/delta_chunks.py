@@ -1,7 +1,8 @@
-"""Packed sequences cut into chunks of equal length, for layers whose state goes from chunk to chunk.
+"""Cuts packed sequences into chunks of equal length, for layers that pass a state from chunk to chunk.
 
-Chunks are sorted by depth: the number of chunks before them in their own sequence, that of the parent included. So a
-step takes one run of chunks, whatever the lengths, and only the last chunk of a segment holds padding.
+Chunks are sorted by depth, which is the number of chunks before them in their sequence, the parent's included. One step
+of the recurrence then processes one contiguous run of chunks, for any lengths, and only the last chunk of a segment
+holds padding.
 """
 
 from dataclasses import dataclass
@@ -14,53 +15,53 @@ from torch import Tensor
 from llmquest_rl.batch import Layout
 
 CHUNK = 64
-"""Tokens of a chunk: longer ones cost more products within a chunk, shorter ones more steps and more states."""
+"""Tokens per chunk. Longer chunks cost more products within a chunk, shorter ones more steps and more states."""
 
 
 class Level(NamedTuple):
-    """The chunks of one depth."""
+    """The chunks `start .. stop-1`, which have the same depth."""
 
     start: int
     stop: int
     num_above: int
-    """Chunks of the level above; 1 at depth 0, for a state of zeros."""
+    """Chunks in the level above; 1 at depth 0, for a state of zeros."""
     before: Tensor
-    """[chunks]: which chunk each continues, counted within the level above."""
+    """Index of the previous chunk of each chunk within the level above [chunks]."""
     ends: Tensor
-    """[segments that end in this level]: their last chunk, counted within this level."""
+    """Index of the last chunk within this level [segments that end in this level]."""
     ending: Tensor
-    """[segments that end in this level]: which they are."""
+    """Index of each segment that ends in this level [segments that end in this level]."""
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """Where the tokens of a layout lie."""
+class ChunkedLayout:
+    """The chunks of a layout, and the place of each token in them."""
 
     num_chunks: int
     num_segments: int
     rows: Tensor
-    """[tokens]: the row of each among the rows of all chunks."""
+    """Row of each token among the rows of all chunks [tokens]."""
     levels: tuple[Level, ...]
 
     def pad(self, x: Tensor) -> Tensor:
-        """`x` [tokens, heads, size] as [chunks, heads, CHUNK, size], padded with zeros."""
+        """Arrange `x` [tokens, heads, size] in chunks [chunks, heads, CHUNK, size], padded with zeros."""
         rows = x.new_zeros(self.num_chunks * CHUNK, *x.shape[1:]).index_copy(0, self.rows, x)
         by_chunk: Tensor = rows.unflatten(0, (-1, CHUNK)).transpose(1, 2)
         return by_chunk.contiguous()
 
     def unpad(self, x: Tensor) -> Tensor:
-        """The inverse of `pad`."""
+        """Invert `pad`: [chunks, heads, CHUNK, size] to [tokens, heads, size]."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)  # what generation asks for first has to serve training too
-def chunks_of(layout: Layout, device: torch.device) -> Chunks:
-    """The chunks of a layout; the layers of a model, which ask one after the other, share them."""
+@torch.inference_mode(False)  # a cached result of generation must be usable in training
+def chunk_layout(layout: Layout, device: torch.device) -> ChunkedLayout:
+    """Compute the chunks of a layout. The result is cached, because all layers of a model use the same one."""
     lengths, parents = (torch.tensor(numbers, dtype=torch.long) for numbers in (layout.lengths, layout.parents))
     counts = (lengths + CHUNK - 1) // CHUNK
-    before = torch.where(parents >= 0, counts[parents], 0)  # chunks of the parent
-    first = counts.cumsum(0) - counts  # chunks of the segments before
+    before = torch.where(parents >= 0, counts[parents], 0)  # number of chunks of the parent
+    first = counts.cumsum(0) - counts  # number of chunks of earlier segments
     within = torch.arange(int(counts.sum())) - first.repeat_interleave(counts)
     depths = within + before.repeat_interleave(counts)
     rank = torch.empty_like(depths)
@@ -69,7 +70,7 @@ def chunks_of(layout: Layout, device: torch.device) -> Chunks:
     last = torch.where((counts == 0) & (before > 0), last[parents], last)  # an empty segment ends where its parent does
     previous = torch.where(within > 0, torch.arange(len(depths)) - 1, last[parents].repeat_interleave(counts))
     token = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return Chunks(
+    return ChunkedLayout(
         num_chunks=len(depths),
         num_segments=len(lengths),
         rows=(rank[first.repeat_interleave(lengths) + token // CHUNK] * CHUNK + token % CHUNK).to(device),
@@ -82,7 +83,7 @@ def _levels(depths: Tensor, rank: Tensor, previous: Tensor, last: Tensor, device
     levels = []
     start, num_above = 0, 1
     for depth, size in enumerate(sizes):
-        chunks = (depths == depth).nonzero().squeeze(1)  # in the order of their ranks
+        chunks = (depths == depth).nonzero().squeeze(1)  # in rank order
         ending = ((last >= 0) & (depths[last] == depth)).nonzero().squeeze(1)
         before = rank[previous[chunks]] - (start - num_above) if depth else torch.zeros_like(chunks)
         ends = rank[last[ending]] - start
