@@ -1,24 +1,15 @@
-"""A learner: one process that trains, with Accelerate over DeepSpeed ZeRO. No other file imports DeepSpeed.
+"""A learner: one process that trains, around a DeepSpeed engine (`deepspeed_engine.py`).
 
 The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
-microbatches and processes, never averaged. DeepSpeed averages over processes: the loss is scaled by their number.
-
-What DeepSpeed does here depends on dtype and ZeRO stage:
-
-* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced between processes.
-* bfloat16, stage 0: as stage 1, because that is where DeepSpeed keeps float32 master weights and float32 gradients.
-* stages 1 to 3: master weights and AdamW state are shared out; from 2 on gradients too, from 3 on parameters too.
+microbatches and processes, never averaged. DeepSpeed averages over processes, so the loss is scaled by their number.
 """
 
-import io
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +21,13 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier, new_classifier
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
-from llmquest_rl.models.weight_map import disk_tensors, named_weights
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
+from trainer.learner.deepspeed_engine import forget_accelerate, leave_process_group, whole_weights, wrap_model
 from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
-from trainer.learner.process_group import join_group, over_processes, zero_config
+from trainer.learner.process_group import join_group, over_processes
 from trainer.learner.reference import load_reference, renew, save_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, peak_memory_gb, save_rng, seed_everything
@@ -78,7 +70,7 @@ class Learner:
         self.adamw = torch.optim.AdamW(
             groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
         )
-        self.engine = self._prepare(model)
+        self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
 
     # --- training ---
@@ -110,7 +102,7 @@ class Learner:
         self.steps += 1
         every = self.setup.objective.ref_sync_interval
         if self.reference is not None and every is not None and self.steps % every == 0:
-            renew(self.reference, self._gathered())
+            renew(self.reference, whole_weights(self.engine))
         metrics.max("time/learner_prepare_s", prepared - started)
         metrics.max("time/learner_update_s", time.perf_counter() - prepared)
         metrics.sum("learner/tokens", epochs * num_tokens(plan))
@@ -209,15 +201,7 @@ class Learner:
         With ZeRO-3 one tensor at a time is gathered; without, the tensors are the live parameters: read them before the
         next update.
         """
-        return disk_tensors(self.model, self._gathered())
-
-    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        cut_up = self.engine.zero_optimization_partition_weights()
-        for name, weight in named_weights(self.model):
-            with GatheredParameters([weight]) if cut_up and isinstance(weight, nn.Parameter) else nullcontext():
-                yield name, weight.detach().clone() if cut_up else weight.detach()
+        return disk_tensors(self.model, whole_weights(self.engine))
 
     def weight_snapshot(self) -> WeightSnapshot:
         """The weights in host memory with their checksums, on the first process; an empty one on the others."""
@@ -270,11 +254,9 @@ class Learner:
             return
         self.engine.destroy()
         del self.engine, self.model, self.adamw, self.reference
-        _forget_accelerate()
+        forget_accelerate()
         if self._owns_group and dist.is_initialized():  # a vLLM in this process, closed before, ends every group
-            import deepspeed.comm
-
-            deepspeed.comm.destroy_process_group()
+            leave_process_group()
 
     def _set_threads(self) -> None:
         """Before each piece of work: an engine in the same process may have changed it."""
@@ -288,34 +270,3 @@ class Learner:
             build = new_classifier if is_new else load_classifier
             return build(path, labels, self.dtype, self.device, seed)
         return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)
-
-    def _prepare(self, model: CausalLM | ClassifierModel) -> Any:
-        """The model and its optimizer inside a DeepSpeed engine."""
-        import deepspeed.ops
-        from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin
-
-        # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _forget_accelerate()
-        place = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_DEEPSPEED="true")
-        vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
-        config = zero_config(self.setup.learner, self.dtype, self.setup.optimizer.max_grad_norm, vectors)
-        with redirect_stdout(io.StringIO()) as said:
-            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False))
-            engine, _ = accelerator.prepare(model, self.adamw)
-        log.debug("DeepSpeed: %s", said.getvalue())
-        reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
-        if self.world_size == 1 and not reduces_itself:
-            engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
-        return engine
-
-
-def _forget_accelerate() -> None:
-    """Accelerate keeps its state as long as the process lives; a learner that comes second needs it fresh."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for name in ("ACCELERATE_USE_DEEPSPEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)

@@ -1,0 +1,106 @@
+"""DeepSpeed's engine around a model and its optimizer, made through Accelerate. No other file imports DeepSpeed.
+
+The behaviour of DeepSpeed depends on dtype and ZeRO stage:
+
+* float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced between processes.
+* bfloat16, stage 0: as stage 1, because only from there on DeepSpeed keeps float32 master weights and gradients.
+* stages 1 to 3: master weights and AdamW state are partitioned; from 2 on gradients too, from 3 on parameters too.
+"""
+
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquest_rl.models.base import Model
+from llmquest_rl.models.weight_map import named_weights
+from trainer.config.schema import LearnerConfig
+from trainer.learner.setup import LearnerSetup
+
+log = logging.getLogger(__name__)
+
+ON_HOST = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+"""DeepSpeed's configuration sections for each value of `learner.offload`."""
+
+
+def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSetup, rank: int, world_size: int) -> Any:
+    """The model and its optimizer inside a DeepSpeed engine. The process has joined its group before."""
+    import deepspeed.ops
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    forget_accelerate()
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_DEEPSPEED="true")
+    vectors = [parameter.numel() for parameter in model.parameters() if parameter.ndim <= 1]
+    dtype = getattr(torch, setup.dtype)
+    config = zero_config(setup.learner, dtype, setup.optimizer.max_grad_norm, vectors)
+    with redirect_stdout(io.StringIO()) as output:
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False))
+        engine, _ = accelerator.prepare(model, optimizer)
+    log.debug("DeepSpeed: %s", output.getvalue())
+    reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
+    if world_size == 1 and not reduces_itself:
+        engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
+    return engine
+
+
+def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Pairs (our name, tensor) of all weights; ZeRO-3 gathers one at a time. A collective call."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    is_partitioned = engine.zero_optimization_partition_weights()
+    for name, weight in named_weights(engine.module):
+        gather = is_partitioned and isinstance(weight, nn.Parameter)
+        with GatheredParameters([weight]) if gather else nullcontext():
+            yield name, weight.detach().clone() if is_partitioned else weight.detach()
+
+
+def leave_process_group() -> None:
+    """End the process group that this process joined."""
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+
+
+def forget_accelerate() -> None:
+    """Reset the state that Accelerate keeps as long as the process lives: a second learner needs it fresh."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+def zero_config(
+    config: LearnerConfig, dtype: torch.dtype, max_grad_norm: float | None, vector_sizes: Sequence[int]
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        config: stage and offload.
+        dtype: dtype of weights and arithmetic. With bfloat16 the stage is at least 1: only from there on DeepSpeed
+            keeps float32 master weights and float32 gradients.
+        max_grad_norm: limit of the global gradient norm, which DeepSpeed clips from stage 1 on.
+        vector_sizes: elements of each norm and bias; parameters of this size are not partitioned.
+    """
+    half = dtype == torch.bfloat16
+    stage = max(1, config.zero_stage) if half else config.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": max(vector_sizes, default=0)}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": (max_grad_norm or 0.0) if stage else 0.0,
+        "zero_optimization": zero | {section: {"device": "cpu"} for section in ON_HOST[config.offload]},
+        "bf16": {"enabled": half, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed's own needs a compiler at run time
+    }
