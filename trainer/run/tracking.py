@@ -117,7 +117,7 @@ class _Row:
     def record(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
-            "sample": self.group.problem.id,
+            "problem": self.group.problem.id,
             "prompt": self.group.problem.prompt,
             "completion": self.completion.text,
             "answer": self.group.problem.answer,
@@ -146,14 +146,14 @@ def sample_rows(step: int, groups: Sequence[Group], count: int) -> list[dict[str
 def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "sample completions", width: int = 400) -> Table:
     """Sample completions as a table; the middle of texts longer than `width` characters is left out."""
     table = Table(title=title, title_justify="left", show_lines=True)
-    for heading in ("sample", "prompt", "completion", "answer", "reward"):
+    for heading in ("problem", "prompt", "completion", "answer", "reward"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         parts = [f"{name} {'-' if part is None else format(part, '.3g')}" for name, part in row["rewards"].items()]
         total = f"unscored: {row['failure']}" if row["reward"] is None else f"{row['reward']:.3g}"
         ending = " [cut at the token limit]" if row["finish_reason"] == "length" else ""
-        texts = (row["sample"], prompt, row["completion"] + ending, str(row["answer"]), "\n".join([total, *parts]))
+        texts = (row["problem"], prompt, row["completion"] + ending, str(row["answer"]), "\n".join([total, *parts]))
         table.add_row(*(Text(_shorten(text, width)) for text in texts))
     return table
 

@@ -141,7 +141,7 @@ def test_the_table_of_completions_holds_all_that_explains_a_reward(folder: RunFo
     assert [json.loads(line) for line in folder.completions.read_text().splitlines()] == rows
     assert rows[1] == {
         "step": 2,
-        "sample": "t/5",
+        "problem": "t/5",
         "prompt": "prompt 5",
         "completion": "5.0 [bold]",
         "answer": {"set": "{3}", "half": "\ud800"},
