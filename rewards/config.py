@@ -1,28 +1,12 @@
 """What the user configures: which rewards, with which weights, and the limits they run under. No torch, no Ray."""
 
-import difflib
-import importlib
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from llmquest_rl.options import Options
-
-
-def builtin_rewards() -> list[str]:
-    """Names of the built-in rewards: the files of `rewards/builtin/`."""
-    files = (Path(__file__).parent / "builtin").glob("*.py")
-    return sorted(path.stem for path in files if path.stem != "__init__")
-
-
-def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
-    """Names the key, its nearest neighbours and everything that exists."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
-    return f"{what} `{key}` does not exist.{hint} There is: {', '.join(known) or 'none'}."
+from llmquest_rl.loader import absolute_name, did_you_mean, is_users_own, locate
+from llmquest_rl.options import Options, options_class
+from rewards.builtin import REWARDS
 
 
 class RewardConfig(Options):
@@ -52,25 +36,20 @@ class RewardConfig(Options):
             raise ValueError(
                 "a reward needs `name` (a built-in) or `function` (module:function or path/file.py:function)"
             )
-        target, _, attribute = function.rpartition(":")
-        if target.endswith(".py"):
-            function = f"{Path(target).expanduser().absolute()}:{attribute}"
-        return {**data, "function": function, "name": data.get("name") or attribute}
+        name = data.get("name") or function.rpartition(":")[2]
+        return {**data, "function": absolute_name(function), "name": name}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        target, _, attribute = self.function.rpartition(":")
-        if target.endswith(".py") and not Path(target).is_file():
-            raise ValueError(f"reward `{self.name}`: there is no file {target}")
-        if target and not attribute.isidentifier():
-            raise ValueError(f"reward `{self.name}`: `{self.function}` should end in `:function`")
-        if not target:
+        if self.is_builtin:
             self.builtin_config()
+        elif not locate(self.function)[1]:
+            raise ValueError(f"reward `{self.name}`: `{self.function}` should end in `:function`")
         return self
 
     @property
     def is_builtin(self) -> bool:
-        return ":" not in self.function
+        return not is_users_own(self.function)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,19 +62,11 @@ class RewardConfig(Options):
         Raises:
             ValueError: no such reward, no such option, or an option of the wrong type.
         """
-        known = builtin_rewards()
-        if self.function not in known:
-            message = unknown_key_message("the built-in reward", self.function, known)
-            raise ValueError(f"{message} A function of your own is `module:function` or `path/file.py:function`.")
-        try:
-            config_class: type[Options] = importlib.import_module(f"rewards.builtin.{self.function}").Config
-        except ImportError as error:
-            raise ValueError(f"the built-in reward `{self.function}` cannot be imported: {error}") from error
+        config_class = options_class(REWARDS, self.function)
         for key in self.options:
             if key not in config_class.model_fields:
-                raise ValueError(
-                    unknown_key_message(f"reward `{self.function}`: option", key, config_class.model_fields)
-                )
+                hint = did_you_mean(key, config_class.model_fields)
+                raise ValueError(f"reward `{self.function}` has no option `{key}`{hint}")
         try:
             return config_class(**self.options)
         except ValidationError as error:

@@ -1,18 +1,15 @@
 """Find a reward function, call it with what its signature accepts, and check what it returns."""
 
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rewards.config import RewardConfig, unknown_key_message
+from llmquest_rl.loader import ComponentError, did_you_mean
+from rewards.builtin import REWARDS
+from rewards.config import RewardConfig
 from rewards.types import GradeItem, RewardFunction
 
 OWN_ARGUMENTS = ("prompt", "completion", "answer")
@@ -83,7 +80,10 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     Raises:
         RewardError: it cannot be imported, is no function, or has no argument for an option; the message says which.
     """
-    function = _find(config)
+    try:
+        function = REWARDS.function(config.function)
+    except ComponentError as error:
+        raise RewardError(f"reward `{config.name}`: {error}") from error
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -96,42 +96,10 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     bound = {"config": config.builtin_config()} if config.is_builtin else config.options
     for option in bound:
         if option not in accepted and not takes_all:
-            raise RewardError(unknown_key_message(f"reward `{config.name}`: argument", option, accepted))
+            hint = did_you_mean(option, sorted(accepted))
+            raise RewardError(f"reward `{config.name}` has no argument `{option}`{hint}")
     no_default = {name for name in accepted if parameters[name].default is inspect.Parameter.empty}
     return LoadedReward(config.name, function, bound, accepted, frozenset(no_default - bound.keys()), takes_all)
-
-
-def _find(config: RewardConfig) -> Callable[..., Any]:
-    target, _, attribute = config.function.rpartition(":")
-    target, attribute = (target, attribute) if target else (f"rewards.builtin.{attribute}", "reward")
-    try:
-        module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise RewardError(f"reward `{config.name}`: importing {target}: {type(error).__name__}: {error}") from error
-    function: object = getattr(module, attribute, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise RewardError(unknown_key_message(f"reward `{config.name}`: in {target} the function", attribute, known))
-    return function
-
-
-def _import_module(name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    """Import a file under a name of its own; its folder joins the path, so that it can import its neighbours."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    name = f"reward_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, f"{path} does not end in .py"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_return(name: str, returned: Any) -> dict[str, float | None]:

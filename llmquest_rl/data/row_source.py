@@ -1,7 +1,6 @@
 """Where the rows of a supervised data set are: files, the Hub, or a task. The options, and how they are read."""
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from itertools import islice
 from typing import Annotated, Any
 
@@ -10,8 +9,10 @@ from pydantic import Field, PositiveInt, model_validator
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import is_local, read_rows
 from llmquest_rl.data.rows import DataError, Row, Rows
-from llmquest_rl.data.task import Task
-from llmquest_rl.options import Options
+from llmquest_rl.data.task import Task, open_task
+from llmquest_rl.data.tasks import TASKS
+from llmquest_rl.loader import ComponentError
+from llmquest_rl.options import Options, options_class
 
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
 """Rows to train on, and rows to validate on or the share of the questions that becomes them."""
@@ -101,15 +102,13 @@ def _read(
         yield where, {roles[column]: value for column, value in record.items() if column in roles and value is not None}
 
 
-def _open_task(spec: dict[str, Any], context: DatasetContext) -> Task:
-    name = spec.pop("name", None)
+def _open_task(section: dict[str, Any], context: DatasetContext) -> Task:
+    name = str(section.pop("name", ""))
     try:
-        module = import_module(f"llmquest_rl.data.tasks.{name}")
-    except ModuleNotFoundError as error:
-        raise DataError(f"task: there is no task {name!r}: {error}") from error
-    task = module.load(module.Config(**spec), context.seed, context.malformed)
-    assert isinstance(task, Task)
-    return task
+        options = options_class(TASKS, name)(**section)
+        return open_task(name, TASKS.function(name), options, context.seed, context.malformed)
+    except ComponentError as error:
+        raise DataError(f"task: {error}") from error
 
 
 def _task_rows(rows: Rows, limit: int, of_task: Callable[[Row], Fields]) -> Iterator[PlacedFields]:

@@ -125,7 +125,7 @@ def test_sft_learns_the_gold_answers_of_a_task(
     for group in data.train:
         left, right = renderer.decode(group.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
         assert learnt(group, renderer) == f"{int(left) + int(right)}{EOS}"
-    with pytest.raises(DataError, match="no task 'arithmetics'"):
+    with pytest.raises(DataError, match="'arithmetics' is not the name of a task"):
         sft.load(sft.Config(task={"name": "arithmetics"}), context())
 
 

@@ -6,7 +6,6 @@ Each row has the column `entry`, reasoning-gym's own dict of question, answer an
 
 import random
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from llmquest_rl.compat.reasoning_gym import import_reasoning_gym
 from llmquest_rl.data.rows import DataError, MalformedRows, Row
 from llmquest_rl.data.task import Draw, Task, generated_task
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 
 CHUNK = 500
@@ -89,9 +89,7 @@ def _generator(part: Part, seed: int, number: int) -> Callable[[int], dict[str, 
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if part.dataset not in DATASETS:
-        near = get_close_matches(part.dataset, DATASETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(DATASETS))}"
-        raise DataError(f"reasoning-gym has no data set {part.dataset!r}: {hint}")
+        raise DataError(f"reasoning-gym has no data set {part.dataset!r}{did_you_mean(part.dataset, sorted(DATASETS))}")
     reserved = {"seed", "size"} & part.parameters.keys()
     if reserved:
         raise DataError(

@@ -5,9 +5,7 @@ how weights are called on disk. Reading is strict both ways: a key that maps now
 are errors.
 """
 
-import importlib
 import json
-import pkgutil
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl import models
+from llmquest_rl.loader import ComponentKind
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.weight_files import (
     Entry,
@@ -178,8 +177,8 @@ def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
 @cache
 def architectures() -> dict[str, HFMap]:
     """Every architecture in this folder's files: name on the Hub to its map."""
-    names = [f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__)]
-    modules = [importlib.import_module(name) for name in names]
+    files = ComponentKind("a model", models.__name__, ())
+    modules = [files.module(name) for name in files.names()]
     return {name: hf for module in modules for name, hf in module_maps(module).items()}
 
 

@@ -126,7 +126,7 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
     gpus, gigabytes = hardware(path)
     for label, arguments in variants(path).items():
         config = load_config(path, arguments)
-        assert sum(need.count * need.gpus for need in needs(config, samples=True)) <= gpus, label
+        assert sum(need.count * need.gpus for need in needs(config, True)) <= gpus, label
         parameters = num_parameters(folders[config.model.path])
         assert learner_gb(config, parameters) < 0.75 * gigabytes, f"{label}: activations need the rest"
         share = config.rollout.engine.options.model_dump()["gpu_memory_utilization"]
