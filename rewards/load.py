@@ -1,4 +1,4 @@
-"""Find a reward function, call it with what its signature accepts, and check what it returns."""
+"""Loads a reward function, calls it with the arguments that its signature accepts, and checks its return value."""
 
 import inspect
 import math
@@ -18,11 +18,11 @@ _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class RewardError(ValueError):
-    """A reward that cannot be run at all: not found, not importable, or in want of a column. Found before the start."""
+    """A reward is not found, cannot be imported, or lacks a column. This is found before a run starts."""
 
 
 class InvalidReturnError(ValueError):
-    """A reward returned something that is no reward."""
+    """A reward returned an invalid value."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class LoadedReward:
     name: str
     function: RewardFunction
     bound: dict[str, Any]
-    """Options from the configuration."""
+    """Options from the configuration, by argument."""
     accepted: frozenset[str]
     required: frozenset[str]
-    """Arguments without a default that options do not fill."""
+    """Arguments that have neither a default nor an option."""
     takes_all: bool
-    """It has `**kwargs`: every column is passed."""
+    """Whether the function has `**kwargs`; then every column is passed."""
 
     def __call__(self, item: GradeItem) -> Any:
-        """Call the function for one item; an async function gives its coroutine.
+        """Call the function for one item; an async function returns its coroutine.
 
         Raises:
-            RewardError: an argument is no column of this item.
+            RewardError: the item has no column for an argument.
         """
         values = available_arguments(item, verl=is_verl_form(self.accepted))
         missing = self.required - values.keys()
@@ -54,12 +54,12 @@ class LoadedReward:
 
 
 def is_verl_form(arguments: Iterable[str]) -> bool:
-    """Whether these are the arguments of `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
+    """Whether these are arguments of verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
     return {"solution_str", "ground_truth"} <= set(arguments)
 
 
 def available_arguments(item: GradeItem, verl: bool) -> dict[str, Any]:
-    """Every keyword argument that the item can fill, in our naming and, if asked, in verl's."""
+    """All keyword arguments that the item provides, under our names and, if `verl`, under those of verl."""
     values = {**item.columns, "prompt": item.prompt, "completion": item.completion, "answer": item.answer}
     if verl:
         values |= {"solution_str": item.completion, "ground_truth": item.answer}
@@ -69,7 +69,7 @@ def available_arguments(item: GradeItem, verl: bool) -> dict[str, Any]:
 
 
 def missing_message(name: str, missing: Iterable[str], available: Iterable[str]) -> str:
-    """Names the arguments that nothing fills, and what there is."""
+    """A message with the missing arguments and the existing columns."""
     wanted = ", ".join(f"`{argument}`" for argument in sorted(missing))
     return f"reward `{name}` needs {wanted}, but the columns are: {', '.join(sorted(available))}"
 
@@ -78,7 +78,7 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     """Import the function that the configuration names and bind its options.
 
     Raises:
-        RewardError: it cannot be imported, is no function, or has no argument for an option; the message says which.
+        RewardError: the function cannot be loaded, or has no argument for an option.
     """
     try:
         function = REWARDS.function(config.function)
@@ -103,18 +103,18 @@ def load_reward(config: RewardConfig) -> LoadedReward:
 
 
 def read_return(name: str, returned: Any) -> dict[str, float | None]:
-    """What a reward returned, as parts by log name: `{name: value}`, and `name/component` for each one of a dict.
+    """The return value of a reward as parts by name in logs: `name`, and `name/component` for the components of a dict.
 
-    A dict's value is its key `score` if it has one (the others are only logged), else the sum of its components.
-    A component that is None does not apply; a dict of nothing else does not apply as a whole.
+    The value of a dict is its component `score` if it has one (the others are only logged), or else the sum of its
+    components. A component None does not apply; if all are None, the reward does not apply.
 
     Raises:
-        InvalidReturnError: neither a finite number, nor a dict of such numbers by name, nor None.
+        InvalidReturnError: the value is neither a finite number, nor a dict of such numbers by name, nor None.
     """
     if not isinstance(returned, dict):
         return {name: _number(name, returned)}
     if not returned or not all(isinstance(key, str) for key in returned):
-        raise InvalidReturnError(f"reward `{name}` returned {returned!r:.200}: a dict needs names (str) as keys")
+        raise InvalidReturnError(f"reward `{name}` returned {returned!r:.200}: the keys of a dict must be names (str)")
     components = {key: _number(f"{name}/{key}", value) for key, value in returned.items()}
     known = [value for value in components.values() if value is not None]
     value = components["score"] if "score" in components else sum(known) if known else None
@@ -129,10 +129,10 @@ def _number(name: str, value: Any) -> float | None:
     if not isinstance(value, numbers.Real):
         kind = type(value).__name__
         raise InvalidReturnError(
-            f"reward `{name}` returned {value!r:.200} ({kind}): a reward is called for one completion and returns "
+            f"reward `{name}` returned {value!r:.200} ({kind}): a reward gets one completion and returns "
             "a number, a dict of numbers by name, or None"
         )
     number = float(value)
     if not math.isfinite(number):
-        raise InvalidReturnError(f"reward `{name}` returned {number}: a reward is finite")
+        raise InvalidReturnError(f"reward `{name}` returned {number}: a reward must be finite")
     return number
