@@ -1,7 +1,7 @@
-"""Numbers that can be merged: over microbatches, over optimizer updates, and over processes.
+"""Metrics that can be merged over microbatches, optimizer updates and processes.
 
-A mean is carried as a sum and a count, so that merging parts of any size gives the mean of the whole.
-Names read `area/what_unit`; `DESCRIPTIONS` says what each one is.
+A mean is kept as a sum and a count, so that parts of any size merge into the mean of the whole. A name has the form
+`area/quantity_unit`; `DESCRIPTIONS` explains every name.
 """
 
 import math
@@ -14,27 +14,27 @@ from torch import Tensor
 
 Kind = Literal["mean", "sum", "max"]
 Number = float | Tensor
-"""A float, or a tensor with one element: left on its device until `to_floats`, since fetching it means waiting."""
+"""A float, or a tensor with one element. It stays on its device until `to_floats`, because fetching it blocks."""
 
 DESCRIPTIONS: dict[str, str] = {
     "reward/mean": "weighted total reward of a sample, mean over the scored samples of the step",
     "reward/std": "standard deviation of the total reward over all scored samples of the step",
     "reward/group_std": "standard deviation of the total reward within a group, mean over groups",
     "reward/<name>": "one reward by name, before weighting, mean over the samples that it applies to",
-    "reward/zero_std_group_share": "share of groups whose rewards are all equal: they have no advantage to learn from",
-    "reward/length_penalty": "what the lengths of completions added to their rewards, mean over scored samples",
-    "reward/unscored_share": "share of samples without a score: in neither baseline nor loss",
+    "reward/zero_std_group_share": "share of groups whose rewards are all equal, so that their advantages are 0",
+    "reward/length_penalty": "amount added to a reward for the completion's length, mean over the scored samples",
+    "reward/unscored_share": "share of samples without a score; they are in neither the baseline nor the loss",
     "reward/scored_samples": "samples with a score",
     "rollout/completion_tokens": "length of a completion in tokens, mean",
     "rollout/completion_tokens_max": "length of the longest completion in tokens",
     "rollout/truncated_share": "share of completions that were cut at the token limit",
     "rollout/right_tokens": "length in tokens of a completion that counts as correct, mean; absent where none does",
-    "rollout/wrong_tokens": "the same of the other scored completions",
+    "rollout/wrong_tokens": "length in tokens of the other scored completions, mean",
     "rollout/staleness": "steps that the learners were ahead of the weights that sampled, of the oldest of them",
-    "rollout/empty_samples": "completions without a token: left out",
+    "rollout/empty_samples": "completions without a token, which are left out",
     "rollout/rounds": "dynamic sampling: rounds in which the step asked prompts",
     "rollout/sampled_groups": "dynamic sampling: groups sampled in all rounds, usable or not",
-    "rollout/usable_group_share": "share of them whose rewards teach something",
+    "rollout/usable_group_share": "share of the sampled groups that are usable, because their rewards differ",
     "rollout/reused_groups": "usable groups that an earlier step with the same weights left over",
     "rollout/surplus_groups": "usable groups beyond prompts_per_step: kept until new weights are pushed, then dropped",
     "rollout/missing_groups": "groups that the step was short of when batch.max_rounds ended the search",
@@ -94,7 +94,7 @@ DESCRIPTIONS: dict[str, str] = {
     "time/learner_prepare_s": "seconds for old and reference log-probs, the slowest process",
     "time/learner_update_s": "seconds for forward and backward passes and optimizer updates, the slowest process",
 }
-"""Every name given by algorithms, dynamic sampling, objectives and the learner. `<name>` stands for any word."""
+"""Every metric of algorithms, dynamic sampling, objectives and the learner. `<name>` stands for any word."""
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -110,12 +110,12 @@ DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
     "train/perplexity": (("train/loss", "train/tokens"), lambda loss, tokens: math.exp(min(loss, 700.0))),
     "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), _ratio),
 }
-"""Numbers that no merging gives: computed from merged ones, by name."""
+"""Metrics that are computed from merged ones: the inputs and the function, by name."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One reducible value: `total / count` for a mean, `total` otherwise."""
+    """One mergeable value: `total / count` for a mean, `total` otherwise."""
 
     kind: Kind
     total: Number
@@ -129,13 +129,13 @@ def _largest(a: Number, b: Number) -> Number:
 
 
 class Metrics:
-    """Named reducible values. Give every name one kind only."""
+    """Mergeable values by name. A name must always have the same kind."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
 
     def mean(self, name: str, total: Number, count: Number = 1.0) -> None:
-        """Add `count` observations that sum to `total`. A mean without observations is left out of `to_floats`."""
+        """Add `count` observations with the sum `total`. A mean without observations is left out of `to_floats`."""
         self._add(name, Entry("mean", total, count))
 
     def sum(self, name: str, value: Number) -> None:
@@ -158,14 +158,14 @@ class Metrics:
             old.total, old.count = old.total + new.total, old.count + new.count
 
     def merge(self, others: "Iterable[Metrics]") -> "Metrics":
-        """Add the entries of others to these; returns itself."""
+        """Add the entries of other metrics to these, and return these."""
         for other in others:
             for name, entry in other.entries.items():
                 self._add(name, entry)
         return self
 
     def fetched(self) -> "Metrics":
-        """The same with plain floats: one transfer from the device, ready to be sent to another process."""
+        """A copy with plain floats, ready to be sent to another process. It takes one transfer from the device."""
         numbers = [number for entry in self.entries.values() for number in (entry.total, entry.count)]
         tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, Tensor)]
         values = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
@@ -175,7 +175,7 @@ class Metrics:
         return plain
 
     def to_floats(self) -> dict[str, float]:
-        """What a log line shows, by name."""
+        """The values for a line of the log, by name."""
         plain = self.fetched().entries.items()
         floats = {
             name: float(entry.total / entry.count) if entry.kind == "mean" else float(entry.total)
