@@ -1,11 +1,11 @@
-"""What a model computes on: packed tokens without padding.
+"""The input of a model: packed tokens without padding.
 
-Shape legend: `tokens` = all tokens of a microbatch laid end to end; `targets` = the tokens that get a log-prob.
+In shapes, `tokens` is the number of tokens of a microbatch, and `targets` the number of tokens that get a log-prob.
 
-A `SequenceGroup` is what packing may not split: one prompt and the completions that share it. The prompt is stored, and
-computed, once. `collate` lays groups end to end as segments `[prompt | completion 0 | completion 1 | ...]`. A
-completion sees its own earlier tokens and its parent segment, the prompt, and nothing else. Because the first token of
-every completion is predicted from the prompt's last token, predictions are (source, target) pairs, not a shift by one.
+A `SequenceGroup` is one prompt with the completions that share it; packing does not split it. The prompt is stored and
+computed once. `collate` lays groups end to end as segments `[prompt | completion 0 | completion 1 | ...]`. A completion
+attends to its own earlier tokens and to its parent segment, the prompt. The first token of every completion is
+predicted from the prompt's last token, so predictions are (source, target) pairs and not a shift by one.
 """
 
 from collections.abc import Sequence
@@ -18,34 +18,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """A prompt and the completions that share it, with per-token training signals."""
+    """A prompt and the completions that share it, with values per token for the loss."""
 
     prompt: list[int]
-    """May be empty (a pretraining document): then the first token of each completion is no target."""
+    """Token ids. Empty for a pretraining document; then the first token of each completion is not a target."""
     completions: list[list[int]]
     token_fields: dict[str, list[list[float]]] = field(default_factory=dict)
-    """Signals by name, one float for each token of each completion: `weights`, `advantages`, `rollout_logprobs`, …"""
+    """Values by name, one float per token of each completion: `weights`, `advantages`, `rollout_logprobs`, …"""
     mask: list[list[bool]] | None = None
-    """Which completion tokens are targets; None = all of them."""
+    """Whether each completion token is a target; None = all are."""
     images: Tensor | None = None
-    """Images [n, channels, height, width] that the prompt's image tokens stand for, in their order; None = text."""
+    """The images of the prompt `[n, channels, height, width]`, in order; None = text only."""
 
     @property
     def num_tokens(self) -> int:
-        """Most tokens that the model computes for this group: all of them but those that predict no target."""
+        """Number of tokens in the group: an upper bound of those that the model computes."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the prompt and its longest completion."""
+        """Number of tokens of the prompt with its longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
     def with_token_field(self, name: str, values: list[list[float]]) -> "SequenceGroup":
-        """The same group with one token field added or replaced."""
+        """A copy of the group with one token field added or replaced."""
         return replace(self, token_fields={**self.token_fields, name: values})
 
     def expanded(self) -> list["SequenceGroup"]:
-        """One group for each completion, each with its own copy of the prompt: for models that cannot share it."""
+        """One group per completion, each with its own copy of the prompt, for models that cannot share it."""
         return [
             SequenceGroup(
                 self.prompt,
@@ -58,13 +58,13 @@ class SequenceGroup:
         ]
 
     def unshared(self) -> "SequenceGroup":
-        """One group in which each completion has its own copy of the prompt: for models that cannot share it.
+        """One group in which each completion has its own copy of the prompt, for models that cannot share it.
 
         Raises:
-            ValueError: it has images, which stand in a prompt.
+            ValueError: the group has images, which need a prompt.
         """
         if self.images is not None:
-            raise ValueError("a group with images cannot do without its prompt, where they stand")
+            raise ValueError("a group with images needs a prompt, because the image tokens are in the prompt")
         size = len(self.prompt)
         masks = self.mask or [[True] * len(completion) for completion in self.completions]
         return SequenceGroup(
@@ -77,12 +77,12 @@ class SequenceGroup:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which packed token may see which: causal within a segment, plus everything in the segment's parent."""
+    """The segments of packed tokens. A token attends to earlier tokens of its segment and to the parent segment."""
 
     lengths: tuple[int, ...]
-    """Tokens in each segment, in order."""
+    """Number of tokens in each segment, in order."""
     parents: tuple[int, ...]
-    """For each segment the index of the earlier segment that it continues (its prompt), or -1."""
+    """Index of the earlier segment that each segment continues (its prompt), or -1."""
 
     @property
     def starts(self) -> list[int]:
@@ -94,7 +94,7 @@ class Layout:
         return sum(self.lengths)
 
     def positions(self) -> Tensor:
-        """Position ids [tokens]: a continuation starts where its parent ends."""
+        """Position ids `[tokens]`: a continuation starts where its parent ends."""
         ranges = [
             torch.arange(length) + (self.lengths[parent] if parent >= 0 else 0)
             for length, parent in zip(self.lengths, self.parents, strict=True)
@@ -107,33 +107,33 @@ class TokenBatch:
     """One packed microbatch."""
 
     tokens: Tensor
-    """Long [tokens]."""
+    """Token ids, int64 `[tokens]`."""
     positions: Tensor
-    """Long [tokens]: RoPE / learned positions."""
+    """Positions for RoPE or learned embeddings, int64 `[tokens]`."""
     layout: Layout
     sources: Tensor
-    """Long [targets]: index into `tokens` of the position that predicts the target."""
+    """Index into `tokens` of the token that predicts each target, int64 `[targets]`."""
     targets: Tensor
-    """Long [targets]: the token ids to be predicted."""
+    """Token ids to be predicted, int64 `[targets]`."""
     sequence_ids: Tensor
-    """Long [targets]: the running number of the completion that the target belongs to."""
+    """Number of the completion to which each target belongs, int64 `[targets]`."""
     token_fields: dict[str, Tensor]
-    """Float32 [targets] each."""
+    """Values by name, float32 `[targets]` each."""
     images: Tensor | None = None
-    """Images [n, channels, height, width] of all segments, in their order; None = text only."""
+    """The images of all segments `[n, channels, height, width]`, in order; None = text only."""
     image_counts: tuple[int, ...] = ()
-    """How many of `images` each segment has; empty for text only."""
+    """Number of images of each segment; empty for text only."""
     experts: Tensor | None = None
-    """Int16 [layers with experts, tokens, k]: where the old policy's routers sent the tokens; None = not recorded. No
-    token field: every token has them, and targets are fewer."""
+    """The experts that the old policy's routers chose, int16 `[layers with experts, tokens, k]`; None = not recorded.
+    They are not a token field, because token fields have values for targets only."""
 
     @property
     def num_sequences(self) -> int:
-        """Completions in the batch that have at least one target."""
+        """Number of completions in the batch, up to the last one that has a target."""
         return int(self.sequence_ids.max()) + 1 if self.sequence_ids.numel() else 0
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch with every tensor on `device`."""
+        """A copy of the batch with every tensor on `device`."""
         moved = {
             name: getattr(self, name).to(device)
             for name in ("tokens", "positions", "sources", "targets", "sequence_ids")
@@ -148,11 +148,11 @@ class TokenBatch:
 
 
 def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
-    """Lay groups end to end into one packed batch. Tokens that predict no target, as each last one, are left out.
+    """Lay groups end to end into one packed batch, without the tokens that predict no target (e.g. the last of each).
 
     Raises:
-        ValueError: a token field or mask does not have one value for each completion token; a group has images without
-            a prompt, or images differ in size.
+        ValueError: a token field or mask does not have one value per completion token; a group has images but no
+            prompt; or images differ in size.
     """
     tokens: list[int] = []
     lengths: list[int] = []
@@ -200,7 +200,7 @@ def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
 
 
 def _mask(group: SequenceGroup, i: int, names: Sequence[str]) -> list[bool]:
-    """Which tokens of completion `i` are targets; whatever belongs to a token is there for each."""
+    """The target mask of completion `i`, after a check that the mask and token fields have one value per token."""
     completion = group.completions[i]
     mask = group.mask[i] if group.mask is not None else [True] * len(completion)
     signals: list[Sequence[object]] = [mask, *(group.token_fields[name][i] for name in names)]
@@ -210,15 +210,15 @@ def _mask(group: SequenceGroup, i: int, names: Sequence[str]) -> list[bool]:
 
 
 def _images(groups: Sequence[SequenceGroup]) -> tuple[Tensor | None, tuple[int, ...]]:
-    """All images end to end, and how many of them belong to each segment."""
+    """All images `[n, channels, height, width]`, and the number of images of each segment."""
     found = [group.images for group in groups if group.images is not None]
     if not found:
         return None, ()
     if any(group.images is not None and not group.prompt for group in groups):
-        raise ValueError("a group has images but no prompt: image tokens stand in the prompt")
+        raise ValueError("a group has images but no prompt: the image tokens are in the prompt")
     sizes = {tuple(images.shape[1:]) for images in found}
     if len(sizes) > 1:
-        raise ValueError(f"the images of a batch differ in size, {sorted(sizes)}: resize them to one")
+        raise ValueError(f"the images of a batch differ in size, {sorted(sizes)}: resize them to one size")
     counts: list[int] = []
     for group in groups:
         own = 0 if group.images is None else len(group.images)

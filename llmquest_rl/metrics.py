@@ -1,7 +1,7 @@
-"""Numbers that can be merged: over microbatches, over optimizer updates, and over processes.
+"""Metrics that can be merged over microbatches, optimizer updates and processes.
 
-A mean is carried as a sum and a count, so that merging parts of any size gives the mean of the whole.
-Names read `area/name_unit`; docs/metrics.md lists them.
+A mean is kept as a sum and a count, so that parts of any size merge into the mean of the whole. A name has the form
+`area/quantity_unit`; docs/metrics.md lists all of them.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Kind = Literal["mean", "sum", "max"]
 Number = float | Tensor
-"""A float, or a tensor with one element: left on its device until `to_floats`, since fetching it means waiting."""
+"""A float, or a tensor with one element. It stays on its device until `to_floats`, because fetching it blocks."""
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -30,12 +30,12 @@ DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
     "train/perplexity": (("train/loss", "train/tokens"), lambda loss, tokens: math.exp(min(loss, 700.0))),
     "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), _ratio),
 }
-"""Numbers that no merging gives: computed from merged ones, by name."""
+"""Metrics that are computed from merged ones: the inputs and the function, by name."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One reducible value: `total / count` for a mean, `total` otherwise."""
+    """One mergeable value: `total / count` for a mean, `total` otherwise."""
 
     kind: Kind
     total: Number
@@ -49,13 +49,13 @@ def _largest(a: Number, b: Number) -> Number:
 
 
 class Metrics:
-    """Named reducible values. Give every name one kind only."""
+    """Mergeable values by name. A name must always have the same kind."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
 
     def mean(self, name: str, total: Number, count: Number = 1.0) -> None:
-        """Add `count` observations that sum to `total`. A mean without observations is left out of `to_floats`."""
+        """Add `count` observations with the sum `total`. A mean without observations is left out of `to_floats`."""
         self._add(name, Entry("mean", total, count))
 
     def sum(self, name: str, value: Number) -> None:
@@ -78,14 +78,14 @@ class Metrics:
             old.total, old.count = old.total + new.total, old.count + new.count
 
     def merge(self, others: "Iterable[Metrics]") -> "Metrics":
-        """Add the entries of others to these; returns itself."""
+        """Add the entries of other metrics to these, and return these."""
         for other in others:
             for name, entry in other.entries.items():
                 self._add(name, entry)
         return self
 
     def fetched(self) -> "Metrics":
-        """The same with plain floats: one transfer from the device, ready to be sent to another process."""
+        """A copy with plain floats, ready to be sent to another process. It takes one transfer from the device."""
         numbers = [number for entry in self.entries.values() for number in (entry.total, entry.count)]
         tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, Tensor)]
         values = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
@@ -95,7 +95,7 @@ class Metrics:
         return plain
 
     def to_floats(self) -> dict[str, float]:
-        """What a log line shows, by name."""
+        """The values for a line of the log, by name."""
         plain = self.fetched().entries.items()
         floats = {
             name: float(entry.total / entry.count) if entry.kind == "mean" else float(entry.total)

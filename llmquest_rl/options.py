@@ -1,6 +1,15 @@
-"""The base of every typed option group: unknown keys are errors, values are frozen, docstrings are the reference."""
+"""The options of components: the base class of every section, and the class that belongs to a component's name.
 
-from pydantic import BaseModel, ConfigDict
+Unknown keys are errors, values are frozen, and docstrings become the reference.
+"""
+
+import inspect
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from llmquest_rl.loader import ComponentError, ComponentKind, users_function
 
 
 class Options(BaseModel):
@@ -11,3 +20,54 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class NoOptions(Options):
+    """The options of a module without a class `Config`: it accepts no key but its name."""
+
+
+class FunctionOptions(Options):
+    """Options made from the parameters of a user's function. They are pickled as the function's name and values."""
+
+    function_name: ClassVar[str]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.function_name, dict(self))
+
+
+def options_class(kind: ComponentKind, name: str) -> type[Options]:
+    """The options of a component: the class `Config` of its module, or the parameters of a user's function.
+
+    Raises:
+        ComponentError: the component cannot be loaded, or its options cannot be read.
+    """
+    module = kind.module(name)
+    if ":" in name:
+        return _function_options(name)
+    found: object = getattr(module, "Config", NoOptions)
+    if not (isinstance(found, type) and issubclass(found, Options)):
+        raise ComponentError(f"{module.__file__}: `Config` must be a class derived from llmquest_rl.options.Options")
+    return found
+
+
+@cache
+def _function_options(name: str) -> type[FunctionOptions]:
+    """One class for each function, with a field for each parameter but `seed`, which the run gives."""
+    function = users_function(name)
+    fields: dict[str, Any] = {}
+    try:
+        for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if key != "seed" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+                fields[key] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+        made = create_model("Parameters", __base__=FunctionOptions, **fields)
+    except Exception as error:  # annotations are evaluated, and pydantic may not know a type
+        raise ComponentError(
+            f"the parameters of {name} cannot be read as options: {type(error).__name__}: {error}"
+        ) from error
+    made.function_name = name
+    return made
+
+
+def _restore(name: str, values: dict[str, Any]) -> FunctionOptions:
+    return _function_options(name)(**values)

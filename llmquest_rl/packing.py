@@ -1,7 +1,7 @@
-"""Sharing groups out: over learners, over minibatches, and over microbatches of a token budget.
+"""Divides groups among learners, minibatches, and microbatches of a token budget.
 
-A group is never split. Everything here is deterministic in the order of its input, and nothing changes a gradient:
-token weights are fixed on the whole batch before.
+A group is never split. The result depends on the order of the input alone, and the division does not change a gradient,
+because token weights are assigned on the whole batch before it.
 """
 
 import heapq
@@ -11,9 +11,9 @@ from llmquest_rl.batch import SequenceGroup
 
 
 def pack(groups: Sequence[SequenceGroup], tokens_per_microbatch: int) -> list[list[SequenceGroup]]:
-    """Microbatches of at most `tokens_per_microbatch` tokens, as few as first-fit-decreasing finds.
+    """Pack groups into microbatches of at most `tokens_per_microbatch` tokens, by first-fit decreasing.
 
-    A group larger than the budget gets a microbatch of its own. Groups keep their order within a microbatch, and
+    A group larger than the budget gets its own microbatch. Groups keep their order within a microbatch, and
     microbatches are ordered by their first group.
     """
     bins: list[list[int]] = []
@@ -31,7 +31,7 @@ def pack(groups: Sequence[SequenceGroup], tokens_per_microbatch: int) -> list[li
 
 
 def split_ranks(groups: Sequence[SequenceGroup], world_size: int) -> list[list[SequenceGroup]]:
-    """One share for each of `world_size` learners, balanced by tokens (longest first to the least loaded).
+    """Divide groups into `world_size` shares with similar numbers of tokens: the longest first to the smallest share.
 
     Groups keep their order within a share. A share is empty when there are fewer groups than learners.
     """
@@ -45,7 +45,7 @@ def split_ranks(groups: Sequence[SequenceGroup], world_size: int) -> list[list[S
 
 
 def minibatches(groups: Sequence[SequenceGroup], n: int) -> list[list[SequenceGroup]]:
-    """At most n consecutive parts whose numbers of groups differ by one at most; none is empty."""
+    """Divide groups into at most n consecutive, non-empty parts, whose sizes differ by one at most."""
     n = min(n, len(groups))
     bounds = [len(groups) * i // n for i in range(n + 1)] if n else [0]
     return [list(groups[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]

@@ -1,7 +1,7 @@
-"""The nouns that travel between rooms: Sample, Request, Completion, Score, Group. No torch: graders start fast.
+"""The data that travels between rooms: Problem, Request, Completion, Score, Group. No torch: graders start fast.
 
-A task yields a `Problem`; a rollout worker answers a `Request` with `Completion`s; graders give each a `Score`;
-the three together are a `Group`, from which the learner's batch is packed (see `llmquest_rl.batch`).
+A task gives a `Problem`. A rollout worker answers a `Request` with `Completion`s, and graders give each a `Score`. The
+problem with its completions and scores is a `Group`, from which the learner's batch is packed (`llmquest_rl.batch`).
 """
 
 from dataclasses import dataclass, field
@@ -23,41 +23,41 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
-    """How a model wants its images, and what stands for one in token ids."""
+    """The format of a model's images, and the tokens that represent an image in a prompt."""
 
     token_id: int
-    """Stands for one vision token: a reserved token, which text never holds."""
+    """The reserved token id of a vision token; texts never contain it."""
     tokens: int
-    """Vision tokens of an image."""
+    """Number of vision tokens per image."""
     channels: int
     height: int
-    """In pixels; images of other sizes are resized."""
+    """Height in pixels; images of other sizes are resized."""
     width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem to solve: what the model is asked, and what a reward needs to judge the answer."""
+    """A problem to solve: the prompt, and the gold answer and columns that rewards need to score a completion."""
 
     id: str
-    """Stable identity, e.g. `gsm8k/train/17`: seeds, logs and replays refer to it."""
+    """Stable identity, e.g. `gsm8k/train/17`; seeds, logs and replays refer to it."""
     prompt: str | list[Message]
-    """As the data set has it, before the chat template."""
+    """The prompt of the data set, before the chat template."""
     prompt_ids: list[int]
-    """The tokens that the model sees: chat template applied, ready for generation."""
+    """Token ids `[prompt tokens]` with the chat template applied, ready for generation."""
     answer: Any
-    """The gold answer, in whatever form the task's reward expects."""
+    """The gold answer, in the form that the task's reward expects."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Every further column of the data set: rewards receive these as keyword arguments."""
+    """All further columns of the data set; rewards get them as keyword arguments."""
     images: "NDArray[float32] | None" = field(default=None, compare=False)
-    """[n, channels, height, width], normalised: what the prompt's image tokens stand for, in order; None = text."""
+    """The normalised images of the prompt `[n, channels, height, width]`, in order; None = text only."""
 
 
 class Sampling(Options):
-    """How tokens are drawn. Log-probs returned by an engine are those of the distribution that was sampled from."""
+    """The way tokens are sampled. An engine returns log-probs under the distribution that it sampled from."""
 
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Divides the logits; 0 means greedy decoding (log-probs are then those at temperature 1)."""
+    """Divisor of the logits; 0 = greedy decoding, whose log-probs are those at temperature 1."""
     top_k: int = Field(default=0, ge=0)
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -65,9 +65,9 @@ class Sampling(Options):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
     max_tokens: int = Field(default=256, ge=1)
-    """Longest completion, in tokens, the end-of-sequence token included."""
+    """Maximum length of a completion in tokens, with the end-of-sequence token."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a completion; the text is cut before the string, the tokens that formed it stay."""
+    """Strings that end a completion. The text is cut before the string, but the tokens of the string stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class Request:
     prompt_ids: list[int]
     n: int
     seed: int
-    """Completion i is drawn with a generator seeded from (seed, i): independent of the batch around it."""
+    """Completion i is sampled with a generator seeded by (seed, i), so it does not depend on the rest of the batch."""
     images: "NDArray[float32] | None" = field(default=None, compare=False)
-    """As `Problem.images`."""
+    """See `Problem.images`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,34 +87,34 @@ class Completion:
     """One sampled continuation."""
 
     token_ids: list[int]
-    """Sampled tokens, the end-of-sequence token included when it was sampled."""
+    """Sampled token ids, with the end-of-sequence token if it was sampled."""
     logprobs: list[float]
-    """The engine's own log-probs [len(token_ids)] of the sampled tokens, under the distribution sampled from."""
+    """The engine's log-probs `[len(token_ids)]` of the sampled tokens, under the distribution that was sampled from."""
     text: str
-    """Decoded without special tokens, cut before a stop string."""
+    """The decoded text without special tokens, cut before a stop string."""
     finish_reason: FinishReason
     weight_version: int
-    """The version of the weights that sampled it."""
+    """Version of the weights that sampled the completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What grading one completion gave. `value is None` means unscored: left out of baseline and loss."""
+    """The score of one completion. If `value` is None it is unscored, and left out of the baseline and the loss."""
 
     value: float | None
     """The weighted total."""
     parts: dict[str, float | None] = field(default_factory=dict)
-    """Each reward by name before weighting; None = the reward does not apply to this item."""
+    """The value of each reward by name, before weighting; None = the reward does not apply."""
     failure: str | None = None
-    """None, or the kind of failure: `timeout`, `memory`, `crash`, `exception`, `invalid`."""
+    """The kind of failure, `timeout`, `memory`, `crash`, `exception` or `invalid`; None = no failure."""
     detail: str = ""
-    """For a failure: the message that a person needs to find its cause."""
+    """The error message of a failure."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A sample with its completions and their scores: the unit of advantage estimation and of packing."""
+    """A problem with its completions and their scores: the unit of advantage estimation and of packing."""
 
     problem: Problem
     completions: list[Completion]

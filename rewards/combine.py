@@ -1,4 +1,4 @@
-"""Several scores of one completion made into one: of the rewards of a grader, and of graders and reward models."""
+"""Combines several scores of one completion: those of a grader's rewards, and those of graders and reward models."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from llmquest_rl.types import Score
 
 
 def combined(scores: Sequence[Score]) -> Score:
-    """The sum of the values that there are, with the parts and the seconds of all.
+    """The sum of the values, with the parts and the seconds of all scores.
 
-    One failure makes the whole a failure, of the first one's kind: a sum without one of its terms would be another
-    reward. If nothing applies, there is no value.
+    If a score failed, the result is a failure of the first one's kind, because a sum without one of its terms would be
+    a different reward. If no reward applies, the result has no value.
     """
     parts = {name: value for score in scores for name, value in score.parts.items()}
     seconds = sum(score.seconds for score in scores)

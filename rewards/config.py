@@ -1,28 +1,12 @@
-"""What the user configures: which rewards, with which weights, and the limits they run under. No torch, no Ray."""
+"""The configuration of rewards: their names, options and weights, and the limits for their worker processes."""
 
-import difflib
-import importlib
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from llmquest_rl.options import Options
-
-
-def builtin_rewards() -> list[str]:
-    """Names of the built-in rewards: the files of `rewards/builtin/`."""
-    files = (Path(__file__).parent / "builtin").glob("*.py")
-    return sorted(path.stem for path in files if path.stem != "__init__")
-
-
-def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
-    """Names the key, its nearest neighbours and everything that exists."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
-    return f"{what} `{key}` does not exist.{hint} There is: {', '.join(known) or 'none'}."
+from llmquest_rl.loader import absolute_name, did_you_mean, is_users_own, locate
+from llmquest_rl.options import Options, options_class
+from rewards.builtin import REWARDS
 
 
 class RewardConfig(Options):
@@ -35,16 +19,16 @@ class RewardConfig(Options):
     model_config = ConfigDict(extra="allow")
 
     name: str
-    """The label in logs, unique in the list. Default: the function's name. Alone, it names a built-in reward."""
+    """The label in logs, unique in the list. Default: the function's name. Without `function`, a built-in reward."""
     function: str
     """A built-in reward (`exact_number`), `module:function` or `path/file.py:function`. Default: `name`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of this reward in the total; 0 = only logged."""
+    """Factor of this reward in the total; 0 = the reward is only logged."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """`name` and `function` stand in for each other; a file's path becomes absolute: any process finds it."""
+        """Fill `name` or `function` from the other, and make a file's path absolute, so that any process finds it."""
         if not isinstance(data, dict):
             return data
         function = data.get("function", data.get("name"))
@@ -52,50 +36,37 @@ class RewardConfig(Options):
             raise ValueError(
                 "a reward needs `name` (a built-in) or `function` (module:function or path/file.py:function)"
             )
-        target, _, attribute = function.rpartition(":")
-        if target.endswith(".py"):
-            function = f"{Path(target).expanduser().absolute()}:{attribute}"
-        return {**data, "function": function, "name": data.get("name") or attribute}
+        name = data.get("name") or function.rpartition(":")[2]
+        return {**data, "function": absolute_name(function), "name": name}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        target, _, attribute = self.function.rpartition(":")
-        if target.endswith(".py") and not Path(target).is_file():
-            raise ValueError(f"reward `{self.name}`: there is no file {target}")
-        if target and not attribute.isidentifier():
-            raise ValueError(f"reward `{self.name}`: `{self.function}` should end in `:function`")
-        if not target:
+        if self.is_builtin:
             self.builtin_config()
+        elif not locate(self.function)[1]:
+            raise ValueError(f"reward `{self.name}`: `{self.function}` should end in `:function`")
         return self
 
     @property
     def is_builtin(self) -> bool:
-        return ":" not in self.function
+        return not is_users_own(self.function)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys beside name, function and weight."""
+        """The options: all keys but `name`, `function` and `weight`."""
         return dict(self.model_extra or {})
 
     def builtin_config(self) -> Options:
         """The typed options of a built-in reward.
 
         Raises:
-            ValueError: no such reward, no such option, or an option of the wrong type.
+            ValueError: the reward or an option does not exist, or an option has the wrong type.
         """
-        known = builtin_rewards()
-        if self.function not in known:
-            message = unknown_key_message("the built-in reward", self.function, known)
-            raise ValueError(f"{message} A function of your own is `module:function` or `path/file.py:function`.")
-        try:
-            config_class: type[Options] = importlib.import_module(f"rewards.builtin.{self.function}").Config
-        except ImportError as error:
-            raise ValueError(f"the built-in reward `{self.function}` cannot be imported: {error}") from error
+        config_class = options_class(REWARDS, self.function)
         for key in self.options:
             if key not in config_class.model_fields:
-                raise ValueError(
-                    unknown_key_message(f"reward `{self.function}`: option", key, config_class.model_fields)
-                )
+                hint = did_you_mean(key, config_class.model_fields)
+                raise ValueError(f"reward `{self.function}` has no option `{key}`{hint}")
         try:
             return config_class(**self.options)
         except ValidationError as error:
@@ -106,24 +77,24 @@ class RewardConfig(Options):
 
 
 class GraderConfig(Options):
-    """How rewards are run."""
+    """The processes that run rewards, and their limits."""
 
     workers: int = Field(default=1, ge=1)
-    """Graders (with `cluster: ray` one actor each); the items of a step are shared out among them."""
+    """Number of graders (with `cluster: ray` one actor each); the items of a step are divided among them."""
     processes: int = Field(default=2, ge=1)
-    """Worker processes of each grader that grade at the same time; one more stands by, warmed up."""
+    """Number of worker processes per grader that grade at the same time; one more is started as a spare."""
     timeout_s: float = Field(default=5.0, gt=0)
-    """Seconds for one reward of one item; then its process is killed and the item is unscored (`timeout`)."""
+    """Time limit in seconds for one reward of one item. Then its process is killed, and the item is unscored."""
     memory_mb: int = Field(default=1024, ge=16)
-    """MiB by which one item may grow its worker process; beyond that it is unscored (`memory`)."""
+    """Memory limit in MiB: if one item makes its process grow by more, the item is unscored (`memory`)."""
     max_unscored_share: float = Field(default=0.2, ge=0, le=1)
-    """The run stops when a larger share of a step's completions is unscored because a reward failed."""
+    """Maximum share of a step's completions whose reward may fail; the run stops if more are unscored."""
     start_timeout_s: float = Field(default=120.0, gt=0)
-    """Seconds that a worker process may take to import the rewards."""
+    """Time limit in seconds for a worker process to import the rewards."""
 
 
 def check_names(rewards: list[RewardConfig]) -> None:
-    """The labels in logs must differ.
+    """Check that the labels in logs differ.
 
     Raises:
         ValueError: the list is empty or two rewards share a name.

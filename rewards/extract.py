@@ -1,4 +1,4 @@
-"""Find the answer that a completion marks."""
+"""Finds the marked answer in a completion."""
 
 import re
 
@@ -6,7 +6,7 @@ BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last complete `\\boxed{...}` holds; None if there is none."""
+    """The content of the last complete `\\boxed{...}`; None if there is none."""
     for match in reversed(list(BOXED.finditer(text))):
         depth = 1
         for end in range(match.end(), len(text)):
@@ -17,14 +17,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_tagged(text: str, tag: str) -> str | None:
-    """What the last complete `<tag>...</tag>` holds, stripped; None if there is none."""
+    """The content of the last complete `<tag>...</tag>`, stripped; None if there is none."""
     before, closing, _ = text.rpartition(f"</{tag}>")
     _, opening, content = before.rpartition(f"<{tag}>")
     return content.strip() if closing and opening else None
 
 
 def after_thinking(text: str) -> str | None:
-    """The text after the last `</think>`; all of it if it does not think; None if the thinking does not end."""
+    """The text after the last `</think>`; the whole text without thinking; None if the thinking does not end."""
     _, closing, rest = text.rpartition("</think>")
     if "<think>" in rest:
         return None

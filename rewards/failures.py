@@ -1,4 +1,4 @@
-"""Failures are counted and shown, and too many stop the run: a broken grader must never look like reward 0."""
+"""Counts and shows failed rewards, and stops the run if there are too many: a broken reward must not look like 0."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,32 +8,32 @@ from rewards.types import GradeItem
 
 EXAMPLES_SHOWN = 3
 TEXT_SHOWN = 300
-"""Characters of a prompt's or completion's end, and of a failure's message, in an example."""
+"""Characters shown in an example: the end of the prompt and of the completion, and the start of the message."""
 
 
 class TooManyUnscoredError(RuntimeError):
-    """More completions than configured got no score because a reward failed."""
+    """Too many completions have no score because a reward failed."""
 
 
 def failure_counts(scores: Sequence[Score]) -> dict[str, int]:
-    """How many scores failed, by kind."""
+    """Number of failed scores by kind."""
     return dict(Counter(score.failure for score in scores if score.failure is not None))
 
 
 def unscored_share(scores: Sequence[Score]) -> float:
-    """Share of the scores that failed; "does not apply" is no failure."""
+    """Share of the scores that failed. A reward that does not apply has not failed."""
     return sum(failure_counts(scores).values()) / len(scores) if scores else 0.0
 
 
 def check_unscored(scores: Sequence[Score], items: Sequence[GradeItem], limit: float) -> None:
-    """Stop when a reward fails too often.
+    """Check that not too many scores failed.
 
     Args:
-        scores: of one step, in the order of `items`.
-        limit: the largest share of failures that is tolerated.
+        scores: The scores of one step, in the order of `items`.
+        limit: The maximum share of failures.
 
     Raises:
-        TooManyUnscoredError: with the counts by kind and an example or more of what failed.
+        TooManyUnscoredError: the share is larger; the message has the counts by kind and some examples.
     """
     share = unscored_share(scores)
     if share <= limit:

@@ -1,4 +1,4 @@
-"""Grade a file of completions: try a reward before it trains anything."""
+"""Grades a file of completions, to try a reward before training with it."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from rewards.grader import Grader
 from rewards.types import GradeItem
 
 CHUNK = 4096
-"""Rows held in memory at a time."""
+"""Number of rows that are in memory at a time."""
 OWN_KEYS = ("prompt", "completion", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the file: an item, or what is wrong with the line."""
+    """One line of the file: an item, or the problem with the line."""
 
     line: int
     item: GradeItem | None
@@ -31,32 +31,32 @@ class Row:
 
 @dataclass(slots=True)
 class Summary:
-    """What grading a file gave."""
+    """The result of grading a file."""
 
     rows: int = 0
     scored: int = 0
     total: float = 0.0
     parts: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Number and sum of the values by log name."""
+    """Number and sum of the values, by name in logs."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Rows by kind of failure."""
+    """Number of failed rows by kind of failure."""
     examples: dict[str, str] = field(default_factory=dict)
-    """The first message of each kind of failure."""
+    """The first message for each kind of failure."""
     seconds: float = 0.0
-    """Wall time of the grading, without the start of the worker processes."""
+    """Wall time in seconds, without the start of the worker processes."""
 
     @property
     def mean(self) -> float | None:
-        """Mean score of the rows that have one."""
+        """Mean score of the scored rows; None without any."""
         return self.total / self.scored if self.scored else None
 
     @property
     def not_applicable(self) -> int:
-        """Rows to which no reward applies."""
+        """Number of rows to which no reward applies."""
         return self.rows - self.scored - sum(self.failures.values())
 
     def add(self, line: int, score: Score) -> None:
-        """Count one row."""
+        """Add one row to the counts."""
         self.rows += 1
         if score.value is not None:
             self.scored += 1
@@ -82,12 +82,12 @@ class Summary:
 
 
 def parse_reward(text: str) -> RewardConfig:
-    """A reward on a command line: `exact_number`, `my.py:reward` or `module:function`, options after commas.
+    """Parse a reward on a command line: `exact_number`, `my.py:reward` or `module:function`, options after commas.
 
-    `exact_number,whole=true,weight=0.5`: values are read as JSON where they are JSON, else as text.
+    In `exact_number,whole=true,weight=0.5` the values are read as JSON if they are valid JSON, or else as text.
 
     Raises:
-        ValueError: no such reward or option, or an option without a value.
+        ValueError: the reward or an option does not exist, or an option has no value.
     """
     function, *pairs = text.split(",")
     options: dict[str, Any] = {}
@@ -103,7 +103,7 @@ def parse_reward(text: str) -> RewardConfig:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL file, malformed ones included; blank lines are passed over."""
+    """The rows of a JSONL file, malformed ones included; blank lines are skipped."""
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if raw.strip():
@@ -113,12 +113,14 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _read_row(line: int, raw: bytes) -> Row:
     try:
         record = json.loads(raw)
-    except ValueError as error:  # UnicodeDecodeError is one, too
+    except ValueError as error:  # JSON or UTF-8
         return Row(line, None, f"not JSON: {error}")
     if not isinstance(record, dict):
         return Row(line, None, "not a JSON object")
     if not isinstance(record.get("completion"), str):
-        return Row(line, None, f"no text `completion`; it has: {', '.join(sorted(record)) or 'nothing'}")
+        return Row(
+            line, None, f"the key `completion` must be a text; the row has: {', '.join(sorted(record)) or 'nothing'}"
+        )
     columns = {key: value for key, value in record.items() if key not in OWN_KEYS}
     return Row(line, GradeItem(record.get("prompt", ""), record["completion"], record.get("answer"), columns))
 
@@ -127,9 +129,9 @@ def grade_file(rewards: Sequence[RewardConfig], path: Path, out: Path, config: G
     """Grade every row of a JSONL file.
 
     Args:
-        path: rows with `completion` and, as the reward wants them, `answer`, `prompt` and any further columns.
-        out: a row for each row, in order: `line`, `score`, `scores` by name, `failure`, `detail`, `seconds`. It is
-            put in place when it is complete.
+        path: Rows with `completion` and the columns that the rewards need: `answer`, `prompt` and any others.
+        out: A row for each row, in order: `line`, `score`, `scores` by name, `failure`, `detail`, `seconds`. The file
+            appears when it is complete.
 
     Raises:
         RewardError: a reward cannot be imported, or needs a column that the first row lacks.

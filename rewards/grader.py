@@ -1,6 +1,6 @@
-"""The grader: weighted rewards over completions, in worker processes with limits on time and memory for each item.
+"""The grader: weighted rewards of completions, run in worker processes with limits on time and memory per item.
 
-A reward that fails on an item costs that item its score and nothing else: no retry of its neighbours, no reward 0.
+If a reward fails on an item, only that item is unscored: other items are not affected, and the reward is not 0.
 """
 
 import pickle
@@ -22,14 +22,14 @@ __all__ = ["GradeItem", "Grader", "check_rewards"]
 
 
 class Grader:
-    """Grades lists of items. A plain class: the cluster makes it an actor, a test uses it as it is."""
+    """Grades lists of items. A cluster runs it as an actor; a test can use it directly."""
 
     def __init__(self, rewards: Sequence[RewardConfig], config: GraderConfig | None = None) -> None:
         """Start the worker processes.
 
         Raises:
             RewardError: a reward cannot be imported; the message names it and the reason.
-            ValueError: no rewards, or two of the same name.
+            ValueError: there are no rewards, or two have the same name.
         """
         self._rewards = list(rewards)
         check_names(self._rewards)
@@ -41,14 +41,14 @@ class Grader:
         return Pool(self._rewards, self._config, self._config.processes)
 
     def grade(self, items: Sequence[GradeItem]) -> list[Score]:
-        """Score each item; scores come in the order of the items."""
+        """Score each item; the scores are in the order of the items."""
         drafts = [_Draft() for _ in items]
         with self._lock:
             try:
                 for item, reward, outcome in self._pool.run(self._tasks(items, drafts)):
                     drafts[item].outcomes[reward] = outcome
             except BaseException:
-                # Answers still on their way must not be taken for those of the next call.
+                # Outstanding answers must not be taken for answers to the next call.
                 self._pool.close()
                 raise
         return [draft.score(self._rewards) for draft in drafts]
@@ -58,21 +58,21 @@ class Grader:
         for index, item in enumerate(items):
             try:
                 pickled = pickle.dumps(item)
-            except Exception as error:  # pickle raises whatever the columns' own code raises
-                detail = f"its columns cannot be sent to a worker process: {type(error).__name__}: {error}"
+            except Exception as error:  # pickle calls code of the columns' classes, which may raise anything
+                detail = f"the columns of this item cannot be sent to a worker process: {type(error).__name__}: {error}"
                 drafts[index].outcomes[0] = Outcome({}, "invalid", detail)
             else:
                 tasks.append(Task(index, list(range(len(self._rewards))), pickled))
         return tasks
 
     def check(self, columns: Iterable[str]) -> None:
-        """Check that the data set's columns fill every argument that the rewards need.
+        """Check that the data set has a column for every argument that the rewards need.
 
         Args:
-            columns: beside prompt, completion and answer, which always exist.
+            columns: Names of the columns. The arguments prompt, completion and answer always exist.
 
         Raises:
-            RewardError: an argument is missing; the message names the columns there are.
+            RewardError: a column is missing; the message lists the existing ones.
         """
         available = {*columns, *OWN_ARGUMENTS}
         for name, required in self._pool.required.items():
@@ -83,7 +83,7 @@ class Grader:
 
     @property
     def replaced(self) -> int:
-        """Worker processes that were killed or died, and were replaced, so far."""
+        """Number of worker processes that were replaced so far, because they died or were killed."""
         return self._pool.replaced
 
     def close(self) -> None:
@@ -101,17 +101,17 @@ class Grader:
 
 @dataclass(slots=True)
 class _Draft:
-    """What is known of an item's score so far: outcomes by reward index."""
+    """The outcomes of an item so far, by reward index."""
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def score(self, rewards: list[RewardConfig]) -> Score:
-        """The weighted sum of what applies; unscored if anything failed or nothing applies."""
+        """The weighted sum of the rewards that apply; unscored if one failed or none applies."""
         return combined([_weighted(rewards[index], outcome) for index, outcome in sorted(self.outcomes.items())])
 
 
 def _weighted(reward: RewardConfig, outcome: Outcome) -> Score:
-    """What one reward contributes."""
+    """The contribution of one reward to the score."""
     value = None if outcome.failure is not None else outcome.parts[reward.name]
     total = None if value is None else reward.weight * value
     return Score(total, outcome.parts, outcome.failure, outcome.detail, outcome.seconds)
@@ -121,7 +121,7 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Iterable[str], confi
     """Load the rewards in a worker process and check their arguments, without grading anything.
 
     Raises:
-        RewardError: a reward cannot be imported, or needs an argument that is no column.
+        RewardError: a reward cannot be imported, or needs an argument for which there is no column.
     """
     with Grader(rewards, (config or GraderConfig()).model_copy(update={"processes": 1})) as grader:
         grader.check(columns)

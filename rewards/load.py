@@ -1,18 +1,15 @@
-"""Find a reward function, call it with what its signature accepts, and check what it returns."""
+"""Loads a reward function, calls it with the arguments that its signature accepts, and checks its return value."""
 
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rewards.config import RewardConfig, unknown_key_message
+from llmquest_rl.loader import ComponentError, did_you_mean
+from rewards.builtin import REWARDS
+from rewards.config import RewardConfig
 from rewards.types import GradeItem, RewardFunction
 
 OWN_ARGUMENTS = ("prompt", "completion", "answer")
@@ -21,11 +18,11 @@ _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class RewardError(ValueError):
-    """A reward that cannot be run at all: not found, not importable, or in want of a column. Found before the start."""
+    """A reward is not found, cannot be imported, or lacks a column. This is found before a run starts."""
 
 
 class InvalidReturnError(ValueError):
-    """A reward returned something that is no reward."""
+    """A reward returned an invalid value."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +32,18 @@ class LoadedReward:
     name: str
     function: RewardFunction
     bound: dict[str, Any]
-    """Options from the configuration."""
+    """Options from the configuration, by argument."""
     accepted: frozenset[str]
     required: frozenset[str]
-    """Arguments without a default that options do not fill."""
+    """Arguments that have neither a default nor an option."""
     takes_all: bool
-    """It has `**kwargs`: every column is passed."""
+    """Whether the function has `**kwargs`; then every column is passed."""
 
     def __call__(self, item: GradeItem) -> Any:
-        """Call the function for one item; an async function gives its coroutine.
+        """Call the function for one item; an async function returns its coroutine.
 
         Raises:
-            RewardError: an argument is no column of this item.
+            RewardError: the item has no column for an argument.
         """
         values = available_arguments(item, verl=is_verl_form(self.accepted))
         missing = self.required - values.keys()
@@ -57,12 +54,12 @@ class LoadedReward:
 
 
 def is_verl_form(arguments: Iterable[str]) -> bool:
-    """Whether these are the arguments of `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
+    """Whether these are arguments of verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
     return {"solution_str", "ground_truth"} <= set(arguments)
 
 
 def available_arguments(item: GradeItem, verl: bool) -> dict[str, Any]:
-    """Every keyword argument that the item can fill, in our naming and, if asked, in verl's."""
+    """All keyword arguments that the item provides, under our names and, if `verl`, under those of verl."""
     values = {**item.columns, "prompt": item.prompt, "completion": item.completion, "answer": item.answer}
     if verl:
         values |= {"solution_str": item.completion, "ground_truth": item.answer}
@@ -72,7 +69,7 @@ def available_arguments(item: GradeItem, verl: bool) -> dict[str, Any]:
 
 
 def missing_message(name: str, missing: Iterable[str], available: Iterable[str]) -> str:
-    """Names the arguments that nothing fills, and what there is."""
+    """A message with the missing arguments and the existing columns."""
     wanted = ", ".join(f"`{argument}`" for argument in sorted(missing))
     return f"reward `{name}` needs {wanted}, but the columns are: {', '.join(sorted(available))}"
 
@@ -81,9 +78,12 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     """Import the function that the configuration names and bind its options.
 
     Raises:
-        RewardError: it cannot be imported, is no function, or has no argument for an option; the message says which.
+        RewardError: the function cannot be loaded, or has no argument for an option.
     """
-    function = _find(config)
+    try:
+        function = REWARDS.function(config.function)
+    except ComponentError as error:
+        raise RewardError(f"reward `{config.name}`: {error}") from error
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -96,57 +96,25 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     bound = {"config": config.builtin_config()} if config.is_builtin else config.options
     for option in bound:
         if option not in accepted and not takes_all:
-            raise RewardError(unknown_key_message(f"reward `{config.name}`: argument", option, accepted))
+            hint = did_you_mean(option, sorted(accepted))
+            raise RewardError(f"reward `{config.name}` has no argument `{option}`{hint}")
     no_default = {name for name in accepted if parameters[name].default is inspect.Parameter.empty}
     return LoadedReward(config.name, function, bound, accepted, frozenset(no_default - bound.keys()), takes_all)
 
 
-def _find(config: RewardConfig) -> Callable[..., Any]:
-    target, _, attribute = config.function.rpartition(":")
-    target, attribute = (target, attribute) if target else (f"rewards.builtin.{attribute}", "reward")
-    try:
-        module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise RewardError(f"reward `{config.name}`: importing {target}: {type(error).__name__}: {error}") from error
-    function: object = getattr(module, attribute, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise RewardError(unknown_key_message(f"reward `{config.name}`: in {target} the function", attribute, known))
-    return function
-
-
-def _import_module(name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    """Import a file under a name of its own; its folder joins the path, so that it can import its neighbours."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    name = f"reward_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, f"{path} does not end in .py"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def read_return(name: str, returned: Any) -> dict[str, float | None]:
-    """What a reward returned, as parts by log name: `{name: value}`, and `name/component` for each one of a dict.
+    """The return value of a reward as parts by name in logs: `name`, and `name/component` for the components of a dict.
 
-    A dict's value is its key `score` if it has one (the others are only logged), else the sum of its components.
-    A component that is None does not apply; a dict of nothing else does not apply as a whole.
+    The value of a dict is its component `score` if it has one (the others are only logged), or else the sum of its
+    components. A component None does not apply; if all are None, the reward does not apply.
 
     Raises:
-        InvalidReturnError: neither a finite number, nor a dict of such numbers by name, nor None.
+        InvalidReturnError: the value is neither a finite number, nor a dict of such numbers by name, nor None.
     """
     if not isinstance(returned, dict):
         return {name: _number(name, returned)}
     if not returned or not all(isinstance(key, str) for key in returned):
-        raise InvalidReturnError(f"reward `{name}` returned {returned!r:.200}: a dict needs names (str) as keys")
+        raise InvalidReturnError(f"reward `{name}` returned {returned!r:.200}: the keys of a dict must be names (str)")
     components = {key: _number(f"{name}/{key}", value) for key, value in returned.items()}
     known = [value for value in components.values() if value is not None]
     value = components["score"] if "score" in components else sum(known) if known else None
@@ -161,10 +129,10 @@ def _number(name: str, value: Any) -> float | None:
     if not isinstance(value, numbers.Real):
         kind = type(value).__name__
         raise InvalidReturnError(
-            f"reward `{name}` returned {value!r:.200} ({kind}): a reward is called for one completion and returns "
+            f"reward `{name}` returned {value!r:.200} ({kind}): a reward gets one completion and returns "
             "a number, a dict of numbers by name, or None"
         )
     number = float(value)
     if not math.isfinite(number):
-        raise InvalidReturnError(f"reward `{name}` returned {number}: a reward is finite")
+        raise InvalidReturnError(f"reward `{name}` returned {number}: a reward must be finite")
     return number

@@ -1,8 +1,8 @@
-"""Worker processes that can be killed: one task in the works for each, a short queue behind it, and a spare stands by.
+"""A pool of worker processes that can be killed. Each works on one task and has a short queue; one more is a spare.
 
 A process pool of the standard library cannot end a task that hangs, and loses all its workers when one dies. Here each
-worker has a socket of its own. Answers come one by one and in order, so whoever is silent for too long, or gone, names
-the task it was at: that one fails, the rest of its queue goes elsewhere, and the spare takes its place at once.
+worker has its own socket and answers in order. So if a worker is silent for too long, or gone, its current task is
+known: that task fails, the rest of its queue goes to other workers, and the spare replaces the worker at once.
 """
 
 import os
@@ -23,16 +23,16 @@ from rewards.load import RewardError
 from rewards.worker import MIB, Answer, Outcome, Setup, Started
 
 QUEUE_SECONDS = 0.02
-"""Work sent ahead to one worker: enough to hide the round trip, little enough not to pile up behind a slow item."""
+"""Work queued at one worker, in seconds: enough to hide the round trip, but little behind a slow item."""
 MAX_QUEUE = 16
 MAX_QUEUE_BYTES = 64 * 1024
-"""Less than a socket holds: sending ahead must never block on a worker that hangs."""
+"""Less than the capacity of a socket: sending must never block on a worker that hangs."""
 MAX_FAILED_STARTS = 3
 
 
 @dataclass(slots=True)
 class Task:
-    """One item and the rewards, by index, that it still needs."""
+    """One item, and the indices of the rewards that have not graded it yet."""
 
     id: int
     rewards: list[int]
@@ -47,30 +47,30 @@ class Worker:
         self._lifeline, their_lifeline = socket.socketpair()
         with theirs, their_lifeline:
             self._process = subprocess.Popen(
-                # -P: files in the working directory must not shadow modules
+                # -P: files in the current folder must not hide modules
                 [sys.executable, "-P", "-c", "import sys; from rewards.worker import main; main(sys.argv[1:])"]
                 + [str(theirs.fileno()), str(their_lifeline.fileno())],
                 pass_fds=[theirs.fileno(), their_lifeline.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
-                start_new_session=True,  # a group of its own: children that a reward starts are killed with it
+                start_new_session=True,  # a process group, so that children of a reward are killed with it
             )
         self.connection = Connection(ours.detach())
         self.queue: deque[Task] = deque()
         self.started: Started | None = None
         self.since = time.monotonic()
-        """When the task at the head of the queue, or the start of the process, began."""
+        """Start time of the task at the head of the queue, or of the process while it starts."""
         self.connection.send_bytes(setup)
 
     def can_take(self, task: Task, depth: int) -> bool:
-        """Whether sending the task cannot block: the worker is idle and reads, or the socket has room."""
+        """Whether the task can be sent without blocking: the worker is idle, or its socket has room."""
         if self.started is None:
             return False
         queued = sum(len(queued.item) for queued in self.queue) + len(task.item)
         return not self.queue or (len(self.queue) < depth and queued <= MAX_QUEUE_BYTES)
 
     def send(self, task: Task) -> bool:
-        """Queue a task; False if the process is gone, which is then noticed when its answers are read."""
+        """Queue a task; False if the process is gone, which is handled when its answers are read."""
         try:
             self.connection.send((task.id, task.rewards, task.item))
         except ConnectionError:
@@ -81,7 +81,7 @@ class Worker:
         return True
 
     def kill(self) -> str:
-        """End the process and whatever it started, if that is not done yet; says how it ended."""
+        """End the process and its children, unless they have ended, and return how the process ended."""
         if not self.connection.closed:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -92,12 +92,12 @@ class Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def has_ended(self) -> bool:
-        """Whether the process ended by itself."""
+        """Whether the process has ended by itself."""
         return self._process.poll() is not None
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, with its import path; one thread for numeric libraries, as there are several workers."""
+    """The parent's environment with its import path. Numeric libraries get one thread, as there are many workers."""
     defaults = {
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "2",  # each arena reserves 64 MiB of address space, which is what the memory limit counts
@@ -122,11 +122,11 @@ class Pool:
         self._workers: list[Worker] = []
         self._failed_starts = 0
         self._seconds = QUEUE_SECONDS
-        """Moving average of the time one task takes; starts where nothing is sent ahead."""
+        """Moving average of the seconds per task. With the initial value only one task is sent at a time."""
         self.required: dict[str, list[str]] = {}
-        """The arguments that each reward, by name, cannot do without."""
+        """Required arguments of each reward, by its name."""
         self.replaced = 0
-        """Workers that were replaced so far."""
+        """Number of workers that were replaced so far."""
         try:
             self._fill()
             while not self._ready():
@@ -143,10 +143,10 @@ class Pool:
             self._workers.append(Worker(self._setup))
 
     def run(self, tasks: list[Task]) -> Iterator[tuple[int, int, Outcome]]:
-        """Yield `(task id, reward index, outcome)` for every reward of every task, in the order they end.
+        """Yield `(task id, reward index, outcome)` for every reward of every task, in the order in which they end.
 
         Raises:
-            RewardError: worker processes end, or hang, again and again while they start.
+            RewardError: worker processes repeatedly end or hang while they start.
         """
         pending = deque(tasks)
         answers: list[tuple[int, int, Outcome]] = []
@@ -161,15 +161,15 @@ class Pool:
         depth = max(1, min(MAX_QUEUE, int(QUEUE_SECONDS / self._seconds)))
         for worker in self._ready():
             if not worker.queue and sum(bool(other.queue) for other in self._workers) >= self._processes:
-                continue  # it is the spare
+                continue  # this one is the spare
             while pending and worker.can_take(pending[0], depth) and worker.send(pending[0]):
                 pending.popleft()
 
     def _receive(self, answers: list[tuple[int, int, Outcome]], pending: deque[Task]) -> None:
-        """Wait for news: answers, started workers, ended workers, or limits of time that have passed."""
+        """Wait for events: answers, started or ended workers, and time limits that have passed."""
         workers = {worker.connection: worker for worker in self._workers}
         limits = [worker.since + self._limit(worker) for worker in self._workers if self._is_timed(worker)]
-        # None is timed where a task could not be sent, because an idle worker has ended: that is read at once.
+        # No worker is timed if a task could not be sent because an idle worker has ended: its end is read at once.
         for connection in wait(list(workers), timeout=max(0.0, min(limits, default=0.0) - time.monotonic())):
             assert isinstance(connection, Connection)
             self._read(workers[connection], answers, pending)
@@ -205,7 +205,7 @@ class Pool:
         self._failed_starts = 0
 
     def _on_answer(self, worker: Worker, message: Answer, answers: list[tuple[int, int, Outcome]]) -> bool:
-        """Take an answer; whether the worker is to be replaced."""
+        """Store an answer, and return whether the worker should be replaced."""
         task = worker.queue[0]
         assert task.id == message.task and task.rewards[0] == message.reward, "a worker answers in order"
         answers.append((task.id, message.reward, message.outcome))
@@ -243,7 +243,7 @@ class Pool:
         self._replace(worker, deque())
 
     def _fail(self, worker: Worker, answers: list[tuple[int, int, Outcome]], failure: str, what: str) -> None:
-        """Charge the failure to what the worker was at: one reward of the task at the head of its queue."""
+        """Store a failure for the current reward of the worker's current task."""
         task = worker.queue[0]
         reward = task.rewards[0]
         detail = f"reward `{self._names[reward]}` {what}"
@@ -253,7 +253,7 @@ class Pool:
             worker.queue.popleft()
 
     def _replace(self, worker: Worker, pending: deque[Task]) -> None:
-        """End a worker and give its queue to the others; a new one starts in the background."""
+        """End a worker, give its queue to the others, and start a new worker in the background."""
         worker.kill()
         self._workers.remove(worker)
         pending.extendleft(reversed(worker.queue))

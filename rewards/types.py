@@ -1,4 +1,4 @@
-"""What the grader is given, and the form of a reward function."""
+"""The items that a grader scores, and the type of a reward function."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -7,21 +7,21 @@ from typing import Any
 from llmquest_rl.types import Message
 
 Value = float | dict[str, float | None] | None
-"""What a reward returns: a number, named components, or None for "does not apply"."""
+"""The return value of a reward: a number, named components, or None if the reward does not apply."""
 
 RewardFunction = Callable[..., Value | Awaitable[Value]]
-"""`def reward(prompt, completion, answer, **columns)`: called by keyword with what its signature names."""
+"""`def reward(prompt, completion, answer, **columns)`: it gets the arguments in its signature, by keyword."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradeItem:
-    """One completion to be judged."""
+    """One completion to be scored."""
 
     prompt: str | list[Message]
-    """As the data set has it, before the chat template."""
+    """The prompt of the data set, before the chat template."""
     completion: str
-    """The text, without special tokens."""
+    """The text of the completion, without special tokens."""
     answer: Any
     """The gold answer."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments: the data set's columns; from the rollout `completion_tokens`, `finish_reason`."""
+    """Further keyword arguments: the data set's columns, and in training `completion_tokens` and `finish_reason`."""

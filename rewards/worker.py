@@ -1,7 +1,7 @@
-"""A worker process: imports the rewards once, then grades what its socket brings, one reward of one item at a time.
+"""A worker process: it imports the rewards once and then grades the items from its socket, one reward at a time.
 
-It is started as a fresh interpreter, not through multiprocessing: that would import the parent's main script again,
-which is slow inside a Ray actor and endless in a script without a main guard.
+It is a fresh interpreter and not started by multiprocessing, which would import the parent's main script again: that is
+slow inside a Ray actor, and endless in a script without a main guard.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """First message to a worker."""
+    """The first message to a worker."""
 
     rewards: list[RewardConfig]
     memory_bytes: int
@@ -35,16 +35,16 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """First message from a worker."""
+    """The first message from a worker."""
 
     required: dict[str, list[str]] = field(default_factory=dict)
-    """The arguments that each reward, by name, cannot do without."""
+    """Required arguments of each reward, by its name."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one reward of one item gave. Either `parts` or a failure."""
+    """The result of one reward of one item: either `parts` or a failure."""
 
     parts: dict[str, float | None] = field(default_factory=dict)
     failure: str | None = None
@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A message from a worker: one outcome, and whether the process has grown so much that it should be replaced."""
+    """A message from a worker: an outcome, and whether the process has grown so much that it should be replaced."""
 
     task: int
     reward: int
@@ -63,7 +63,7 @@ class Answer:
 
 
 class Memory:
-    """Limits by how much the address space may grow."""
+    """Limits the growth of the process's address space."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -72,13 +72,13 @@ class Memory:
         self._first = self._sizes()[1]
 
     def _sizes(self) -> tuple[int, int]:
-        """Bytes of address space, and of it in memory."""
+        """Bytes of address space, and bytes in memory."""
         size, resident, *_ = os.pread(self._statm, 200, 0).split()
         return int(size) * PAGE_BYTES, int(resident) * PAGE_BYTES
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Within this, allocations beyond the limit raise MemoryError."""
+        """A context in which allocations beyond the limit raise MemoryError."""
         soft = self._sizes()[0] + self._limit
         ceiling = soft if self._hard == resource.RLIM_INFINITY else min(soft, self._hard)
         resource.setrlimit(resource.RLIMIT_AS, (ceiling, self._hard))
@@ -88,12 +88,12 @@ class Memory:
             resource.setrlimit(resource.RLIMIT_AS, (self._hard, self._hard))
 
     def worn(self) -> bool:
-        """Whether items together have left more in memory than one may take."""
+        """Whether all items together have left more in memory than one item may take."""
         return self._sizes()[1] - self._first > self._limit
 
 
 def run_reward(reward: LoadedReward, item: bytes, memory: Memory, loop: asyncio.AbstractEventLoop) -> Outcome:
-    """Run one reward on one pickled item; whatever goes wrong becomes a named failure."""
+    """Run one reward on one pickled item; every error becomes a failure with a kind."""
     started = time.perf_counter()
     parts: dict[str, float | None] = {}
     failure: str | None = None
@@ -110,7 +110,7 @@ def run_reward(reward: LoadedReward, item: bytes, memory: Memory, loop: asyncio.
         failure, detail = "memory", f"reward `{reward.name}` took more than graders.memory_mb for one item"
     except TimeoutError as error:
         failure, detail = "timeout", _describe(reward.name, error)
-    except BaseException as error:  # SystemExit, and library errors that derive from BaseException, too
+    except BaseException as error:  # also SystemExit, and errors of libraries that derive from BaseException
         failure, detail = "exception", _describe(reward.name, error)
     return Outcome(parts, failure, detail, time.perf_counter() - started)
 
@@ -128,17 +128,17 @@ def _describe(name: str, error: BaseException) -> str:
 
 
 def end_with_parent(lifeline: int) -> None:
-    """Have the kernel end this process group when the parent's end of the lifeline closes, however the parent ended.
+    """Let the kernel end this process group when the parent's end of the lifeline closes, in whatever way it ended.
 
-    SIGIO ends a process by default, even one that hangs in C code. (PR_SET_PDEATHSIG would fire already when the
-    parent's *thread* that started this process ends.)
+    SIGIO ends a process by default, even one that hangs in C code. (PR_SET_PDEATHSIG would fire as soon as the parent's
+    *thread* that started this process ends.)
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def serve(connection: Connection) -> None:
-    """Load the rewards, report, then answer every request until the parent closes the socket."""
+    """Load the rewards, report it, and answer requests until the parent closes the socket."""
     setup: Setup = connection.recv()
     try:
         rewards = [load_reward(config) for config in setup.rewards]
@@ -156,10 +156,10 @@ def serve(connection: Connection) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry: file descriptors of the socket and of the lifeline."""
+    """Start the worker; the arguments are the file descriptors of the socket and of the lifeline."""
     connection_fd, lifeline_fd = map(int, arguments)
     end_with_parent(lifeline_fd)
     try:
         serve(Connection(connection_fd))
     except (EOFError, ConnectionError):
-        return  # the parent has closed the socket: nothing is left to do
+        return  # the parent has closed the socket

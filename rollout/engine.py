@@ -1,22 +1,20 @@
-"""The interface of rollout engines, and the look-up of engines by name.
+"""The protocol of a rollout engine; checking and starting an engine by its name.
 
-An engine `foo` is the file `rollout/engines/foo.py`, which has
+An engine `foo` is the file `rollout/engines/foo.py`, or a user's own `path/foo.py` or `package.foo`, which has
 
 * `Config(Options)`: the keys beside `name:` in the configuration;
 * `check(model_path, config, setup)`: raises ValueError if the engine cannot serve the model, before any weight is
   loaded and any process is started;
 * `build(model_path, config, setup) -> RolloutEngine`.
 
-Nothing is registered: adding an engine is adding a file.
+Nothing is registered: adding an engine is adding a file (`llmquest_rl/loader.py`).
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, Protocol
 
 import torch
@@ -25,8 +23,9 @@ from torch import Tensor
 from llmquest_rl.models.architectures import architectures
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.weight_files import read_json
-from llmquest_rl.options import Options
+from llmquest_rl.options import Options, options_class
 from llmquest_rl.types import Completion, Request, Sampling
+from rollout.engines import ENGINES
 
 FACTS = dict[str, str | int | float | bool | None]
 """Facts about an engine by name, as plain values, for logs and for `doctor`."""
@@ -112,26 +111,13 @@ class EngineError(RuntimeError):
     """The engine failed or returned an invalid result. The caller's input is valid, but a blind retry will not help."""
 
 
-def engine_names() -> list[str]:
-    """Every engine there is a file for, sorted."""
-    return sorted(path.stem for path in (Path(__file__).parent / "engines").glob("*.py") if path.stem != "__init__")
-
-
-def engine_module(name: str) -> ModuleType:
-    """The file of an engine.
+def engine_config(name: str) -> type[Options]:
+    """The options class of an engine, for validating the keys beside `name:`. Imports no engine library.
 
     Raises:
-        ValueError: there is no such engine.
+        ComponentError: there is no such engine.
     """
-    if name not in engine_names():
-        raise ValueError(f"no rollout engine is called {name!r}; there are: {', '.join(engine_names())}")
-    return import_module(f"rollout.engines.{name}")
-
-
-def engine_config(name: str) -> type[Options]:
-    """Options class of an engine, to validate the keys beside `name:`. It does not import the engine's library."""
-    config: type[Options] = engine_module(name).Config
-    return config
+    return options_class(ENGINES, name)
 
 
 def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> None:
@@ -141,7 +127,7 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
         ValueError: It cannot. The message gives the reason and an engine that can.
     """
     _check_writes(model_path)
-    engine_module(name).check(model_path, config, setup)
+    ENGINES.module(name).check(model_path, config, setup)
 
 
 def _check_writes(model_path: Path) -> None:
@@ -158,7 +144,7 @@ def _check_writes(model_path: Path) -> None:
 def open_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> RolloutEngine:
     """Check and start an engine with the model of a folder in the Hub layout."""
     check_engine(name, config, model_path, setup)
-    engine: RolloutEngine = engine_module(name).build(model_path, config, setup)
+    engine: RolloutEngine = ENGINES.module(name).build(model_path, config, setup)
     return engine
 
 

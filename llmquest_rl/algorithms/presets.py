@@ -1,10 +1,10 @@
 """The table of algorithms: what the literature calls an algorithm is a row of cells, each of them overridable."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from llmquest_rl.algorithms.algorithm import Algorithm
+from llmquest_rl.loader import did_you_mean
 
 __all__ = ["PAPERS", "PRESETS", "Algorithm", "resolve"]
 
@@ -210,7 +210,5 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Algorithm:
         ValueError: no such preset, no such cell, or a value that the cell does not take.
     """
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(PRESETS)}"
-        raise ValueError(f"no algorithm is called {name!r}; {hint}")
+        raise ValueError(f"no algorithm is called {name!r}{did_you_mean(name, PRESETS)}")
     return Algorithm(**{**PRESETS[name], **(overrides or {})})

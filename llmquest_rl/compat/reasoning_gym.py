@@ -1,7 +1,7 @@
-"""The one way to import reasoning-gym: it works where `pycosat` is missing.
+"""Imports reasoning-gym, also where `pycosat` is missing.
 
-reasoning-gym imports `pycosat` (a C extension without wheels) for one of its puzzles, `zebra_puzzles`, and fails as a
-whole without it. Here the import gets a stand-in whose use is an error that says what to install.
+reasoning-gym imports `pycosat` (a C extension without wheels) for one of its puzzles, `zebra_puzzles`, and cannot be
+imported without it. Here a substitute takes its place; using it is an error that says what to install.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def import_reasoning_gym() -> ModuleType:
     if loaded is not None:
         return loaded
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("reasoning-gym is not installed: see the requirement files")
+        raise ImportError("reasoning-gym is not installed: run `make setup`, or `pip install reasoning-gym`")
     if importlib.util.find_spec("pycosat") is not None:
         return importlib.import_module("reasoning_gym")
     stand_in = ModuleType("pycosat")
@@ -34,5 +34,5 @@ def import_reasoning_gym() -> ModuleType:
     try:
         return importlib.import_module("reasoning_gym")
     finally:
-        # Whoever else looks for pycosat must find it missing; reasoning-gym keeps its own reference.
+        # Other importers must find pycosat missing; reasoning-gym keeps its own reference.
         del sys.modules["pycosat"]

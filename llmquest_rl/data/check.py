@@ -1,4 +1,4 @@
-"""What a dry run wants to know about data: whether it loads and renders, and how long it is."""
+"""The data checks of a dry run: whether the data loads and renders, and how long its sequences are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from llmquest_rl.types import Problem
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of prompts or sequences, in tokens."""
+    """Lengths of prompts or sequences, in tokens."""
 
     shortest: int
     mean: float
@@ -25,17 +25,17 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class DataCheck:
-    """What a look at a few rows found."""
+    """The result of a look at a few rows."""
 
     lengths: Lengths
     counters: dict[str, int]
-    """What was left out, by cause."""
+    """Number of rows left out, by cause."""
     example: str = ""
-    """The first prompt as the model sees it, special tokens written out."""
+    """The first prompt as the model sees it, with its special tokens."""
 
 
 def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Problem], DataCheck]:
-    """The samples that the stream gives next, held-out rows rendered too; the stream stays where it was.
+    """Look at the next problems of the stream and render held-out ones, too; the stream's position does not change.
 
     Raises:
         DataError: the data cannot be used.
@@ -50,7 +50,7 @@ def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -
 
 
 def check_dataset(stream: SequenceGroupStream, rows: int = 10) -> tuple[list[SequenceGroup], DataCheck]:
-    """The sequences that the stream gives next; the stream stays where it was."""
+    """Look at the next sequences of the stream; its position does not change."""
     state = stream.state_dict()
     groups = stream.take(rows)
     stream.load_state_dict(state)

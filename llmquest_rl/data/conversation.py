@@ -1,7 +1,7 @@
-"""From prompt/completion and messages rows to training sequences whose loss falls on the right tokens.
+"""Turns rows of prompt and completion, or of messages, into training sequences, and chooses the tokens of the loss.
 
-A conversation is tokenised piece by piece, cut between what is given and what is replied, as it is at generation: a
-reply is trained on with exactly the tokens before it that the model will see when it has to write one.
+A conversation is tokenised piece by piece, with a cut before and after every reply. So the tokens before a reply are
+exactly those that the model sees at generation.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,18 +13,18 @@ from llmquest_rl.data.tokenizer import IMAGE, PromptRenderer, as_messages
 from llmquest_rl.types import Message
 
 Piece = tuple[list[int], bool]
-"""Token ids, and whether they are targets."""
+"""Token ids, and whether the loss covers them."""
 
 
 def check_row(row: Mapping[str, Any]) -> str | None:
-    """What makes a supervised row unusable, or None: it has `messages` with a reply, or `prompt` and `completion`."""
+    """The reason why a row is unusable, or None. It needs `messages` with a reply, or `prompt` and `completion`."""
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
             return "`messages` must be a list of messages with at least one"
         problem = next((found for message in messages if (found := check_message(message))), None)
         replies = problem is None and any(message["role"] == "assistant" for message in messages)
-        return problem if problem or replies else "no message is the assistant's, so there is nothing to learn"
+        return problem if problem or replies else "no message has the role `assistant`, so there is nothing to learn"
     if "completion" not in row or "prompt" not in row:
         return f"the row has neither `messages` nor `prompt` and `completion`; it has: {', '.join(map(str, row))}"
     return check_prompt(row["prompt"]) or _check_completion(row["completion"])
@@ -36,22 +36,24 @@ def _check_completion(completion: object) -> str | None:
     if isinstance(completion, str):
         return None
     problem = next((found for message in completion if (found := check_message(message))), None)
-    return problem or (None if completion[-1]["role"] == "assistant" else "the completion's last message is a prompt")
+    return problem or (
+        None if completion[-1]["role"] == "assistant" else "the completion must end with the assistant's message"
+    )
 
 
-def row_to_group(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
+def tokenize_row(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
     """The training sequence of a row that `check_row` found usable.
 
-    The loss falls on the assistant's tokens, each turn's end-of-sequence token included, and, with `mask_prompt` false,
-    on all others as well (but the first, which nothing predicts). The images in `row["images"]` are not read here.
+    The loss covers the assistant's tokens, with the end-of-sequence token of each turn. If `mask_prompt` is false it
+    covers all other tokens, too, except the first, which has no prediction. The images in `row["images"]` are not read.
 
     Raises:
-        DataError: the chat template cannot be rendered turn by turn; images are not as many as places for them before
-            the first reply, or the prompt that they stand in is to be learnt.
+        DataError: the chat template cannot be rendered turn by turn; the number of images differs from the number of
+            their places before the first reply; or a prompt with images is to be learnt.
     """
     images = len(row.get("images", ()))
     if images and not mask_prompt:
-        raise DataError("the row has images, which stand in the prompt: nothing of it can be learnt, set mask_prompt")
+        raise DataError("the row has images in its prompt, so the prompt cannot be learnt: set mask_prompt: true")
     if "messages" not in row and renderer.template is None:
         pieces = _plain_pieces(row, renderer, images)
     else:
@@ -59,9 +61,9 @@ def row_to_group(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: 
     if not mask_prompt:
         return SequenceGroup([], [[token for ids, _ in pieces for token in ids]])
     (prompt, first_is_target), *rest = pieces
-    assert not first_is_target, "a conversation starts with what the model does not write"
+    assert not first_is_target, "a conversation starts with a message that the model does not write"
     while rest and not rest[-1][1]:
-        rest.pop()  # nothing is learnt after the last reply
+        rest.pop()  # no token after the last reply is a target
     completion = [token for ids, _ in rest for token in ids]
     mask = [is_target for ids, is_target in rest for _ in ids]
     if prompt:
@@ -79,7 +81,7 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
 
 def _plain_pieces(row: Mapping[str, Any], renderer: PromptRenderer, images: int) -> list[Piece]:
     if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
-        raise DataError("messages need a chat template, but data.chat_template is `none`: give texts")
+        raise DataError("messages need a chat template, but data.chat_template is `none`: use strings")
     eos = renderer.tokenizer.eos_token_id
     prompt = renderer.prompt_ids(row["prompt"], images)
     return [(prompt, False), ([*renderer.encode(row["completion"]), eos], True)]
@@ -88,14 +90,14 @@ def _plain_pieces(row: Mapping[str, Any], renderer: PromptRenderer, images: int)
 def _pieces_with_images(messages: list[Message], renderer: PromptRenderer, images: int) -> list[Piece]:
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if images and any(IMAGE in message["content"] for message in messages[first:] if message["role"] != "assistant"):
-        raise DataError("an image stands after the first reply: split the conversation into rows of one reply")
+        raise DataError("there is an image after the first reply: split the conversation into rows of one reply")
     marked = renderer.with_image_tokens(messages, images)
     (ids, is_target), *others = _chat_pieces(renderer.with_system(marked), renderer)
     return [(renderer.expanded(ids, images), is_target), *others]
 
 
 def _chat_pieces(messages: list[Message], renderer: PromptRenderer) -> Iterator[Piece]:
-    """Alternately what is given and what is to be learnt, by rendering ever longer beginnings of the conversation."""
+    """Prompt and reply pieces in turn, found by rendering longer and longer beginnings of the conversation."""
     done = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -105,7 +107,7 @@ def _chat_pieces(messages: list[Message], renderer: PromptRenderer) -> Iterator[
         if not (head.startswith(done) and whole.startswith(head)):
             raise DataError(
                 f"the chat template renders the conversation up to message {i} differently once more messages follow, "
-                "so the tokens to learn cannot be told apart: set data.chat_template to one that only appends "
+                "so the tokens to learn cannot be found: set data.chat_template to one that only appends "
                 "(templates that strip earlier reasoning do not), or split conversations into rows of one reply"
             )
         yield renderer.encode(head[len(done) :]), False
@@ -114,7 +116,7 @@ def _chat_pieces(messages: list[Message], renderer: PromptRenderer) -> Iterator[
 
 
 def _split_after_eos(ids: list[int], eos: int | None) -> Iterator[Piece]:
-    """A reply up to its end-of-sequence token is learnt; what the template puts after it (a line break) is not."""
+    """Cut a reply after its end-of-sequence token: the template's text after it (a line break) is not learnt."""
     ends = [j for j, token in enumerate(ids) if token == eos]
     end = ends[-1] + 1 if ends else len(ids)
     yield ids[:end], True
@@ -123,7 +125,7 @@ def _split_after_eos(ids: list[int], eos: int | None) -> Iterator[Piece]:
 
 
 def targets(group: SequenceGroup) -> Iterable[int]:
-    """The token ids that the loss falls on, for checks and displays."""
+    """The token ids that the loss covers, for checks and displays."""
     for i, completion in enumerate(group.completions):
         mask = group.mask[i] if group.mask is not None else [True] * len(completion)
         yield from (t for j, (t, keep) in enumerate(zip(completion, mask, strict=True)) if keep and (j or group.prompt))

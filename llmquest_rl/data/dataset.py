@@ -1,4 +1,4 @@
-"""What every supervised data set gives, and what it is given to load."""
+"""Supervised data sets: their result, the context that they are given, and the way from rows to sequences."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,15 +7,15 @@ from typing import Any, Literal, overload
 import torch
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.data.conversation import check_row, row_to_group
+from llmquest_rl.data.conversation import check_row, tokenize_row
 from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
 
 Fields = Mapping[str, Any]
-"""A row: what it has, by name."""
+"""A row: its values by name."""
 PlacedFields = tuple[str, Fields]
-"""A row and where it stands, `file:line`."""
+"""The place of a row (`file:line`), and the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class SupervisedData:
     train: Sequence[SequenceGroup]
     validation: Sequence[SequenceGroup]
     counters: dict[str, int] = field(default_factory=dict)
-    """What loading left out, by cause: `dropped_malformed_rows`, `dropped_long_rows`."""
+    """Number of rows left out by cause: `dropped_malformed_rows`, `dropped_long_rows`, `dropped_overlapping_rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +40,40 @@ class DatasetContext:
     seed: int
     malformed: MalformedRows
     long_rows: Literal["drop", "error"] = "drop"
-    """What happens to a row longer than a sequence: `data.long_prompts`."""
+    """The treatment of a row with more tokens than that: `data.long_prompts`."""
     labels: tuple[str, ...] = ()
-    """The classes that the objective tells apart; () = it has none."""
+    """The objective's classes; () = it has none."""
     images: ImageReader | None = None
     """Reads the model's images; None = it reads text only."""
 
     @property
     def renderer(self) -> PromptRenderer:
-        """What turns text into tokens.
+        """The renderer, which turns text into tokens.
 
         Raises:
-            DataError: the model reads none.
+            DataError: the model does not read text.
         """
         if self.texts is None:
-            raise DataError("the data set holds text, but the model reads images alone: take one that reads text")
+            raise DataError("the data set holds text, but the model reads images alone: choose a model that reads text")
         return self.texts
 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """How rows of one kind become sequences. A row's raw images, if it has any, are a tuple by the name `images`."""
+    """Turns rows of one kind into sequences. A row's raw images, if it has any, are the tuple `row["images"]`."""
 
     check: Callable[[Fields], str | None]
-    """What makes a row unusable, or None; images are checked already."""
+    """Gives the reason why a row is unusable, or None. The images have been checked before."""
     group: Callable[[Fields], SequenceGroup]
-    """The sequence of a usable row, with room for its images but without them; a DataError where the chat template
-    cannot render it."""
+    """Makes the sequence of a usable row, with image tokens but without the images. Raises DataError if the chat
+    template cannot render the row."""
     question: Callable[[Fields], str]
-    """What makes two rows with the same images the same question: a question is either trained on or validated on."""
+    """Gives the row's question. Rows with equal question and images are either all trained on or all validated on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
-    """A sequence whose images are still raw."""
+class UnreadSequence:
+    """A sequence whose images have not been read yet."""
 
     group: SequenceGroup
     images: tuple[RawImage, ...]
@@ -81,9 +81,9 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Sequences(Sequence[SequenceGroup]):
-    """Sequences in memory; each one's images are read when it is asked for, and never all of them at once."""
+    """Sequences in memory. The images of a sequence are read on access, so they are never in memory all at once."""
 
-    unread: Sequence[Unread]
+    unread: Sequence[UnreadSequence]
     images: ImageReader | None
 
     def __len__(self) -> int:
@@ -103,10 +103,10 @@ class Sequences(Sequence[SequenceGroup]):
 
 
 def replies(renderer: PromptRenderer, mask_prompt: bool) -> RowKind:
-    """Rows of prompt and completion, or of messages, whose replies are learnt."""
+    """The kind of rows whose replies are learnt: prompt and completion, or messages."""
 
     def group(row: Fields) -> SequenceGroup:
-        return row_to_group(row, renderer, mask_prompt)
+        return tokenize_row(row, renderer, mask_prompt)
 
     return RowKind(check_row, group, _question)
 
@@ -118,16 +118,16 @@ def _question(row: Fields) -> str:
 
 
 @dataclass(slots=True)
-class RowsToGroups:
-    """Turns placed rows into sequences; counts what is left out."""
+class RowTokenizer:
+    """Turns rows into sequences, and counts the rows that are left out."""
 
     context: DatasetContext
     kind: RowKind
     dropped_long: int = 0
 
-    def __call__(self, rows: Iterable[PlacedFields]) -> dict[str, list[Unread]]:
-        """The sequences by their question, in the order of the rows."""
-        sequences: dict[str, list[Unread]] = {}
+    def __call__(self, rows: Iterable[PlacedFields]) -> dict[str, list[UnreadSequence]]:
+        """The sequences by question, in the order of the rows."""
+        sequences: dict[str, list[UnreadSequence]] = {}
         for where, fields in rows:
             images = image_list(fields.get("images"))
             row = {**fields, "images": images} if images else fields
@@ -141,7 +141,7 @@ class RowsToGroups:
                 raise DataError(f"{where}: {error}") from error
             if self._fits(where, group):
                 question = question_key(self.kind.question(row), images)
-                sequences.setdefault(question, []).append(Unread(group, images))
+                sequences.setdefault(question, []).append(UnreadSequence(group, images))
         return sequences
 
     def _fits(self, where: str, group: SequenceGroup) -> bool:
@@ -164,14 +164,17 @@ def rows_data(
     kind: RowKind,
     context: DatasetContext,
 ) -> SupervisedData:
-    """A data set of rows of one kind, with its own validation rows or a share of the questions.
+    """Make a data set of rows of one kind.
 
     No question is on both sides: training rows that ask a validation question are left out and counted.
 
+    Args:
+        validation: Rows to validate on, or the share of the questions that is set aside for validation.
+
     Raises:
-        DataError: nothing is left on one of the sides, or a malformed row where those are errors.
+        DataError: one of the sides has no rows left, or a row is malformed and `data.malformed_rows` is `error`.
     """
-    convert = RowsToGroups(context, kind)
+    convert = RowTokenizer(context, kind)
     sequences = convert(rows)
     if isinstance(validation, float):
         keys = held_out_keys(sequences, validation, context.seed) if sequences else ()

@@ -1,6 +1,6 @@
-"""Rows from files (jsonl, json, parquet, csv) and from the Hub, each with the place it came from.
+"""Reads rows from files (jsonl, json, parquet, csv) and from the Hub, each with its place.
 
-jsonl and csv are read line by line rather than through `datasets`, so that a malformed row is named by its line.
+jsonl and csv are read line by line rather than through `datasets`, so that messages give the line of a malformed row.
 """
 
 import csv
@@ -14,7 +14,7 @@ from llmquest_rl.data.images import image_list
 from llmquest_rl.data.rows import DataError, MalformedRows
 
 Place = str
-"""Where a row stands, `file:line`."""
+"""The place of a row: `file:line`."""
 PlacedRow = tuple[Place, dict[str, Any]]
 Reader = Callable[[Path, MalformedRows], Iterator[PlacedRow]]
 
@@ -40,7 +40,7 @@ def _json(path: Path, malformed: MalformedRows) -> Iterator[PlacedRow]:
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a list of objects (one object in each line is .jsonl)")
+        raise DataError(f"{path} must hold a list of objects (a file with one object per line is .jsonl)")
     for i, row in enumerate(rows):
         if isinstance(row, dict):
             yield f"{path}, row {i}", row
@@ -79,13 +79,13 @@ READERS: dict[str, Reader] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means files here; otherwise it is a data set of the Hub."""
+    """Whether a path names local files rather than a data set of the Hub."""
     looks_like_hub = path.count("/") <= 1 and not Path(path).suffix and not path.startswith((".", "/", "~"))
     return bool(find_files(path)) or not looks_like_hub
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that a path or glob pattern means, sorted; `**` goes through folders."""
+    """The files that a path or glob pattern matches, sorted; `**` matches folders at any depth."""
     expanded = str(Path(path).expanduser())
     return sorted(file for name in glob.glob(expanded, recursive=True) if (file := Path(name)).is_file())
 
@@ -98,20 +98,20 @@ def read_rows(
 
 
 def read_files(path: str, malformed: MalformedRows, images: str | None = None) -> Iterator[PlacedRow]:
-    """Rows of every file that `path`, a file or a glob pattern, means.
+    """Rows of every file that `path`, a file or a glob pattern, matches.
 
     Args:
-        images: The column of raw images, which becomes a tuple: a relative path in it starts at its file's folder.
+        images: The column of raw images, which becomes a tuple; a relative path in it starts at its file's folder.
 
     Raises:
-        DataError: no such file, an unknown format, or an unreadable file.
+        DataError: a file is missing or unreadable, or has an unknown format.
     """
     files = find_files(path)
     if not files:
         raise DataError(f"there is no file {path} (relative paths start at {Path.cwd()})")
     for file in files:
         if file.suffix not in READERS:
-            raise DataError(f"{file}: rows are read from files ending in {', '.join(READERS)}")
+            raise DataError(f"{file}: rows can be read from files ending in {', '.join(READERS)}")
         for where, row in READERS[file.suffix](file, malformed):
             if images is not None and images in row:
                 row[images] = image_list(row[images], file.parent)
@@ -125,17 +125,17 @@ def read_hub(name: str, subset: str | None, split: str, images: str | None = Non
         images: The column of raw images, which becomes a tuple; they stay as they are stored, PNG or JPEG.
 
     Raises:
-        DataError: the data set, subset or split cannot be had.
+        DataError: the data set, subset or split cannot be loaded.
     """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, subset, split=split)
     except Exception as error:
-        # `datasets` lets errors of a dozen libraries through: all of them mean the same to the user.
+        # `datasets` passes on errors of a dozen libraries, and all of them mean the same to the user.
         raise DataError(
-            f"the data set {name} (subset {subset}, split {split}) could not be had from the Hub or its cache: "
-            f"{type(error).__name__}: {error}. Without network, give the path of a .jsonl or .parquet file"
+            f"the data set {name} (subset {subset}, split {split}) could not be loaded from the Hub or its cache: "
+            f"{type(error).__name__}: {error}. Without a network, give the path of a .jsonl or .parquet file"
         ) from error
     if images is not None:
         rows = _undecoded(rows, images)
@@ -147,7 +147,7 @@ def read_hub(name: str, subset: str | None, split: str, images: str | None = Non
 
 
 def _undecoded(rows: Any, column: str) -> Any:
-    """The same data set of the Hub with a column's images as PNG or JPEG: their pixels would fill the memory."""
+    """Keep the images of a column compressed (PNG or JPEG), since their pixels could fill the memory."""
     from datasets import Image, List
 
     feature = rows.features.get(column)

@@ -1,8 +1,8 @@
-"""Raw images to what a model reads: float32 pixels of its size and number of channels, normalised as it was trained.
+"""Turns raw images into a model's input: float32 pixels of its size and number of channels, normalised for it.
 
-A raw image is whatever a data set holds: the path of a file, the file's bytes, the Hub's `{"bytes": ..., "path": ...}`,
-an image of PIL, or uint8 pixels [height, width, channels] or [channels, height, width]. It stays raw until a step
-needs it. The arithmetic is that of transformers' `ViTImageProcessorPil`.
+A raw image is the path of a file, the file's bytes, the Hub's `{"bytes": ..., "path": ...}`, an image of PIL, or uint8
+pixels [height, width, channels] or [channels, height, width]. It is read when a step needs it. The arithmetic equals
+transformers' `ViTImageProcessorPil`.
 """
 
 import io
@@ -20,11 +20,11 @@ from llmquest_rl.data.rows import DataError, RawImage
 from llmquest_rl.types import ImageFormat
 
 PREPROCESSOR = "preprocessor_config.json"
-"""The file of a model folder that says how its images are normalised."""
+"""The file of a model folder with the settings for normalising images."""
 MODES = {1: "L", 3: "RGB"}
-"""Channels that a model reads to PIL's name for them: grey, or red, green and blue."""
+"""PIL's name of an image mode by the number of channels: grey, or red, green and blue."""
 DEEP_MODES = ("I", "F")
-"""How PIL's names of images with more than 8 bits for each channel begin; converting would clip them."""
+"""First letters of PIL's modes with more than 8 bits per channel; a conversion would clip their values."""
 CHANNELS_OF_ARRAYS = (1, 3, 4)
 
 
@@ -34,19 +34,19 @@ class ImageReader:
 
     format: ImageFormat
     mean: tuple[float, ...]
-    """Of each channel, after rescaling; taken off."""
+    """Mean of each channel, subtracted after rescaling."""
     std: tuple[float, ...]
-    """Of each channel; divided by."""
+    """Standard deviation of each channel; the divisor."""
     rescale: float = 1 / 255
-    """Times the pixels' 0 to 255."""
+    """Factor for the pixels' values 0 to 255."""
     resample: int = int(Image.Resampling.BILINEAR)
-    """PIL's number of the filter that resizes."""
+    """PIL's number of the filter for resizing."""
 
     def read(self, images: Sequence[RawImage]) -> NDArray[np.float32]:
-        """The images [n, channels, height, width].
+        """Read images: `[n, channels, height, width]`.
 
         Raises:
-            DataError: a file is missing, or something is no image; names it and why.
+            DataError: a file is missing or is not an image; the message names it and the reason.
         """
         shape = self.format
         out = np.empty((len(images), shape.channels, shape.height, shape.width), np.float32)
@@ -55,7 +55,7 @@ class ImageReader:
         return out
 
     def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
-        """[channels, height, width]."""
+        """The normalised pixels `[channels, height, width]`."""
         shape = self.format
         sized = image.convert(MODES[shape.channels]).resize(
             (shape.width, shape.height), Image.Resampling(self.resample)
@@ -68,12 +68,12 @@ class ImageReader:
 
 
 def image_reader(folder: Path, format: ImageFormat) -> ImageReader:
-    """The reader for a model's folder: `preprocessor_config.json` normalises, the model's own format sets the size.
+    """The reader for a model's folder. `preprocessor_config.json` gives the normalisation, the model gives the size.
 
-    Without the file mean and standard deviation are 0.5, as in the Vision Transformers of the Hub.
+    Without that file mean and standard deviation are 0.5, as in the Vision Transformers of the Hub.
 
     Raises:
-        DataError: the file is damaged, or asks for what is not done here; names what.
+        DataError: the file is damaged, or asks for a step that is not implemented; the message names it.
     """
     if format.channels not in MODES:
         raise DataError(f"{folder} reads images of {format.channels} channels: expected one of {sorted(MODES)}")
@@ -81,12 +81,12 @@ def image_reader(folder: Path, format: ImageFormat) -> ImageReader:
     values = _read_json(file) if file.is_file() else {}
     for field in ("do_center_crop", "do_pad"):
         if values.get(field):
-            raise DataError(f"{file} asks for {field}, but images are only resized here: set it to false")
+            raise DataError(f"{file} asks for {field}, but images are only resized: set it to false")
     normalize = values.get("do_normalize", True)
     mean = _by_channel(file, "image_mean", values.get("image_mean", 0.5) if normalize else 0.0, format.channels)
     std = _by_channel(file, "image_std", values.get("image_std", 0.5) if normalize else 1.0, format.channels)
     if 0.0 in std:
-        raise DataError(f"{file}: image_std holds 0, by which nothing can be divided")
+        raise DataError(f"{file}: image_std holds 0, but it is a divisor")
     rescale = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
     resample = values.get("resample", int(Image.Resampling.BILINEAR))
     if resample not in list(Image.Resampling):
@@ -112,7 +112,7 @@ def _by_channel(file: Path, field: str, value: Any, channels: int) -> tuple[floa
 
 
 def open_image(image: RawImage) -> Image.Image:
-    """An image of PIL, decoded and the right way up: files may say that their pixels lie on their side.
+    """Decode an image and turn it upright, as the orientation in its EXIF data says.
 
     Raises:
         DataError: see `ImageReader.read`.
@@ -123,7 +123,7 @@ def open_image(image: RawImage) -> Image.Image:
     except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError) as error:
         raise DataError(f"{image_name(image)}: not a readable image: {error}") from error
     if opened.mode.startswith(DEEP_MODES):
-        raise DataError(f"{image_name(image)} has more than 8 bits for each channel: convert it to 8 first")
+        raise DataError(f"{image_name(image)} has more than 8 bits per channel: convert it to 8 bits first")
     return opened if isinstance(image, Image.Image) else ImageOps.exif_transpose(opened)
 
 
@@ -138,7 +138,9 @@ def _opened(image: RawImage) -> Image.Image:
         return _opened(image["path"] if image.get("bytes") is None else image["bytes"])
     if isinstance(image, np.ndarray):
         return Image.fromarray(_channels_last(image))
-    raise TypeError(f"a {type(image).__name__} is none of path, bytes, dict of either, image of PIL and array")
+    raise TypeError(
+        f"a {type(image).__name__} is neither a path, bytes, a dict of either, an image of PIL nor an array"
+    )
 
 
 def _channels_last(pixels: NDArray[Any]) -> NDArray[np.uint8]:
@@ -154,7 +156,7 @@ def _channels_last(pixels: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def check_images(images: Iterable[RawImage]) -> str | None:
-    """What makes one of several raw images unusable, or None: of a file its header is read and no more."""
+    """The reason why one of several raw images is unusable, or None. Only the header of a file is read."""
     return next((problem for image in images if (problem := _problem(image))), None)
 
 
@@ -169,14 +171,14 @@ def _problem(image: RawImage) -> str | None:
 
 
 def image_name(image: RawImage) -> str:
-    """What a message calls a raw image."""
+    """The name of a raw image in messages."""
     if isinstance(image, Mapping) and image.get("path"):
         image = image["path"]
     return str(image) if isinstance(image, str | Path) else f"an image ({type(image).__name__})"
 
 
 def image_list(value: Any, folder: Path | None = None) -> tuple[RawImage, ...]:
-    """The raw images of a column's value: none, one or several; relative paths start at `folder`."""
+    """The raw images in a column's value: none, one or several. Relative paths start at `folder`."""
     is_empty = value is None or (isinstance(value, str) and not value)
     listed: Iterable[Any] = () if is_empty else value if isinstance(value, list | tuple) else (value,)
     return tuple(_placed(image, folder) for image in listed)

@@ -1,4 +1,4 @@
-"""The data set that a section of the configuration names: a file of `datasets/`, or a user's own function."""
+"""Opens the data set that a section of the configuration names: a module with `load`, or a user's own function."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -19,18 +19,18 @@ KINDS: dict[str, Callable[[DatasetContext], RowKind]] = {
     "chosen": lambda context: pairs(context.renderer),
     "label": labels_of,
 }
-"""What a user's rows are by a key that the first of them has; the last such key in this table counts."""
+"""Row kind by identifying key; if the first row has several of these keys, the last entry wins."""
 
 
 def open_dataset(name: str, function: Callable[..., Any], options: Options, context: DatasetContext) -> SupervisedData:
-    """The data set of a name.
+    """Load the data set that a section of the configuration names.
 
-    `function` is the `load` of a data set file, or, when `name` has a colon, a user's function: it is called with its
-    options as keyword arguments (and `seed`, if it takes one) and returns an iterable of rows, as `sft`, `preferences`
-    or `labelled` read them from files under the default columns, or a whole `SupervisedData`.
+    `function` is the `load` of a module, or a user's function if `name` has a colon. A user's function is called with
+    its options as keyword arguments (and with `seed`, if it has such a parameter). It returns an iterable of rows with
+    the default columns of `sft`, `preferences` or `labelled`, or a whole `SupervisedData`.
 
     Raises:
-        DataError: no usable rows, or a malformed one where those are errors.
+        DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if ":" not in name:
         loaded = function(options, context)
@@ -54,4 +54,4 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
 
 def _kind(row: Mapping[str, Any]) -> Callable[[DatasetContext], RowKind]:
     found = [kind for key, kind in KINDS.items() if key in row]
-    return found[-1] if found else KINDS["completion"]  # which says what a row must have
+    return found[-1] if found else KINDS["completion"]  # its check names the keys that a row needs

@@ -1,33 +1,32 @@
-"""What a reward model reads: a conversation up to the end of its last reply, where its score is read.
+"""The input of a reward model: a conversation up to the end of its last reply, where the score is read.
 
-Training pairs and rollouts that are judged are made into tokens here and nowhere else.
+Training pairs and the rollouts of a policy are tokenised here, so that both look the same to a reward model.
 """
 
 from collections.abc import Sequence
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.data.conversation import row_to_group
+from llmquest_rl.data.conversation import tokenize_row
 from llmquest_rl.data.dataset import Fields
 from llmquest_rl.data.tokenizer import PromptRenderer
 
 
-def judged_ids(row: Fields, renderer: PromptRenderer) -> list[int]:
-    """The tokens of a row of `prompt` and `completion`, or of `messages` of which the last is the assistant's.
+def conversation_ids(row: Fields, renderer: PromptRenderer) -> list[int]:
+    """The tokens of a row of `prompt` and `completion`, or of `messages` that end with the assistant's.
 
-    They end with the reply's end-of-sequence token, which every reply is given; what the chat template puts after it is
-    left out.
+    Every reply gets an end-of-sequence token, which is the last token; the chat template's text after it is left out.
 
     Raises:
-        DataError: the chat template cannot render it turn by turn.
+        DataError: the chat template cannot render the conversation turn by turn.
     """
-    group = row_to_group(row, renderer, mask_prompt=True)
+    group = tokenize_row(row, renderer, mask_prompt=True)
     return group.prompt + group.completions[0]
 
 
-def judged_together(sequences: Sequence[list[int]]) -> SequenceGroup:
-    """A group that reads one score at the last token of each sequence; their common beginning is computed once.
+def group_for_scoring(sequences: Sequence[list[int]]) -> SequenceGroup:
+    """A group that has one score for each sequence, at its last token; the common beginning is computed once.
 
-    Its only targets are the zeros behind the sequences: what is judged is their source.
+    The only target of a sequence is a zero appended to it, so that its last token is the source of a prediction.
     """
     shared = _common_beginning(sequences)
     rests = [ids[shared:] for ids in sequences]

@@ -1,7 +1,6 @@
-"""Where the rows of a supervised data set are: files, the Hub, or a task. The options, and how they are read."""
+"""The source of a supervised data set's rows: files, the Hub, or a task."""
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from itertools import islice
 from typing import Annotated, Any
 
@@ -10,33 +9,35 @@ from pydantic import Field, PositiveInt, model_validator
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import is_local, read_rows
 from llmquest_rl.data.rows import DataError, Row, Rows
-from llmquest_rl.data.task import Task
-from llmquest_rl.options import Options
+from llmquest_rl.data.task import Task, open_task
+from llmquest_rl.data.tasks import TASKS
+from llmquest_rl.loader import ComponentError
+from llmquest_rl.options import Options, options_class
 
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
-"""Rows to train on, and rows to validate on or the share of the questions that becomes them."""
+"""Rows to train on, and rows to validate on or the share of the questions to validate on."""
 
 
 class Location(Options):
-    """Which rows of a file, or of a data set of the Hub, are trained on, and which validate."""
+    """The rows of a file, or of a data set of the Hub, to train on and to validate on."""
 
     subset: str | None = None
     """Hub only: the data set's configuration name."""
     split: str = "train"
     """Hub only: the split to train on."""
     validation_path: str | None = None
-    """A file of its own for the validation; null = `validation_split` of a Hub data set, else a share of the rows."""
+    """A separate file for validation; null = `validation_split` of a Hub data set, or else a share of the rows."""
     validation_split: str | None = None
     """Hub only: the split to validate on."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+    """Share of the distinct questions set aside if neither is given; a seeded hash of the question chooses them."""
 
     def sides(self, path: str, read: Callable[[str, str], Iterator[PlacedFields]]) -> Sides:
-        """Rows to train on, and those to validate on or their share.
+        """Rows to train on, and rows to validate on or their share.
 
         Args:
             path: A file, a glob pattern, or a Hub id.
-            read: Gives the rows of a path and a split.
+            read: Reads the rows of a path and a split.
         """
         has_own = self.validation_path is not None or (self.validation_split is not None and not is_local(path))
         if not has_own:
@@ -46,14 +47,14 @@ class Location(Options):
 
 
 class RowSource(Location):
-    """Where the rows are."""
+    """The place of the rows."""
 
     path: str | None = None
-    """A file, a glob pattern, or a Hub id; or give a `task`."""
+    """A file, a glob pattern, or a Hub id. Give either this or `task`."""
     task: dict[str, Any] | None = None
-    """A task with text answers, e.g. `{name: arithmetic, digits: 2}`: its prompts with its gold answers become rows."""
+    """A task, e.g. `{name: arithmetic, digits: 2}`: each of its prompts with its gold answer becomes a row."""
     task_rows: PositiveInt = 2000
-    """Training rows taken from an endless `task`."""
+    """Number of training rows taken from `task`, at most."""
 
     @model_validator(mode="after")
     def _path_or_task(self) -> "RowSource":
@@ -70,14 +71,14 @@ def read_source(
     kind: RowKind,
     context: DatasetContext,
 ) -> SupervisedData:
-    """The data set `name` of one source.
+    """Read the data set `name` from one source.
 
     Args:
-        columns: For each role that a row's value can have, the column it is in; other columns are left out.
-        of_task: The row that a task's problem with its answer is.
+        columns: The column of each role, e.g. `prompt`; other columns are left out.
+        of_task: Makes a row of a task's problem and its answer.
 
     Raises:
-        DataError: no such file or task, or a malformed row where those are errors.
+        DataError: a file or task is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if source.task is not None:
         task = _open_task(dict(source.task), context)
@@ -101,15 +102,13 @@ def _read(
         yield where, {roles[column]: value for column, value in record.items() if column in roles and value is not None}
 
 
-def _open_task(spec: dict[str, Any], context: DatasetContext) -> Task:
-    name = spec.pop("name", None)
+def _open_task(section: dict[str, Any], context: DatasetContext) -> Task:
+    name = str(section.pop("name", ""))
     try:
-        module = import_module(f"llmquest_rl.data.tasks.{name}")
-    except ModuleNotFoundError as error:
-        raise DataError(f"task: there is no task {name!r}: {error}") from error
-    task = module.load(module.Config(**spec), context.seed, context.malformed)
-    assert isinstance(task, Task)
-    return task
+        options = options_class(TASKS, name)(**section)
+        return open_task(name, TASKS.function(name), options, context.seed, context.malformed)
+    except ComponentError as error:
+        raise DataError(f"task: {error}") from error
 
 
 def _task_rows(rows: Rows, limit: int, of_task: Callable[[Row], Fields]) -> Iterator[PlacedFields]:

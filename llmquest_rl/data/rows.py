@@ -1,7 +1,7 @@
-"""Rows of problems, the policy for malformed ones, and splits that share no question.
+"""Rows of problems, the policy for malformed rows, and splits without a common question.
 
-A question is identified by its text. Which question is held out is decided by a hash of (seed, text), so it does not
-depend on the order of the rows, and a question that occurs twice is never on both sides.
+A question is identified by its text. A hash of (seed, text) decides whether it is held out, so the split does not
+depend on the order of the rows, and a repeated question is never on both sides.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from llmquest_rl.types import Message
 MalformedPolicy = Literal["drop", "error"]
 
 RawImage = Any
-"""An image as a data set has it: see `llmquest_rl.data.images`."""
+"""An image as a data set holds it: see `llmquest_rl.data.images`."""
 
 MAX_ROWS = 5_000_000
-"""A user's function that yields more rows than this is taken for endless."""
+"""Maximum number of rows from a user's function; one that yields more is taken to be endless."""
 
 logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says where it stands and what to do."""
+    """Raised for data that cannot be used; the message says where the data is and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     """Every further column: rewards receive these as keyword arguments."""
     images: tuple[RawImage, ...] = ()
-    """What the prompt shows, in order."""
+    """The images of the prompt, in order."""
 
 
 class Rows(Protocol):
@@ -51,7 +51,7 @@ class Rows(Protocol):
         """Number of rows; None = endless."""
 
     def row(self, index: int) -> Row:
-        """The same row for the same index, always."""
+        """The row of an index; always the same one for the same index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class MalformedRows:
     policy: MalformedPolicy = "error"
     count: int = 0
     reports: list[str] = field(default_factory=list)
-    """The first few, for people."""
+    """The first few messages, for people."""
 
     def report(self, where: str, problem: str) -> None:
-        """Count the row at `where` (`file:line`) as dropped, or stop.
+        """Count the row at `where` (`file:line`) as dropped, or raise an error.
 
         Raises:
             DataError: the policy is `error`.
@@ -93,13 +93,13 @@ class MalformedRows:
 
 
 def question_key(prompt: str | list[Message], images: Sequence[RawImage] = ()) -> str:
-    """What makes two questions the same: their text, without surrounding space, and their images."""
+    """The identity of a question: its text without surrounding space, and its images."""
     text = prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return "\0".join([text, *map(image_key, images)])
 
 
 def image_key(image: RawImage) -> str:
-    """What makes two raw images the same: a file's path, or else the content."""
+    """The identity of a raw image: the path of its file, or else a hash of its content."""
     if isinstance(image, str | Path):
         return str(image)
     if isinstance(image, Mapping):
@@ -116,22 +116,22 @@ def rank(seed: int, key: Hashable) -> bytes:
 
 
 def held_out_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
-    """The share of the distinct keys that is held out: at least one, and never all.
+    """Choose a share of the distinct keys to hold out: at least one, and never all.
 
     Raises:
-        DataError: fewer than two distinct keys, so that no split exists.
+        DataError: there are fewer than two distinct keys, so they cannot be split.
     """
     ranked = sorted(set(keys), key=lambda key: rank(seed, key))
     if len(ranked) < 2:
         raise DataError(
             f"{len(ranked)} distinct questions cannot be split into train and held-out: "
-            "give more rows, or held-out rows of their own"
+            "give more rows, or separate held-out rows"
         )
     return set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
 
 
 def check_message(message: object) -> str | None:
-    """What is wrong with one chat message, or None."""
+    """The reason why a chat message is invalid, or None."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         return "a message must be an object with `role` and `content`"
     if not isinstance(message["role"], str) or not isinstance(message["content"], str):
@@ -140,7 +140,7 @@ def check_message(message: object) -> str | None:
 
 
 def check_prompt(prompt: object) -> str | None:
-    """What is wrong with a prompt, or None: it must be a non-empty string or list of messages."""
+    """The reason why a prompt is invalid, or None. It must be a non-empty string or list of messages."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "the prompt is empty"
     if not isinstance(prompt, list):

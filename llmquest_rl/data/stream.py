@@ -1,7 +1,7 @@
-"""Resumable streams: what a step takes from a task or a data set.
+"""Resumable streams, from which each step takes problems of a task or sequences of a data set.
 
-A stream's whole state is one position. The order of every epoch follows from (seed, epoch), so a resumed stream gives
-exactly what an uninterrupted one would have given, also in the middle of an epoch.
+The state of a stream is one position. The order of every epoch follows from (seed, epoch), so a resumed stream
+continues exactly as an uninterrupted one, also in the middle of an epoch.
 """
 
 import random
@@ -20,7 +20,7 @@ MAX_DROPPED_IN_A_ROW = 1000
 
 
 class EpochOrder:
-    """Maps a running position to an index: every epoch is a new seeded permutation; endless data is counted through."""
+    """Maps a running position to a row's index: a new seeded permutation in every epoch. Endless data has no epochs."""
 
     def __init__(self, size: int | None, seed: int) -> None:
         self.size = size
@@ -44,16 +44,16 @@ def _check_same_data(state: dict[str, Any], name: str, size: int | None, seed: i
         if state[key] != now:
             raise DataError(
                 f"the checkpoint was made with other data ({key} was {state[key]!r}, is {now!r}), "
-                "so it cannot be continued exactly"
+                "so it cannot be resumed exactly"
             )
 
 
 class PromptStream:
-    """Samples of a task, rendered, in a seeded order without end.
+    """An endless stream of a task's problems, rendered, in a seeded order.
 
     Args:
-        max_prompt_tokens: longer prompts, images' tokens included, are dropped and counted, or an error
-            (`long_prompts`).
+        max_prompt_tokens: Maximum length of a prompt in tokens, with those of its images. Longer prompts are dropped
+            and counted, or are an error, as `long_prompts` says.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class PromptStream:
 
     @property
     def epoch(self) -> float:
-        """How often the data was gone through; 0 for endless data."""
+        """Number of passes through the data so far; 0 for endless data."""
         return self._position / self._order.size if self._order.size else 0.0
 
     @property
     def counters(self) -> dict[str, int]:
-        """What was left out, by cause. A long prompt counts each time its turn comes."""
+        """Number of rows left out, by cause. A long prompt counts once in every epoch."""
         return {
             "dropped_malformed_rows": 0,
             **self._task.counters,
@@ -92,10 +92,10 @@ class PromptStream:
         }
 
     def take(self, n: int) -> list[Problem]:
-        """The next n samples; a task smaller than that goes on with its next epoch.
+        """Take the next n problems; they may span several epochs.
 
         Raises:
-            DataError: a prompt is too long where that is an error, or a whole epoch of prompts is too long.
+            DataError: a prompt is too long and `long_prompts` is `error`, or all prompts of an epoch are too long.
         """
         problems: list[Problem] = []
         dropped_in_a_row = 0
@@ -111,13 +111,13 @@ class PromptStream:
             dropped_in_a_row += 1
             if dropped_in_a_row >= (self._order.size or MAX_DROPPED_IN_A_ROW):
                 raise DataError(
-                    f"{dropped_in_a_row} prompts in a row of task {self._task.name} have more than "
+                    f"{dropped_in_a_row} consecutive prompts of task {self._task.name} have more than "
                     f"{self._max_prompt_tokens} tokens: raise data.max_prompt_tokens"
                 )
         return problems
 
     def held_out(self, n: int) -> list[Problem]:
-        """The same n held-out samples at every call, drawn with the seed; fewer when the task has fewer."""
+        """Up to n held-out problems, drawn with the seed; the same ones at every call."""
         size = self._task.held_out.size
         assert size is not None, "held-out rows are finite"
         order = EpochOrder(size, self._seed)
@@ -135,7 +135,7 @@ class PromptStream:
         return problems
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs: small and JSON-able."""
+        """The state for an exact resume, small enough for JSON."""
         return {
             "name": self._task.name,
             "size": self._order.size,
@@ -145,10 +145,10 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue from a saved state.
 
         Raises:
-            DataError: it belongs to other data or another seed.
+            DataError: the state belongs to other data or another seed.
         """
         _check_same_data(state, self._task.name, self._order.size, self._seed)
         self._position = state["position"]
@@ -168,7 +168,7 @@ class PromptStream:
 
 
 class SequenceGroupStream:
-    """Training sequences of a supervised data set, in a seeded order without end."""
+    """An endless stream of a supervised data set's training sequences, in a seeded order."""
 
     def __init__(self, data: SupervisedData, seed: int) -> None:
         if len(data.train) == 0:
@@ -180,35 +180,35 @@ class SequenceGroupStream:
 
     @property
     def epoch(self) -> float:
-        """How often the data was gone through."""
+        """Number of passes through the data so far."""
         return self._position / len(self._data.train)
 
     @property
     def counters(self) -> dict[str, int]:
-        """What loading left out, by cause."""
+        """Number of rows left out while loading, by cause."""
         return dict(self._data.counters)
 
     def take(self, n: int) -> list[SequenceGroup]:
-        """The next n sequences; a data set smaller than that goes on with its next epoch."""
+        """Take the next n sequences; they may span several epochs."""
         start, self._position = self._position, self._position + n
         return [self._data.train[self._order(position)] for position in range(start, self._position)]
 
     def validation(self, n: int | None = None) -> list[SequenceGroup]:
-        """The same n validation sequences at every call, drawn with the seed; all of them when n is None."""
+        """Up to n validation sequences (all if n is None), drawn with the seed; the same ones at every call."""
         sequences: Sequence[SequenceGroup] = self._data.validation
         order = EpochOrder(len(sequences), self._seed)
         count = len(sequences) if n is None else min(n, len(sequences))
         return [sequences[order(position)] for position in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs: small and JSON-able."""
+        """The state for an exact resume, small enough for JSON."""
         return {"name": self._data.name, "size": len(self._data.train), "seed": self._seed, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue from a saved state.
 
         Raises:
-            DataError: it belongs to other data or another seed.
+            DataError: the state belongs to other data or another seed.
         """
         _check_same_data(state, self._data.name, len(self._data.train), self._seed)
         self._position = state["position"]

@@ -34,12 +34,12 @@ class Task:
     held_out: Rows
     """Always finite."""
     counters: dict[str, int] = field(default_factory=dict)
-    """What loading left out, by cause: `dropped_malformed_rows`, `dropped_overlapping_rows`."""
+    """Number of rows left out while loading, by cause: `dropped_malformed_rows`, `dropped_overlapping_rows`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One generated problem and what makes it the same problem as another (by default its question text)."""
+    """One generated problem, and its key: problems with equal keys count as the same problem."""
 
     row: Row
     key: str
@@ -47,7 +47,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedRows:
-    """Endless training problems from a generator, without those that are held out."""
+    """Endless training problems of a generator, without the held-out ones."""
 
     name: str
     draw: Callable[[int], Draw]
@@ -58,24 +58,24 @@ class GeneratedRows:
         return None
 
     def row(self, index: int) -> Row:
-        """The problem number `index`; where the first draw is held out, the next free one of a far-away block."""
+        """The problem `index`. If the first draw is held out, draws with far larger indices replace it."""
         drawn = self.draw(index)
         for redraw in range(REDRAWS):
             if drawn.key not in self.held_out:
                 return replace(drawn.row, id=f"{self.name}/train/{index}")
             drawn = self.draw(2**40 + index * REDRAWS + redraw)
         raise DataError(
-            f"task {self.name}: {REDRAWS} draws in a row were held-out problems: "
+            f"task {self.name}: {REDRAWS} consecutive draws were held-out problems: "
             "make `held_out` smaller or the space of problems larger"
         )
 
 
 def generated_task(name: str, draw: Callable[[int], Draw], held_out: int, seed: int) -> Task:
-    """A task from a generator, where `draw(i)` gives the same problem for the same i.
+    """Make a task of a generator. `draw(i)` must give the same problem for the same i.
 
-    The held-out side is fixed first: problems are drawn until there are four distinct ones for each wanted (or the
-    space seems to have no more), and the quarter with the smallest hash of (seed, problem) is held out. Training then
-    skips every such problem, so the sides are disjoint, and also a space of two problems leaves something on both.
+    The held-out side is fixed first: four distinct problems are drawn for each one wanted (fewer if the space seems to
+    have no more), and the quarter with the smallest hash of (seed, problem) is held out. Training skips these problems.
+    So the sides are disjoint, and even a space of two problems leaves one on each side.
 
     Raises:
         DataError: the generator makes a single problem only.
@@ -95,9 +95,15 @@ def generated_task(name: str, draw: Callable[[int], Draw], held_out: int, seed: 
 
 
 def listed_task(name: str, rows: list[Row], held_out: list[Row] | float, seed: int, malformed: MalformedRows) -> Task:
-    """A task from rows in memory, with its own held-out rows or a share of the questions.
+    """Make a task of rows in memory.
 
     Training rows that ask a held-out question are left out and counted.
+
+    Args:
+        held_out: The held-out rows, or the share of the questions to hold out.
+
+    Raises:
+        DataError: one of the sides has no rows.
     """
     if not rows:
         raise DataError(f"task {name} has no rows ({malformed.count} malformed rows were dropped)")
@@ -120,14 +126,14 @@ def listed_task(name: str, rows: list[Row], held_out: list[Row] | float, seed: i
 
 
 def open_task(name: str, function: Callable[..., Any], options: Options, seed: int, malformed: MalformedRows) -> Task:
-    """The task that a section of the configuration names.
+    """Open the task that a section of the configuration names.
 
-    `function` is the `load` of a task file, or, when `name` has a colon, a user's function: it is called with its
-    options as keyword arguments (and `seed`, if it takes one) and returns an iterable of rows, dicts with `prompt`,
-    `answer`, `images` where there are any, and further columns, or a whole `Task`.
+    `function` is the `load` of a module, or a user's function if `name` has a colon. A user's function is called with
+    its options as keyword arguments (and with `seed`, if it has such a parameter). It returns a whole `Task`, or an
+    iterable of rows: dicts with `prompt`, `answer`, `images` if there are any, and further columns.
 
     Raises:
-        DataError: no usable rows, or a malformed one where those are errors.
+        DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if ":" not in name:
         loaded = function(options, seed, malformed)

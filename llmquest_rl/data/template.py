@@ -1,4 +1,4 @@
-"""Texts with names of columns in braces, e.g. `{prompt}\\n{input}`."""
+"""Templates: texts with the names of columns in braces, e.g. `{prompt}\\n{input}`."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """The template with every name replaced by its value.
+    """Replace every name in the template by its value.
 
     Raises:
         KeyError: a name has no value.

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates. Completions are never tokenised again: their ids are those that the engine sampled."""
+"""Tokenizers and chat templates. Completions are never tokenised again: training uses the ids that were sampled."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from llmquest_rl.types import Message
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 PLAIN = "none"
-"""As `chat_template`: prompts are given to the model as they are, for base models."""
+"""The value of `chat_template` that passes prompts to the model unchanged, for base models."""
 IMAGE = "<image>"
 """Marks the place of an image in a prompt."""
 
@@ -35,9 +35,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def eos_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """Every token id that ends a sequence, ascending: of the tokenizer, config.json and generation_config.json.
+    """All token ids that end a sequence, sorted, from the tokenizer, config.json and generation_config.json.
 
     Chat models often have several (end of turn, end of text); an engine must stop at each.
+
+    Raises:
+        DataError: there is none.
     """
     ids = {tokenizer.eos_token_id}
     for name in ("config.json", "generation_config.json"):
@@ -55,35 +58,35 @@ def eos_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class PromptRenderer:
-    """Turns prompts into the token ids that the model sees. Make one with `prompt_renderer`."""
+    """Turns prompts into the token ids that the model reads. Make one with `prompt_renderer`."""
 
     tokenizer: Tokenizer
     system_prompt: str | None
     template: str | None
-    """Jinja text; None = prompts as they are."""
+    """The chat template in Jinja; None = prompts are passed on unchanged."""
     images: ImageReader | None = None
     """Reads the model's images; None = it reads text only."""
     image_token: str = ""
-    """The tokenizer's text of `ImageFormat.token_id`."""
+    """The text of the token `ImageFormat.token_id`."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text in which special tokens, if any, are already written out."""
+        """Token ids of a text that already contains its special tokens, if any."""
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation with the configured system prompt, unless it brings its own."""
+        """The conversation with the configured system prompt, unless it has its own."""
         if self.system_prompt is None or (messages and messages[0]["role"] == "system"):
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The conversation as text, special tokens written out; no system prompt is added here.
+        """The conversation as text, with special tokens; no system prompt is added.
 
         Raises:
-            DataError: the template refuses these messages, or there is none.
+            DataError: there is no template, or it refuses these messages.
         """
         if self.template is None:
-            raise DataError("messages need a chat template, but data.chat_template is `none`: give prompts as strings")
+            raise DataError("messages need a chat template, but data.chat_template is `none`: write prompts as strings")
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -97,14 +100,14 @@ class PromptRenderer:
         return cast(str, text)
 
     def prompt_ids(self, prompt: str | list[Message], images: int = 0) -> list[int]:
-        """The ids of a prompt, ready for generation: a string is one user message; messages may be of several turns.
+        """The token ids of a prompt, ready for generation. A string is one user message.
 
         Args:
-            prompt: with `<image>` where an image stands; without any such mark images stand before the user's text.
-            images: their number.
+            prompt: `<image>` marks the place of an image; without a mark the images come before the user's text.
+            images: The number of images.
 
         Raises:
-            DataError: places and images are not as many; there are images, and the model reads text only.
+            DataError: the numbers of marks and images differ; or there are images, but the model reads text only.
         """
         messages = self.with_image_tokens(as_messages(prompt), images)
         if self.template is None and isinstance(prompt, str):
@@ -114,15 +117,15 @@ class PromptRenderer:
         return self.expanded(ids, images)
 
     def with_image_tokens(self, messages: Sequence[Message], images: int) -> list[Message]:
-        """The conversation with one image token for each image, where it is marked or before the first user's text.
+        """The conversation with one image token for each image, at its mark or before the first user message's text.
 
         Raises:
-            DataError: as `prompt_ids`.
+            DataError: see `prompt_ids`.
         """
         if self.images is None and images:
             raise DataError(
-                f"the prompt comes with {images} images, but the model reads text only: take a vision-language model "
-                "(docs/models/vlm.md), or leave the column of images out"
+                f"the prompt has {images} images, but the model reads text only: choose a vision-language model "
+                "(docs/models/vlm.md), or set columns.images to null"
             )
         if self.images is None:
             return list(messages)
@@ -140,10 +143,10 @@ class PromptRenderer:
         ]
 
     def expanded(self, ids: Sequence[int], images: int) -> list[int]:
-        """Token ids in which each image's token stands as often as the image has vision tokens.
+        """Token ids in which the token of each image is repeated for every vision token of the image.
 
         Raises:
-            DataError: there are not as many as `images`.
+            DataError: the number of image tokens differs from `images`.
         """
         if self.images is None:
             return list(ids)
@@ -152,18 +155,18 @@ class PromptRenderer:
         if found != images:
             raise DataError(
                 f"the prompt holds {found} image tokens ({self.image_token!r}, id {shape.token_id}), but {images} "
-                "images: this token is reserved, texts must not hold it"
+                "images: this token is reserved, so texts must not contain it"
             )
         return [token for id_ in ids for token in [id_] * (shape.tokens if id_ == shape.token_id else 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text with special tokens, for people; an image is its mark."""
+        """The text of token ids, for people: special tokens are kept, and an image is shown as its mark."""
         text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False))
         return text if self.images is None else text.replace(self.image_token * self.images.format.tokens, IMAGE)
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A prompt as a conversation: a string is what the user says."""
+    """A prompt as a conversation: a string becomes a message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
@@ -173,15 +176,15 @@ def prompt_renderer(
     chat_template: str | None = None,
     images: ImageReader | None = None,
 ) -> PromptRenderer:
-    """Check the template settings once and return what renders prompts with them.
+    """Check the template settings and make a renderer with them.
 
     Args:
-        chat_template: a Jinja template, a file with one, `none` for plain text, or None for the tokenizer's own.
-        images: reads the model's images, if it sees any.
+        chat_template: A Jinja template, a file with one, `none` for plain text, or None for the tokenizer's own.
+        images: Reads the model's images; None if it reads text only.
 
     Raises:
-        DataError: there is no template, its file is missing, or a system prompt comes with plain text; the tokenizer
-            cannot write the model's image token.
+        DataError: there is no template, its file is missing, or a system prompt is set with `none`; or the tokenizer
+            does not have the model's image token.
     """
     image_token = "" if images is None else _image_token(tokenizer, images.format.token_id)
     if chat_template == PLAIN:
@@ -194,7 +197,7 @@ def prompt_renderer(
     if not template:
         raise DataError(
             "the tokenizer has no chat template: set data.chat_template to a Jinja template or a file with one, "
-            "or to `none` to give prompts to a base model as they are"
+            "or to `none` to pass prompts to a base model unchanged"
         )
     return PromptRenderer(tokenizer, system_prompt, template, images, image_token)
 
@@ -203,7 +206,7 @@ def _image_token(tokenizer: Tokenizer, id_: int) -> str:
     text = tokenizer.convert_ids_to_tokens(id_)
     if not text or tokenizer.encode(text, add_special_tokens=False) != [id_]:
         raise DataError(
-            f"image_token_id {id_} is {text!r} in the tokenizer, which does not read that text as this one token: "
+            f"image_token_id {id_} is {text!r} in the tokenizer, but that text is not encoded as this one token: "
             "choose a reserved token in the model's config.json"
         )
     return cast(str, text)
@@ -215,6 +218,6 @@ def _template_text(chat_template: str) -> str:
     file = Path(chat_template)
     if not file.is_file():
         raise DataError(
-            f"data.chat_template: {chat_template} is neither a file nor a Jinja template (those have braces)"
+            f"data.chat_template: {chat_template} is neither a file nor a Jinja template (which has braces)"
         )
     return file.read_text(encoding="utf-8")

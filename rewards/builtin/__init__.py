@@ -1,4 +1,8 @@
 """The built-in rewards: the reward `foo` is the function `reward` of `foo.py`, its options are the class `Config`.
 
-May import `rewards.extract`, `rewards.types` and `llmquest_rl.options`; no torch.
+May import `rewards.extract`, `rewards.types`, `llmquest_rl.options` and `llmquest_rl.loader`; no torch.
 """
+
+from llmquest_rl.loader import ComponentKind
+
+REWARDS = ComponentKind("a reward", __name__, ("reward",))

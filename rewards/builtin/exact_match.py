@@ -1,6 +1,6 @@
 """Exact match: the completion's text equals the gold one, for answers of a word or a few.
 
-Case, white space and a full stop at the end make no difference; anything more in the completion does.
+Case, white space and a full stop at the end make no difference; any other text in the completion does.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ def reward(completion: str, answer: Any, config: Config) -> float:
     """1 if the completion is the gold text, or one of a list of gold texts, else 0.
 
     Raises:
-        ValueError: the gold answer is no text, or an empty one.
+        ValueError: the gold answer is not a text, or is empty.
     """
     golds = list(answer) if isinstance(answer, list | tuple) else [answer]
     for gold in golds:
         if not isinstance(gold, str) or not _plain(gold):
-            raise ValueError(f"the gold answer {gold!r} is no text to compare with")
+            raise ValueError(f"the gold answer {gold!r} is not a text, or is empty")
     return float(_plain(completion) in map(_plain, golds))
 
 

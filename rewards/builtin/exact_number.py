@@ -1,8 +1,9 @@
 """Exact number: the completion's final number equals the gold one.
 
-The final number is, in this order, what the last `<answer>...</answer>`, the last `\\boxed{...}` or the line after the
-last `####` holds, or the last number of the text. A marked part must hold exactly one number, so that neither
-`\\boxed{6\\times7}` nor `\\boxed{2^7}` passes for 7. Currency, percent, units and thousands commas are ignored.
+The final number is the content of the last `<answer>...</answer>`, or else of the last `\\boxed{...}`, or else of the
+line after the last `####`, or else the last number of the text. A marked part must hold exactly one number, so
+that neither `\\boxed{6\\times7}` nor `\\boxed{2^7}` passes for 7. Currency, percent, units and thousands commas are
+ignored.
 """
 
 import re
@@ -16,12 +17,12 @@ from rewards.extract import last_boxed, last_tagged
 
 
 class Config(Options):
-    """How the number is found and compared."""
+    """The way the number is found and compared."""
 
     tolerance: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Largest absolute difference that still counts as equal."""
     whole: bool = False
-    """The completion must be the number and nothing else, beside white space around it."""
+    """Whether the completion must be the number alone, with nothing but white space around it."""
 
 
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -32,7 +33,7 @@ ARITHMETIC = Context(prec=50, traps=[])  # no traps: overflow gives infinity, wh
 
 
 def reward(completion: str, answer: Any, config: Config) -> float:
-    """1 if the number found equals the gold number, else 0.
+    """1 if the final number equals the gold number, else 0.
 
     Raises:
         ValueError: the gold answer is not one number.
@@ -57,7 +58,7 @@ def _numbers(text: str) -> list[Decimal]:
 
 
 def _plain(text: str) -> str:
-    """The text without what surrounds numbers in prose and LaTeX."""
+    """The text without the marks that surround numbers in prose and LaTeX."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
     text = FRACTION.sub(r"\1/\2", text)
     return re.sub(r"([-+])\s?\\?\$", r"\1", text).replace("\\$", " ").replace("$", " ")

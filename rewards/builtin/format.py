@@ -1,6 +1,6 @@
 """Format: the completion thinks and answers in tags: `<think>...</think>` and then `<answer>...</answer>`.
 
-1 if every tag opens and closes once, in order, with something in it and nothing but white space around; else 0.
+The reward is 1 if every tag opens and closes once, in order, with some text inside and only white space outside.
 """
 
 import re
@@ -14,16 +14,16 @@ Tag = Annotated[str, Field(pattern=r"^\w+$")]
 
 
 class Config(Options):
-    """Which tags."""
+    """The tags that a completion must have."""
 
     tags: tuple[Tag, ...] = Field(default=("think", "answer"), min_length=1)
-    """Names of the tags in the order wanted."""
+    """Names of the tags, in order."""
     opened: bool = False
-    """The chat template already opened the first tag, so the completion begins inside it."""
+    """Whether the chat template opens the first tag, so that the completion begins inside it."""
 
 
 def reward(completion: str, config: Config) -> float:
-    """1 if the completion has the form, else 0."""
+    """1 if the completion has this form, else 0."""
     text = f"<{config.tags[0]}>{completion}" if config.opened else completion
     if any(text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1 for tag in config.tags):
         return 0.0

@@ -1,6 +1,6 @@
 """Length: a soft penalty for completions that are too long (DAPO, arXiv:2503.14476, eq. 13).
 
-0 up to `max - cache`, then falling linearly to -1 at `max`, and -1 beyond it.
+The penalty is 0 up to the length `max - cache`, falls linearly to -1 at `max`, and is -1 beyond it.
 """
 
 from typing import Self
@@ -11,17 +11,17 @@ from llmquest_rl.options import Options
 
 
 class Config(Options):
-    """Where the penalty begins and ends. Lengths are tokens, or characters in a file without `completion_tokens`."""
+    """The lengths at which the penalty begins and ends, in tokens (in characters if `completion_tokens` is missing)."""
 
     max: int = Field(default=1024, gt=0)
-    """Longest length wanted; DAPO: 20480."""
+    """Length at which the penalty is -1; DAPO: 20480."""
     cache: int = Field(default=256, gt=0)
-    """Length before `max` over which the penalty grows; DAPO: 4096."""
+    """Length of the interval before `max` in which the penalty grows; DAPO: 4096."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.cache > self.max:
-            raise ValueError(f"cache ({self.cache}) is part of max ({self.max}): it cannot be larger")
+            raise ValueError(f"cache ({self.cache}) is a part of max ({self.max}), so it cannot be larger")
         return self
 
 

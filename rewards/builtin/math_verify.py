@@ -1,10 +1,10 @@
-"""Math: the completion's final answer equals the gold one as mathematics, judged by Hugging Face's Math-Verify.
+"""Math: the completion's final answer equals the gold one mathematically, as Hugging Face's Math-Verify decides.
 
-By default strict, because Math-Verify alone accepts much that is no answer. Strict means: the answer stands in the
-last `\\boxed{...}` (or `<answer>...</answer>`) after the thinking; a gold number wants an evaluated number, not
-arithmetic that leads to it; an exact irrational wants an exact form; an equation is no number; brackets of a gold set
-or tuple are part of it; and a percent sign is a unit (18% is 18, not 0.18). The time limit is the grader's:
-Math-Verify's own uses SIGALRM, and turns an answer that takes too long into a wrong one.
+It is strict by default, because Math-Verify alone accepts many texts that are not answers. In strict mode the answer
+must be in the last `\\boxed{...}` (or `<answer>...</answer>`) after the thinking. A gold number requires an evaluated
+number and not arithmetic that leads to it; an exact irrational number requires an exact form; an equation is not a
+number; the brackets of a gold set or tuple must match; and a percent sign is a unit (18% is 18, not 0.18). The grader's
+time limit applies, because that of Math-Verify uses SIGALRM and turns an answer that takes too long into a wrong one.
 """
 
 import logging
@@ -21,17 +21,17 @@ from sympy.logic.boolalg import BooleanAtom
 from llmquest_rl.options import Options
 from rewards.extract import after_thinking, last_boxed, last_tagged
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that its own time limit is off
 
 Expression = Any
-"""What Math-Verify reads: an expression or matrix of sympy, or a text."""
+"""A parsed answer: an expression or matrix of sympy, or a text."""
 
 
 class Config(Options):
-    """How much counts as an answer."""
+    """The strictness of the comparison."""
 
     strict: bool = True
-    """False takes Math-Verify's own judgement: any expression anywhere in the text, in whatever equivalent form."""
+    """False accepts all that Math-Verify accepts: an expression anywhere in the text, in any equivalent form."""
 
 
 LATEX = LatexExtractionConfig(boxed_match_priority=0)
@@ -39,14 +39,14 @@ ANYWHERE = (LATEX, ExprExtractionConfig())
 OPENING = re.compile(r"\s*(?:\\left\s*)?(\\\{|[(\[{])")
 PERCENT = re.compile(r"\s*\\?%\s*$")
 UNCOMPARABLE = (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError)
-"""What sympy raises for forms that it cannot compare: such an answer is not shown to be equal."""
+"""Errors of sympy for forms that it cannot compare; such an answer counts as not equal."""
 
 
 def reward(completion: str, answer: Any, config: Config) -> float:
     """1 if the final answer equals the gold answer, else 0.
 
     Raises:
-        ValueError: the gold answer is no mathematics.
+        ValueError: the gold answer cannot be read as mathematics.
     """
     if not config.strict:
         return float(_equal(_gold(str(answer)), _parse(completion, ANYWHERE)))
@@ -64,7 +64,7 @@ def reward(completion: str, answer: Any, config: Config) -> float:
 
 
 def _marked(completion: str) -> str | None:
-    """The text of the final answer, or None if the completion marks none."""
+    """The text of the marked final answer, or None if there is none."""
     said = after_thinking(completion)
     if said is None:
         return None
@@ -74,14 +74,14 @@ def _marked(completion: str) -> str | None:
 
 
 def _gold_text(answer: str) -> str:
-    """The gold answer without what surrounds it: a solution before `####` or around `\\boxed{}`, dollars, percent."""
+    """The gold answer without a solution before `####` or around `\\boxed{}`, and without dollar and percent signs."""
     text = answer.rpartition("####")[2].strip()
     boxed = last_boxed(text)
     text = text.strip("$").strip() if boxed is None else boxed
     return PERCENT.sub("", text)
 
 
-@lru_cache(maxsize=1024)  # a group's completions share it
+@lru_cache(maxsize=1024)  # the completions of a group share their gold answer
 def _gold(answer: str) -> list[Expression]:
     text = _gold_text(answer)
     parsed = _parse(_boxed(text), (LATEX,))
@@ -107,7 +107,7 @@ def _equal(gold: list[Expression], predicted: list[Expression]) -> bool:
 
 
 def _same_form(gold: Expression, predicted: Expression) -> bool:
-    """Whether the prediction is as finished as the gold answer is."""
+    """Whether the prediction is evaluated as far as the gold answer."""
     if isinstance(gold, str) or isinstance(predicted, str):
         return True
     if isinstance(predicted, Relational) and not isinstance(gold, Relational):
@@ -118,7 +118,7 @@ def _same_form(gold: Expression, predicted: Expression) -> bool:
 
 
 def _is_plain(expression: Any) -> bool:
-    """A number written out, or a set, tuple, interval or matrix of such."""
+    """Whether this is an evaluated number, or a set, tuple, interval or matrix of such numbers."""
     if isinstance(expression, Number | BooleanAtom):
         return True
     if isinstance(expression, MatrixBase):
@@ -130,14 +130,14 @@ def _is_plain(expression: Any) -> bool:
 
 
 def _is_scientific(expression: Mul) -> bool:
-    """Such as 1.5 x 10^3."""
+    """Whether this is a number like 1.5 x 10^3."""
     parts = expression.args
     is_power_of_ten = isinstance(parts[-1], Pow) and parts[-1].args[0] == 10 and isinstance(parts[-1].args[1], Integer)
     return len(parts) == 2 and isinstance(parts[0], Number) and is_power_of_ten
 
 
 def _same_bracket(gold: str, predicted: str) -> bool:
-    """A gold set, tuple or interval wants its bracket; `1,2` is neither {1, 2} nor (1, 2)."""
+    """Whether the brackets of a gold set, tuple or interval match: `1,2` is neither {1, 2} nor (1, 2)."""
     opening = OPENING.match(gold)
     if opening is None or "," not in gold:
         return True
@@ -204,4 +204,4 @@ EXAMPLES = [
     (r"\boxed{}", "5", 0.0),
     ("", "5", 0.0),
 ]
-"""Strict."""
+"""Examples in strict mode."""

@@ -1,4 +1,4 @@
-"""reasoning-gym: the score that the task's own scorer gives, in [0, 1], often partial credit.
+"""reasoning-gym: the score of the task's own scorer, in [0, 1], often with partial credit.
 
 The column `entry` is reasoning-gym's own dict of question, answer and metadata; its `metadata.source_dataset` names the
 scorer.
@@ -16,17 +16,17 @@ reasoning_gym: Any = import_reasoning_gym()
 
 
 class Config(Options):
-    """Which part of the completion is scored."""
+    """The part of the completion that is scored."""
 
     tag: str | None = None
-    """Score what the last `<tag>...</tag>` holds, e.g. `answer`; 0 without one. Default: all after the thinking."""
+    """Score the content of the last `<tag>...</tag>`, e.g. `answer`, or 0. Default: the text after the thinking."""
 
 
 def reward(completion: str, entry: dict[str, Any], config: Config) -> float:
-    """The task's own score of the answer.
+    """The score of the task's own scorer.
 
     Raises:
-        ValueError: the entry does not say which of reasoning-gym's data sets it comes from.
+        ValueError: the entry does not name its data set in reasoning-gym.
     """
     said = after_thinking(completion)
     if said is not None and config.tag is not None:
@@ -35,7 +35,7 @@ def reward(completion: str, entry: dict[str, Any], config: Config) -> float:
         return 0.0
     source = entry.get("metadata", {}).get("source_dataset")
     if source is None:
-        raise ValueError("the column `entry` has no metadata.source_dataset: it is no entry of reasoning-gym")
+        raise ValueError("the column `entry` has no metadata.source_dataset: it is not an entry of reasoning-gym")
     return float(_scorer(source)(said.strip(), entry))
 
 
@@ -53,4 +53,4 @@ EXAMPLES = [
     ("<think>-4", _SUM, 0.0),
     ("5", _SUM, 0.0),
 ]
-"""With the column `entry` in the place of the answer."""
+"""Examples with the column `entry` in place of the answer."""

@@ -138,7 +138,7 @@ def test_a_preprocessor_config_that_is_not_done_here_is_refused(content: str, sa
     [
         ("missing.png", "missing.png.*No such file"),
         (b"no image", "cannot identify"),
-        (3, "a int is none of path"),
+        (3, "a int is neither a path"),
         (np.zeros((4, 4, 3)), "uint8"),
         (np.zeros((2, 4, 4, 3), np.uint8), "shape \\[2, 4, 4, 3\\]"),
         ({"bytes": None, "path": "gone.png"}, "gone.png"),
@@ -207,7 +207,7 @@ def test_places_and_images_must_be_as_many(prompt: Any, images: int, says: str, 
 
 
 def test_a_text_model_refuses_images_and_reads_the_mark_as_text(renderer: PromptRenderer) -> None:
-    with pytest.raises(DataError, match="reads text only: take a vision-language model"):
+    with pytest.raises(DataError, match="reads text only: choose a vision-language model"):
         renderer.prompt_ids("What?", 1)
     assert "I see <image>." in renderer.decode(renderer.prompt_ids("I see <image>."))
 
@@ -341,7 +341,7 @@ def test_rows_with_images_that_cannot_be_learnt_are_refused(
     turns = [("user", "What?"), ("assistant", "This."), ("user", "And <image>?"), ("assistant", "That.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     path = jsonl([{"messages": messages, "image": ["0.png"]}])
-    with pytest.raises(DataError, match="rows.jsonl:1: an image stands after the first reply"):
+    with pytest.raises(DataError, match="rows.jsonl:1: there is an image after the first reply"):
         sft.load(sft.Config(path=path, columns=columns), made)
     with pytest.raises(DataError, match="rows.jsonl:1 has no column 'img'"):
         sft.load(sft.Config(path=path, columns=sft.Columns(images="img")), made)

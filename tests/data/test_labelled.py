@@ -106,5 +106,5 @@ def test_long_texts_are_dropped_or_an_error(context: Make, jsonl: Write) -> None
 
 
 def test_an_objective_without_labels_is_refused(context: Make, jsonl: Write) -> None:
-    with pytest.raises(DataError, match=r"gives each sequence a label, but the objective tells none apart: .*classify"):
+    with pytest.raises(DataError, match=r"gives each sequence a label, but the objective has no labels: .*classify"):
         load(context(), path=jsonl(GOOD))

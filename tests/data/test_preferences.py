@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.data.conversation import row_to_group
+from llmquest_rl.data.conversation import tokenize_row
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.datasets import compared_sums, preferences
-from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.pairs import conversation_ids, group_for_scoring
 from llmquest_rl.data.rows import DataError, MalformedRows
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
 
@@ -68,8 +68,8 @@ def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, fo
 
 def test_what_is_judged_are_the_tokens_that_a_model_is_trained_to_write(renderer: PromptRenderer) -> None:
     row = {"prompt": "2 + 2?", "completion": "4"}
-    group = row_to_group(row, renderer, mask_prompt=True)
-    assert judged_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *group.completions[0]]
+    group = tokenize_row(row, renderer, mask_prompt=True)
+    assert conversation_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *group.completions[0]]
 
 
 def test_conversations_part_where_they_first_differ(load: Load, renderer: PromptRenderer) -> None:
@@ -180,13 +180,13 @@ def test_a_mapping_that_fits_no_row_is_the_users_mistake(load: Load) -> None:
         load([FORMS["strings"] | {"hint": "x"}, OTHER], template="{prompt}{hint}")
 
 
-def test_sequences_judged_together() -> None:
-    group = judged_together([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
+def test_a_group_for_scoring_shares_the_common_beginning() -> None:
+    group = group_for_scoring([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
     assert group.prompt == [1, 2] and group.completions == [[3, 0], [0], [4, 5, 0]]
     batch = collate([group])
     assert batch.tokens[batch.sources].tolist() == [3, 2, 5]
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5], "the zeros are not computed"
-    alone = collate([judged_together([[7, 8]]), judged_together([[1], [2]])])
+    alone = collate([group_for_scoring([[7, 8]]), group_for_scoring([[1], [2]])])
     assert alone.tokens[alone.sources].tolist() == [8, 1, 2]
     assert collate([group.unshared()]).tokens.tolist() == [1, 2, 3, 1, 2, 1, 2, 4, 5]
 

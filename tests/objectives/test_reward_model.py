@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
-from llmquest_rl.data.pairs import judged_together
+from llmquest_rl.data.pairs import group_for_scoring
 from llmquest_rl.metrics import DERIVED, Metrics
 from llmquest_rl.models.base import Scores
 from llmquest_rl.models.llama import LlamaConfig
@@ -114,7 +114,7 @@ def random_pairs(seed: int, count: int) -> list[SequenceGroup]:
         return torch.randint(0, 256, (size,), generator=generator).tolist()
 
     prompts = [ids(6) for _ in range(count)]
-    return [judged_together([[*prompt, *ids(8)], [*prompt, *ids(8)]]) for prompt in prompts]
+    return [group_for_scoring([[*prompt, *ids(8)], [*prompt, *ids(8)]]) for prompt in prompts]
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards import extract
-from rewards.builtin import exact_number, length, math_verify
+from rewards.builtin import REWARDS, exact_number, length, math_verify
 from rewards.builtin import format as format_reward
-from rewards.config import GraderConfig, RewardConfig, builtin_rewards
+from rewards.config import GraderConfig, RewardConfig
 from rewards.grade_file import parse_reward
 from rewards.grader import GradeItem, Grader
 from rewards.load import load_reward, read_return
@@ -26,7 +26,7 @@ EXAMPLES = [
 
 
 def test_the_list_of_builtins_is_the_folder() -> None:
-    assert builtin_rewards() == BUILTINS
+    assert REWARDS.names() == BUILTINS
 
 
 @pytest.mark.parametrize(("name", "completion", "answer", "expected"), EXAMPLES)
@@ -136,14 +136,17 @@ def test_reasoning_gym_scores_its_own_answers_from_json() -> None:
     ("keys", "message"),
     [
         ({}, "a reward needs `name`"),
-        ({"name": "exact_numbr"}, "`exact_numbr` does not exist. Did you mean `exact_number`"),
-        ({"name": "exact_number", "tolerence": 1}, "`tolerence` does not exist. Did you mean `tolerance`"),
+        ({"name": "exact_numbr"}, "'exact_numbr' is not the name of a reward; did you mean exact_number"),
+        (
+            {"name": "exact_number", "tolerence": 1},
+            "`exact_number` has no option `tolerence`; did you mean tolerance",
+        ),
         ({"name": "exact_number", "tolerance": "x"}, "tolerance: Input should be a valid number.*got 'x'"),
         ({"name": "exact_number", "weight": "heavy"}, "weight"),
         ({"name": "length", "max": 5, "cache": 6}, "cannot be larger"),
         ({"function": "nowhere/mine.py:reward"}, "there is no file .*nowhere/mine.py"),
         ({"function": "module:"}, "should end in `:function`"),
-        ({"name": "pool"}, "`pool` does not exist"),
+        ({"name": "pool"}, "'pool' is not the name of a reward"),
     ],
 )
 def test_a_wrong_entry_says_what_is_wrong(keys: dict[str, Any], message: str) -> None:

@@ -33,7 +33,7 @@ def test_rows_come_back_in_order_with_their_failures(tmp_path: Path) -> None:
     failures = [None, "invalid", None, "invalid", "invalid", "exception", None, None, "invalid"]
     assert [row["failure"] for row in rows] == failures
     assert rows[0]["scores"] == {"exact_number": 1.0, "length": -0.5} and rows[0]["seconds"] > 0
-    assert "not JSON" in rows[1]["detail"] and "no text `completion`" in rows[3]["detail"]
+    assert "not JSON" in rows[1]["detail"] and "the key `completion` must be a text" in rows[3]["detail"]
     assert "not one number" in rows[5]["detail"]
     assert (summary.rows, summary.scored, summary.mean) == (9, 4, 0.5)
     assert summary.failures == {"invalid": 4, "exception": 1} and summary.not_applicable == 0

@@ -206,9 +206,9 @@ def test_columns_reach_the_reward_by_name() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"function": f"{HOSTILE}:rewrad"}, "`rewrad` does not exist. Did you mean `reward`"),
-        ({"function": "no_such_module:reward"}, "no_such_module: ModuleNotFoundError"),
-        ({"function": f"{HOSTILE}:with_options", "fctor": 1}, "`fctor` does not exist. Did you mean `factor`"),
+        ({"function": f"{HOSTILE}:rewrad"}, "hostile.py has no function 'rewrad'; did you mean reward"),
+        ({"function": "no_such_module:reward"}, "there is no module 'no_such_module', neither in the current folder"),
+        ({"function": f"{HOSTILE}:with_options", "fctor": 1}, "has no argument `fctor`; did you mean factor"),
     ],
 )
 def test_a_reward_that_cannot_run_is_an_error_before_the_start(keys: dict, message: str) -> None:
@@ -219,7 +219,11 @@ def test_a_reward_that_cannot_run_is_an_error_before_the_start(keys: dict, messa
 @pytest.mark.parametrize(
     ("code", "message", "start_timeout_s"),
     [
-        ("import surely_missing", "broken.py: ModuleNotFoundError: No module named 'surely_missing'", 60),
+        (
+            "import surely_missing",
+            "broken.py, line 1, `import surely_missing`: ModuleNotFoundError: No module named 'surely_missing'",
+            60,
+        ),
         ("def reward(:", "SyntaxError", 60),
         ("import os; os._exit(7)", "ended while it imported the rewards .exit code 7", 60),
         ("import time; time.sleep(1000)", "took more than 1.5 s", 1.5),

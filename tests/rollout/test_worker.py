@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.types import Request, Sampling
-from rollout.engine import EngineSetup, engine_config, engine_names
+from rollout.engine import EngineSetup, engine_config
+from rollout.engines import ENGINES
 from rollout.weights import WeightsDamagedError, WeightSnapshot, checksum, take_snapshot, verify
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import VERSIONS, perturbed
@@ -60,7 +61,7 @@ def test_damage_on_the_way_is_found(pretrained: dict[str, Tensor]) -> None:
         verify(WeightSnapshot(lost, checksums))
 
 
-@pytest.mark.parametrize("name", engine_names())
+@pytest.mark.parametrize("name", ENGINES.names())
 def test_unknown_options_are_refused_before_an_engine_library_is_needed(name: str) -> None:
     with pytest.raises(ValueError, match="flux_capacitor"):
         engine_config(name)(flux_capacitor=1)

@@ -212,7 +212,7 @@ def test_two_processes_are_one(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.name=next_token"], "gives each sequence a label, but the objective tells none apart"),
+        (["objective.name=next_token"], "gives each sequence a label, but the objective has no labels"),
         (
             ["data.dataset={name: sft, task: {name: arithmetic}}", "data.chat_template=none"],
             "a classifier needs one, .* take a data set of labels",

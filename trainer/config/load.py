@@ -8,11 +8,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from llmquest_rl.loader import did_you_mean
+from llmquest_rl.options import options_class
 from trainer.config.renamed_keys import RENAMED
 from trainer.config.rules import broken_rules
 from trainer.config.schema import Config
-from trainer.config.sections import Component, options_class, section_class
-from trainer.config.tree import ConfigError, ConfigTree, KeyPath, describe_value, neighbours, parse_key
+from trainer.config.sections import Component, section_class
+from trainer.config.tree import ConfigError, ConfigTree, KeyPath, describe_value, parse_key
 
 __all__ = ["ConfigError", "dump", "load_config", "parse_config"]
 
@@ -71,10 +73,10 @@ def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
     if error["type"] == "extra_forbidden":
         if new := RENAMED.get(".".join(map(str, path))):
             return f"{place}: this key is now called {new}"
-        return f"{place}: unknown key{neighbours(str(path[-1]), _known_keys(path[:-1], tree))}"
+        return f"{place}: unknown key{did_you_mean(str(path[-1]), _known_keys(path[:-1], tree))}"
     if error["type"] == "missing":
         return f"{place}: required key is missing"
-    if error["type"] in ("component", "value_error") and isinstance(error["input"], dict | list):
+    if error["type"] == "value_error" and isinstance(error["input"], dict | list):
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] in ("model_type", "dict_type"):
         return f"{place}: expected a section of keys, found {found}"
@@ -94,5 +96,5 @@ def _known_keys(path: KeyPath, tree: ConfigTree) -> list[str]:
             model = section_class(model.model_fields[part]) or model
     own = list(model.model_fields)
     if issubclass(model, Component):
-        return own + list(options_class(model.package, values.get("name", "")).model_fields)
+        return own + list(options_class(model.kind, values.get("name", "")).model_fields)
     return own

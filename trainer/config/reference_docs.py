@@ -3,17 +3,20 @@
 import json
 import re
 from collections.abc import Iterator
-from importlib import import_module
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from rewards.config import builtin_rewards
+from llmquest_rl.data.datasets import DATASETS
+from llmquest_rl.data.tasks import TASKS
+from llmquest_rl.loader import ComponentKind
+from rewards.builtin import REWARDS
+from rollout.engines import ENGINES
 from trainer.config.schema import Config
-from trainer.config.sections import Component, component_names, section_class
+from trainer.config.sections import OBJECTIVES, Component, section_class
 
 INTRODUCTION = """# Configuration reference
 
@@ -27,7 +30,14 @@ any process starts; `llmquest-rl train CONFIG --dry-run` checks the data, the mo
 
 The run folder holds the resolved configuration with every value as `config.yaml`. That file is a recipe, too.
 """
-PACKAGES = {"task": "llmquest_rl.data.tasks", "dataset": "llmquest_rl.data.datasets"}
+KINDS: dict[str, ComponentKind] = {
+    "task: {{name: {}}}": TASKS,
+    "dataset: {{name: {}}}": DATASETS,
+    "objective: {{name: {}}}": OBJECTIVES,
+    "engine: {{name: {}}}": ENGINES,
+    "rewards: [{{name: {}}}]": REWARDS,
+}
+"""Kinds of components, by how a component is named in YAML."""
 
 
 def reference() -> str:
@@ -53,16 +63,13 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _components() -> Iterator[str]:
-    """The options of every built-in component: tasks, data sets, objectives, engines and rewards."""
-    for key, package in (*PACKAGES.items(), ("objective", "llmquest_rl.objectives"), ("engine", "rollout.engines")):
-        for name in component_names(package):
-            yield from _component(f"{key}: {{name: {name}}}", f"{package}.{name}")
-    for name in builtin_rewards():
-        yield from _component(f"rewards: [{{name: {name}}}]", f"rewards.builtin.{name}")
+    """The options of every built-in component."""
+    for title, kind in KINDS.items():
+        for name in kind.names():
+            yield from _component(title.format(name), kind.module(name))
 
 
-def _component(title: str, module_name: str) -> Iterator[str]:
-    module = import_module(module_name)
+def _component(title: str, module: ModuleType) -> Iterator[str]:
     yield from ("", f"### `{title}`", "", (module.__doc__ or "").partition("\n")[0], "")
     options: type[BaseModel] | None = getattr(module, "Config", None)
     if options is not None and options.model_fields:

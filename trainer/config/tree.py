@@ -6,11 +6,12 @@ another `name` are replaced as a whole.
 
 import re
 from collections.abc import Hashable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from llmquest_rl.loader import did_you_mean
 
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"
@@ -156,7 +157,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         folder = path.parent if path.parent.is_dir() else Path("configs")
-        near = neighbours(str(path), sorted(str(sibling) for sibling in folder.glob("*.yaml")))
+        near = did_you_mean(str(path), sorted(str(sibling) for sibling in folder.glob("*.yaml")))
         raise ConfigError([f"{path}: there is no such file{near}"]) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: not a valid YAML file: {error}"]) from error
@@ -169,11 +170,3 @@ def describe_value(value: Any) -> str:
     """Text that names a value in an error message."""
     kinds = {dict: "a section", list: "a list", type(None): "null"}
     return kinds.get(type(value), repr(value))
-
-
-def neighbours(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: similar known words, or else all of them."""
-    near = get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; there are: {', '.join(known)}" if known else ""

@@ -4,25 +4,22 @@ A recipe is a file `configs/papers/<name>.yaml`, which may `inherit` from anothe
 and each arm changes some of its keys. The first lines describe the paper's result and that of the small version.
 """
 
-import pkgutil
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 from trainer.config.load import parse_config
 from trainer.config.schema import Config
 from trainer.config.tree import ConfigError, ConfigTree
-from trainer.papers import measures
 from trainer.papers.claims import Claim
 from trainer.papers.figure import Panel
-from trainer.papers.measures import Labels
+from trainer.papers.measures import MEASURES, Labels
 
 FOLDER = Path("configs/papers")
-MEASURES = tuple(info.name for info in pkgutil.iter_modules(measures.__path__))
 START = "start"
 """Name of the runs that pretrain start models."""
 
@@ -63,9 +60,9 @@ class Recipe(Options):
     claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        if self.measure is not None and self.measure not in MEASURES:
-            raise ValueError(f"measure: {self.measure!r} does not exist; there are: {', '.join(MEASURES)}")
+    def _names_what_there_is(self) -> Self:
+        if self.measure is not None:
+            MEASURES.module(self.measure)
         named = {arm for panel in self.panels for arm in panel.arms}
         named |= {arm for claim in self.claims for arm in (claim.arm, getattr(claim, "than", claim.arm))}
         known = set(self.arms) | self._measured()
@@ -89,7 +86,7 @@ class Recipe(Options):
     def _measured(self) -> set[str]:
         if self.measure is None:
             return set()
-        labels: Labels = import_module(f"{measures.__name__}.{self.measure}").labels
+        labels: Labels = MEASURES.module(self.measure).labels
         return labels(self.arms)
 
 
@@ -121,8 +118,10 @@ def find_recipe(name: str, folder: Path = FOLDER) -> Path:
     if path.suffix == ".yaml" and path.is_file():
         return path
     if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-        raise ValueError(f"there is no recipe {name!r} in {folder.absolute()}; there are: {known}")
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        raise ValueError(
+            f"there is no recipe {name!r} in {folder.absolute()}{did_you_mean(name, known, list_all=True)}"
+        )
     return folder / f"{name}.yaml"
 
 

@@ -4,13 +4,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trainer.papers.claims import Verdict, check
 from trainer.papers.figure import draw_figure
-from trainer.papers.measures import Measure, Trained
+from trainer.papers.measures import MEASURES, Measure, Trained
 from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
 from trainer.papers.runs import run_all
 from trainer.papers.series import Results, summary, with_cumulative_sums
@@ -75,7 +74,7 @@ def _with_runs(
     for (arm, seed), name in names.items():
         results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
     if recipe.measure is not None:
-        measure: Measure = import_module(f"trainer.papers.measures.{recipe.measure}").measure
+        measure: Measure = MEASURES.module(recipe.measure).measure
         for seed in range(seeds):
             own = {arm: configs[arm, seed] for arm in recipe.arms}
             trained = Trained(seed, start, own, {arm: by_name[names[arm, seed]] for arm in recipe.arms})

@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from llmquest_rl.loader import did_you_mean
 from trainer.run.folder import RunFolder
 from trainer.run.tracking import JsonLines
 
@@ -118,8 +118,7 @@ def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
     chosen = list(metrics) or [key for key in PANELS if key in present]
     for key in chosen:
         if key not in present:
-            close = get_close_matches(key, present, n=3) or sorted(present)
-            raise ValueError(f"no run has the metric {key!r}; did you mean {', '.join(close)}?")
+            raise ValueError(f"no run has the metric {key!r}{did_you_mean(key, sorted(present))}")
     if not chosen:
         raise ValueError(f"these runs have none of {', '.join(PANELS)}; choose from {', '.join(sorted(present))}")
     return chosen

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.pairs import conversation_ids, group_for_scoring
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.data.tokenizer import PromptRenderer, load_tokenizer, prompt_renderer
 from llmquest_rl.models.checkpoint.hub import check_model_files
@@ -96,7 +96,7 @@ class RewardModelWorker:
         Raises:
             DataError: the chat template refuses the prompt, or it is too long.
         """
-        ids = judged_ids({"prompt": item.prompt, "completion": item.completion}, self.renderer)
+        ids = conversation_ids({"prompt": item.prompt, "completion": item.completion}, self.renderer)
         if len(ids) > self.max_tokens:
             raise DataError(
                 f"prompt and completion are {len(ids)} tokens, the reward model judges {self.max_tokens} at most"
@@ -132,6 +132,6 @@ class RewardModelWorker:
         """Neighbours with the same prompt together; the token field `items` has their numbers."""
         for _, numbers in groupby(sequences, key=lambda number: items[number].prompt):
             group = list(numbers)
-            sequence_group = judged_together([sequences[number] for number in group])
+            sequence_group = group_for_scoring([sequences[number] for number in group])
             places = [[float(n)] * len(ids) for n, ids in zip(group, sequence_group.completions, strict=True)]
             yield sequence_group.with_token_field("items", places)

@@ -1,1 +1,8 @@
-"""Supervised data sets by name: each file has `class Config(Options)` and `load(config, context) -> SupervisedData`."""
+"""Supervised data sets by name: each file has `class Config(Options)` and `load(config, context) -> SupervisedData`.
+
+May import the other files of `llmquest_rl.data`.
+"""
+
+from llmquest_rl.loader import ComponentKind
+
+DATASETS = ComponentKind("a data set", __name__, ("load",))

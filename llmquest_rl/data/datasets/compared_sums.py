@@ -1,7 +1,7 @@
-"""Preference pairs of worked sums, made and not read: of two replies to a sum the right one is chosen.
+"""Generated preference pairs of worked sums: of two replies to a sum, the right one is chosen.
 
-Both are written as the data set `worked_sums` writes them, but that answers given at once are wrong now and then, as
-those of a model of that text are: what a judge can learn here is when to trust a reply.
+The replies are those of the data set `worked_sums`, except that some of the answers given at once are wrong, like those
+of a model trained on it. A reward model can learn from them when to trust a reply.
 """
 
 import random
@@ -14,18 +14,18 @@ from llmquest_rl.data.rows import DataError, Rows
 from llmquest_rl.data.tasks import arithmetic
 
 MAX_REPLIES = 1000
-"""Written for one sum in search of a right and a wrong one."""
+"""Maximum number of replies written for one sum to find a right one and a wrong one."""
 
 
 class Config(worked_sums.Config):
-    """Which sums, and how they are worked: as `worked_sums`; `rows` counts pairs."""
+    """The options of `worked_sums`; `rows` counts pairs."""
 
     direct_error_rate: worked_sums.Share = 0.5
-    """Share of the answers at once in which one digit is wrong."""
+    """Share of the answers given at once in which one digit is wrong."""
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set: its problems are those of the task `arithmetic` with the same seed and sizes.
+    """Load the data set: its problems are those of the task `arithmetic` with the same seed and sizes.
 
     Raises:
         DataError: with these options no reply is right, or none is wrong.

@@ -1,11 +1,11 @@
 """Texts or images with a label, for classifiers: from files, the Hub, or a task whose answers are the labels.
 
-A text is encoded as the tokenizer does by itself (`tokenizer.encode(text)`, which adds a beginning-of-sequence token
-where the family has one), without chat template or system prompt and without an end-of-sequence token: as classifiers
-are used with transformers, where the end-of-sequence token often is the padding that pooling skips. Messages go through
-the chat template. The label is the target of the last token; it counts as a token of the sequence.
+A text is encoded with `tokenizer.encode(text)`, which adds a beginning-of-sequence token if the family has one. No chat
+template, system prompt or end-of-sequence token is added, as is usual for classifiers with transformers: there the
+end-of-sequence token often is the padding that pooling skips. Messages go through the chat template. The label is the
+target of the last token; it counts as a token of the sequence.
 
-A model that reads images alone is given the row's image, and nothing of its text (the question of a task).
+A model that reads images alone is given the row's image and not its text (e.g. the question of a task).
 """
 
 import json
@@ -22,12 +22,12 @@ from llmquest_rl.types import ImageFormat, Message
 
 
 class Columns(Options):
-    """Which column is what. A row has a text, messages or an image, and a label."""
+    """The role of each column. A row has a text, messages or an image, and a label."""
 
     text: str = "text"
-    """A string."""
+    """The text, a string."""
     messages: str = "messages"
-    """A conversation, judged as a whole."""
+    """A conversation, classified as a whole."""
     images: str | None = None
     """The image, for a model that reads images alone; null = texts."""
     label: str = "label"
@@ -35,17 +35,18 @@ class Columns(Options):
 
 
 class Config(RowSource):
-    """Where the rows are."""
+    """The place of the rows."""
 
     columns: Columns = Columns()
     """The column mapping."""
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set.
+    """Load the data set.
 
     Raises:
-        DataError: the objective has no labels, no such file, or a malformed row where those are errors.
+        DataError: the objective has no labels, a file is missing, or a row is malformed and `data.malformed_rows` is
+            `error`.
     """
     return read_source("labelled", config, config.columns, _answer, labels_of(context), context)
 
@@ -63,7 +64,7 @@ def labels_of(context: DatasetContext) -> RowKind:
     """
     if not context.labels:
         raise DataError(
-            "the data set `labelled` gives each sequence a label, but the objective tells none apart: take an "
+            "the data set `labelled` gives each sequence a label, but the objective has no labels: choose an "
             "objective with labels, e.g. `objective: {name: classify, labels: [no, yes]}`"
         )
     numbers = {name: i for i, name in enumerate(context.labels)}
@@ -94,7 +95,7 @@ def _image_kind(numbers: Mapping[str, int], shape: ImageFormat) -> RowKind:
     def group(row: Fields) -> SequenceGroup:
         return SequenceGroup([shape.token_id] * shape.tokens, [[_number(row, numbers)]])
 
-    return RowKind(check, group, lambda row: "")  # the image alone says which rows are the same
+    return RowKind(check, group, lambda row: "")  # rows with the same image are the same question
 
 
 def _number(row: Fields, numbers: Mapping[str, int]) -> int:
@@ -115,7 +116,7 @@ def _check_text(row: Fields) -> str | None:
 
 
 def _check_label(row: Fields, numbers: Mapping[str, int]) -> str | None:
-    """A number is one of the Hub's ClassLabel; true and false are no numbers."""
+    """A number is a class of the Hub's ClassLabel; true and false do not count as numbers."""
     label: Any = row.get("label")
     is_number = isinstance(label, int) and not isinstance(label, bool)
     if label in range(len(numbers)) if is_number else isinstance(label, str) and label in numbers:
@@ -132,5 +133,5 @@ def _ids(row: Fields, renderer: PromptRenderer) -> list[int]:
 
 
 def _question(row: Fields) -> str:
-    """The whole of what is judged."""
+    """The whole input of the classifier."""
     return json.dumps(row["messages"], sort_keys=True) if "messages" in row else str(row["text"]).strip()

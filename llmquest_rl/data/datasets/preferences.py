@@ -1,10 +1,10 @@
-"""Preference pairs: two replies to the same prompt, of which people, or a rule, chose one. From files or the Hub.
+"""Preference pairs from files or the Hub: two replies to one prompt, one of which people (or a rule) preferred.
 
 Three forms of rows are read:
 
-* `prompt`, `chosen` and `rejected`: the replies are strings, or lists of messages that the prompt's are followed by;
-* `chosen` and `rejected` as whole conversations, lists of messages with a common beginning;
-* the same as texts, "\\n\\nHuman: ...\\n\\nAssistant: ...", the form of Anthropic's HH (Bai et al. 2022,
+* `prompt`, `chosen` and `rejected`: the replies are strings, or lists of messages that follow the prompt's;
+* `chosen` and `rejected`: whole conversations, as lists of messages with a common beginning;
+* the same conversations as texts, "\\n\\nHuman: ...\\n\\nAssistant: ...", the form of Anthropic's HH (Bai et al. 2022,
   arXiv:2204.05862).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import read_rows
-from llmquest_rl.data.pairs import judged_ids, judged_together
+from llmquest_rl.data.pairs import conversation_ids, group_for_scoring
 from llmquest_rl.data.row_source import Location
 from llmquest_rl.data.rows import DataError, check_message, check_prompt, question_key
 from llmquest_rl.data.template import fill, placeholders
@@ -29,20 +29,20 @@ REPLIES = ("chosen", "rejected")
 
 
 class Columns(Options):
-    """Which column is what."""
+    """The role of each column."""
 
     prompt: str = "prompt"
-    """A string, or a list of chat messages; a table of whole conversations needs none."""
+    """A string, or a list of chat messages; whole conversations need no such column."""
     chosen: str = "chosen"
     """The better reply, or the conversation that ends with it."""
     rejected: str = "rejected"
-    """The other one."""
+    """The worse reply, or the conversation that ends with it."""
     margin: str = "margin"
-    """How much better, a number that the scores shall differ by; a table without this column has no margins."""
+    """The number by which the two scores should differ at least; a table without this column has no margins."""
 
 
 class Config(Location):
-    """Where the pairs are, and how they are read."""
+    """The place of the pairs, and the way they are read."""
 
     path: str
     """A file, a glob pattern, or a Hub id such as `Anthropic/hh-rlhf`."""
@@ -53,20 +53,20 @@ class Config(Location):
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set: groups of two completions, the chosen one first, and a token field `margins` where rows have one.
+    """Load the data set: groups of two completions, the chosen one first, and a token field `margins` if rows have one.
 
     Raises:
-        DataError: no such file or column, or a malformed row where those are errors.
+        DataError: a file or column is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     sides = config.sides(config.path, lambda path, split: _rows(config, path, split, context))
     return rows_data(f"preferences/{config.path}", *sides, pairs(context.renderer), context)
 
 
 def pairs(renderer: PromptRenderer) -> RowKind:
-    """Rows of two replies."""
+    """The kind of rows that have two replies."""
 
     def group(row: Fields) -> Any:
-        made = judged_together([judged_ids(conversation(row, reply), renderer) for reply in REPLIES])
+        made = group_for_scoring([conversation_ids(conversation(row, reply), renderer) for reply in REPLIES])
         if "margin" not in row:
             return made
         return made.with_token_field("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
@@ -75,7 +75,7 @@ def pairs(renderer: PromptRenderer) -> RowKind:
 
 
 def conversation(row: Fields, reply: str) -> Fields:
-    """What `judged_ids` takes, of one of the replies of a usable row."""
+    """The row of one conversation, as `conversation_ids` takes it: the prompt with one of its two replies."""
     said = row[reply]
     if isinstance(said, str):
         return {"prompt": row["prompt"], "completion": said} if "prompt" in row else {"messages": dialogue(said)}
@@ -83,7 +83,7 @@ def conversation(row: Fields, reply: str) -> Fields:
 
 
 def dialogue(text: str) -> list[Message]:
-    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." ; none where a text does not have this form.
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." ; empty if the text does not have this form.
 
     Its turns alternate, begin with the human's and end with the assistant's.
     """
@@ -113,7 +113,7 @@ def _rows(config: Config, path: str, split: str, context: DatasetContext) -> Ite
 
 
 def _check_columns(config: Config, where: str, record: Mapping[str, Any]) -> None:
-    """A mapping that fits not even the first row is the user's mistake, not a malformed row."""
+    """Refuse a mapping that does not fit the first row: that is a mistake in the configuration, not in the row."""
     roles = ("chosen", "rejected") if config.columns.prompt == "prompt" else ("prompt", "chosen", "rejected")
     wanted = [(f"columns.{role}", getattr(config.columns, role)) for role in roles]
     wanted += [("template", name) for name in placeholders(config.template) if name != "prompt"]
@@ -123,7 +123,7 @@ def _check_columns(config: Config, where: str, record: Mapping[str, Any]) -> Non
 
 
 def _problem(row: Fields) -> str | None:
-    """What makes a row unusable, or None."""
+    """The reason why a row is unusable, or None."""
     wrong_prompt = check_prompt(row["prompt"]) if "prompt" in row else None
     problems = (problem for reply in REPLIES if (problem := _reply_problem(row, reply)))
     problem = wrong_prompt or next(problems, None)
@@ -159,7 +159,7 @@ def _reply_problem(row: Fields, reply: str) -> str | None:
 
 
 def _question(row: Fields) -> str:
-    """The prompt, or the first thing that the user says."""
+    """The prompt, or the first message of the user."""
     if "prompt" in row:
         return question_key(row["prompt"])
     messages = conversation(row, "chosen")["messages"]

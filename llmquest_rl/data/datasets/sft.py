@@ -7,20 +7,20 @@ from llmquest_rl.options import Options
 
 
 class Columns(Options):
-    """Which column is what. A row has messages, or a prompt and a completion."""
+    """The role of each column. A row has messages, or a prompt and a completion."""
 
     prompt: str = "prompt"
     """A string, or a list of chat messages."""
     completion: str = "completion"
     """The reply to learn: a string, or a list of messages that ends with the assistant's."""
     messages: str = "messages"
-    """A conversation of any number of turns; the loss falls on the assistant's."""
+    """A conversation of any number of turns; the loss covers the assistant's messages."""
     images: str | None = None
-    """What the prompt shows: one image, or a list of them; null = nothing."""
+    """Images of the prompt: one, or a list of them; null = none."""
 
 
 class Config(RowSource):
-    """Where the rows are, and which of their tokens are learnt."""
+    """The place of the rows, and the tokens that are learnt."""
 
     columns: Columns = Columns()
     """The column mapping."""
@@ -29,10 +29,10 @@ class Config(RowSource):
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set.
+    """Load the data set.
 
     Raises:
-        DataError: no such file, or a malformed row where those are errors.
+        DataError: a file is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     kind = replies(context.renderer, config.mask_prompt)
     return read_source("sft", config, config.columns, _gold_answer, kind, context)

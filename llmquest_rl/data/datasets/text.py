@@ -1,7 +1,7 @@
 """Pretraining on text: documents are joined, each followed by the end-of-sequence token, and cut into blocks.
 
-A block may hold the end of one document and the beginning of others, and attention does not stop at their borders, as
-is usual. Whole documents go to the training or to the validation side.
+A block may hold the end of one document and the beginning of others. Attention crosses their borders, as is usual in
+pretraining. A document is either trained on or validated on as a whole.
 """
 
 import sysconfig
@@ -21,32 +21,32 @@ from llmquest_rl.data.rows import DataError, held_out_keys
 from llmquest_rl.options import Options
 
 Document = tuple[str, str]
-"""Where it stands, and its text."""
+"""The place of a document (`file:line`), and its text."""
 
 
 class Config(Options):
-    """Where the text is."""
+    """The place of the text."""
 
     path: str | tuple[str, ...] = "{stdlib}/*.py"
     """Text files, or files of rows (jsonl, json, csv, parquet), or a Hub id; glob patterns and lists are allowed.
-    `{stdlib}` stands for the folder of Python's own standard library: text that is on every machine."""
+    `{stdlib}` is replaced by the folder of Python's own standard library, which every machine has."""
     subset: str | None = None
     """Hub only: the data set's configuration name."""
     split: str = "train"
     """Hub only: the split to read."""
     text_column: str = "text"
-    """Of files of rows: the column with the text. One row is one document; a text file is one document."""
+    """The column with the text in files of rows. A row is one document, and so is a text file."""
     validation_path: str | tuple[str, ...] | None = None
-    """Files of their own for the validation loss; null = a share of the documents."""
+    """Separate files for the validation loss; null = a share of the documents."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the documents set aside otherwise, at least one; a seeded hash of the document chooses."""
+    """Share of the documents set aside without `validation_path`, at least one; a seeded hash chooses them."""
     max_documents: PositiveInt | None = None
-    """Read no more than the first so many documents; null = all."""
+    """Maximum number of documents that are read; null = all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks(Sequence[SequenceGroup]):
-    """Consecutive blocks of one long row of tokens; the last may be shorter."""
+    """Consecutive blocks of one long sequence of tokens; the last may be shorter."""
 
     tokens: NDArray[np.int32]
     length: int
@@ -67,10 +67,10 @@ class Blocks(Sequence[SequenceGroup]):
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set.
+    """Load the data set.
 
     Raises:
-        DataError: no such file, no text in it, or a malformed row where those are errors.
+        DataError: a file is missing or holds no text, or a row is malformed and `data.malformed_rows` is `error`.
     """
     documents = _limited(_documents(config, config.path, context), config.max_documents)
     if config.validation_path is None:

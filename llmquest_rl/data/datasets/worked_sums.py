@@ -1,8 +1,8 @@
-"""Sums with their working, digit by digit: what a small model is taught before reinforcement learning.
+"""Sums worked digit by digit: text that teaches a small model to add, before reinforcement learning.
 
 A reply is the answer at once (`#93`), or the columns from the right with their carries and then the answer
-(`7+6=13;1+7+1=9;#93`). Columns are wrong now and then, and what follows is consistent with the error, so that a model
-of this text is right only part of the time, has several ways to answer, and room to choose the better one.
+(`7+6=13;1+7+1=9;#93`). Some columns are wrong, and the rest of the reply follows from the error. A model of this text
+is therefore right only part of the time and has several ways to answer: reinforcement learning can favour the better.
 """
 
 import random
@@ -22,31 +22,31 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Config(Options):
-    """Which sums, and how they are worked."""
+    """The sums, and the way they are worked."""
 
     digits: PositiveInt = 3
     """Decimal digits of both operands."""
     template: str = "{question}="
-    """The prompt, as that of the task `arithmetic`."""
+    """The prompt, as in the task `arithmetic`."""
     held_out: PositiveInt = 100
-    """As of the task `arithmetic`: problems that are not trained on; they are the validation set."""
+    """Distinct problems set aside as the validation set, as in the task `arithmetic`."""
     rows: PositiveInt = 20000
-    """Training rows."""
+    """Number of training rows."""
     direct_share: Share = 0.3
-    """Share of the replies that are the answer at once."""
+    """Share of the replies that give the answer at once."""
     error_rate: Share = 0.1
     """Share of the worked columns that are off by one."""
     doubt: Share = 0.0
-    """Chance that a wrong column is marked with `?`: the writer has seen it, and goes on all the same."""
+    """Probability that a wrong column is marked with `?`, as by a writer who notices the error but goes on."""
     pause: BelowOne = 0.0
-    """Chance that a worked reply pauses (`.`) before its answer, and once more after each pause: lengths that have
-    nothing to do with the answer."""
+    """Probability that a worked reply pauses (`.`) before its answer, and again after each pause. The lengths of such
+    replies are independent of the answer."""
     pause_after_error: BelowOne = 0.0
-    """The same where a column was wrong: a writer who hesitates."""
+    """The same probability in replies with a wrong column, as by a writer who hesitates."""
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
-    """The data set: its problems are those of the task `arithmetic` with the same seed and sizes."""
+    """Load the data set: its problems are those of the task `arithmetic` with the same seed and sizes."""
     options = arithmetic.Config(digits=config.digits, template=config.template, held_out=config.held_out)
     task = arithmetic.load(options, context.seed, context.malformed)
     train = _rows(task.train, config.rows, config)
@@ -61,7 +61,7 @@ def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedRow]:
 
 
 def reply(left: str, right: str, rng: random.Random, config: Config) -> str:
-    """One way of answering `left + right`."""
+    """One reply to `left + right`."""
     if rng.random() < config.direct_share:
         return f"#{int(left) + int(right)}"
     columns, answer, carry, erred = "", "", 0, False

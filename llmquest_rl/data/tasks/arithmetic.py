@@ -1,4 +1,4 @@
-"""Sums that are made, not read: endless, offline, and easy enough for a small model to improve on within minutes."""
+"""Generated sums: endless, offline, and easy enough for a small model to improve on within minutes."""
 
 import random
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ Operation = Literal["+", "-", "*"]
 
 
 class Config(Options):
-    """Which sums, and how they are asked."""
+    """The sums, and the prompt that asks for them."""
 
     digits: PositiveInt = 2
     """Decimal digits of every operand; one-digit operands include 0."""
     terms: PositiveInt = 2
     """Operands of each sum, at least 2."""
     operations: tuple[Operation, ...] = ("+",)
-    """Drawn from for every place between two operands; `*` binds first, as usual."""
+    """Operations to draw from, for every place between two operands; `*` binds first, as usual."""
     template: str = "What is {question}? Reply with the number only."
-    """The prompt; `{question}` becomes the sum, e.g. `12 + 7`."""
+    """The prompt; `{question}` is replaced by the sum, e.g. `12 + 7`."""
     held_out: PositiveInt = 100
-    """Distinct problems set aside for evaluation; of small spaces (one-digit sums) at most a quarter."""
+    """Distinct problems set aside for evaluation; at most a quarter of a small space (one-digit sums)."""
 
     @field_validator("terms")
     @classmethod
@@ -61,7 +61,7 @@ def evaluate(operands: Sequence[int], operators: Sequence[str]) -> int:
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task. Sums that differ only in the order of their operands are one problem: 3 + 5 is held out with 5 + 3."""
+    """Open the task. Sums that differ in the order of their operands only are one problem, e.g. 3 + 5 and 5 + 3."""
     low = 0 if config.digits == 1 else 10 ** (config.digits - 1)
     high = 10**config.digits - 1
 

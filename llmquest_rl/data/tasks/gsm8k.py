@@ -6,7 +6,7 @@ from llmquest_rl.data.tasks import table
 
 
 class Config(table.Config):
-    """Every option of `table`; by default from the Hub, trained on `train` and evaluated on `test`."""
+    """The options of `table`; by default the Hub's split `train` is trained on and `test` is evaluated."""
 
     path: str = "openai/gsm8k"
     """A Hub id, or a file with the rows to train on."""
@@ -21,9 +21,9 @@ class Config(table.Config):
     answer_after: str | None = "####"
     """GSM8K writes the number after its worked solution and this mark."""
     answer_remove: str = ","
-    """Thousands separators."""
+    """Characters taken out of the gold answer: thousands separators."""
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task; see `table.read_task`."""
+    """Open the task; see `table.read_task`."""
     return table.read_task("gsm8k", config, seed, malformed)

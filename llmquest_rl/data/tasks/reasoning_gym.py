@@ -1,12 +1,11 @@
 """Endless problems of reasoning-gym's generators (Stojanovski et al. 2025, arXiv:2505.24760), made offline.
 
-Each row has the column `entry`, reasoning-gym's own dict of question, answer and metadata, by which the reward
-`reasoning_gym` scores a completion.
+Each row has the column `entry`: reasoning-gym's own dict of question, answer and metadata. The reward `reasoning_gym`
+needs it to score a completion.
 """
 
 import random
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from llmquest_rl.compat.reasoning_gym import import_reasoning_gym
 from llmquest_rl.data.rows import DataError, MalformedRows, Row
 from llmquest_rl.data.task import Draw, Task, generated_task
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 
 CHUNK = 500
@@ -27,24 +27,24 @@ class Part(Options):
     dataset: str
     """Its name in reasoning-gym, e.g. `chain_sum`."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Of its generator, e.g. `{min_terms: 2, max_terms: 3}`."""
+    """Parameters of its generator, e.g. `{min_terms: 2, max_terms: 3}`."""
     weight: PositiveFloat = 1.0
-    """How often it is drawn from, relative to the others."""
+    """Relative frequency with which problems are drawn from it."""
 
 
 class Config(Options):
-    """Which generators, and how their questions are asked."""
+    """The generators, and the prompt that asks their questions."""
 
     dataset: str | None = None
     """Name of one data set, e.g. `chain_sum`; or give several as `datasets`."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Of the one data set's generator."""
+    """Parameters of the generator of `dataset`."""
     datasets: tuple[Part, ...] = ()
     """Several data sets, drawn from by weight."""
     template: str = "{question}"
-    """The prompt; `{question}` becomes the question."""
+    """The prompt; `{question}` is replaced by the question."""
     held_out: PositiveInt = 100
-    """Distinct questions set aside for evaluation; of small spaces at most a quarter of those found."""
+    """Distinct questions set aside for evaluation; at most a quarter of those found in a small space."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "Config":
@@ -63,10 +63,10 @@ class Config(Options):
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task.
+    """Open the task.
 
     Raises:
-        DataError: an unknown data set, or parameters that its generator refuses.
+        DataError: a data set is unknown, or its generator refuses the parameters.
     """
     parts = config.parts
     items = [_generator(part, seed, i) for i, part in enumerate(parts)]
@@ -89,9 +89,7 @@ def _generator(part: Part, seed: int, number: int) -> Callable[[int], dict[str, 
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if part.dataset not in DATASETS:
-        near = get_close_matches(part.dataset, DATASETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(DATASETS))}"
-        raise DataError(f"reasoning-gym has no data set {part.dataset!r}: {hint}")
+        raise DataError(f"reasoning-gym has no data set {part.dataset!r}{did_you_mean(part.dataset, sorted(DATASETS))}")
     reserved = {"seed", "size"} & part.parameters.keys()
     if reserved:
         raise DataError(

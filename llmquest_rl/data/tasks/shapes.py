@@ -1,7 +1,7 @@
 """Questions about small pictures of coloured shapes: generated, endless, offline, with one-word answers.
 
-A picture is drawn by a program that knows what is in it, as in CLEVR (Johnson et al. 2017, arXiv:1612.06890, section
-3), with circles, squares and triangles on a plane in place of rendered solids.
+The program that draws a picture also knows its content, as in CLEVR (Johnson et al. 2017, arXiv:1612.06890, section
+3). Here the solids are circles, squares and triangles on a plane.
 """
 
 import math
@@ -28,27 +28,27 @@ COLOURS: dict[Colour, RGB] = {
     "yellow": (240, 220, 40),
     "white": (255, 255, 255),
 }
-"""Of the shapes, on black."""
+"""Colours of the shapes; the background is black."""
 SMALLEST_CELL = 8
-"""Pixels: in less room than that shapes look alike."""
+"""Pixels; in a smaller cell the shapes cannot be told apart."""
 
 
 class Config(Options):
-    """Which pictures, and what is asked about them."""
+    """The pictures, and the questions about them."""
 
     ask: Literal["colour", "shape", "count"] = "count"
-    """The colour or the kind of the only shape of a picture, or how many shapes of one kind there are."""
+    """The question: the colour of the only shape, the kind of the only shape, or the number of shapes of one kind."""
     size: PositiveInt = 32
-    """Height and width of a picture in pixels; models resize it to what they read."""
+    """Height and width of a picture in pixels; it is resized to the size that the model reads."""
     most: PositiveInt = 4
-    """Most shapes in a picture whose shapes are counted; the answer lies between 0 and this."""
+    """Maximum number of shapes in a picture with the question `count`; the answer lies between 0 and this."""
     shapes: tuple[Shape, ...] = ("circle", "square", "triangle")
-    """What is drawn."""
+    """Kinds of shapes that are drawn."""
     colours: tuple[Colour, ...] = ("red", "green", "blue", "yellow")
-    """In which colours; besides these there is `white`."""
+    """Colours of the shapes; `white` is available, too."""
     template: str = "{question}"
-    """The prompt; `{question}` becomes the question. `<image>` in it marks the picture's place; otherwise it comes
-    first."""
+    """The prompt; `{question}` is replaced by the question. `<image>` marks the place of the picture, which otherwise
+    comes first."""
     held_out: PositiveInt = 100
     """Distinct pictures set aside for evaluation."""
 
@@ -72,7 +72,7 @@ class Config(Options):
 
     @property
     def cells(self) -> int:
-        """Cells in a row and in a column of a picture: each holds one shape at most."""
+        """Number of cells in each row and column of a picture; a cell holds one shape at most."""
         return math.ceil(math.sqrt(self.most)) if self.ask == "count" else 1
 
 
@@ -86,31 +86,31 @@ class Drawn:
     y: int
     """The centre, in pixels."""
     radius: int
-    """Half of its width and height, in pixels."""
+    """Half of the width and of the height, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """A picture with its question."""
+class Question:
+    """A picture with a question about it."""
 
     drawn: list[Drawn]
-    question: str
+    text: str
     answer: str
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task. The same question about another picture is another problem.
+    """Open the task. The same question about another picture is another problem.
 
     Raises:
-        DataError: there is a single picture only.
+        DataError: the options allow a single picture only.
     """
     make = ASK[config.ask]
 
     def draw(index: int) -> Draw:
-        problem = make(config, random.Random(f"{seed}/{index}"))
-        prompt = config.template.replace("{question}", problem.question)
-        row = Row(str(index), prompt, problem.answer, images=(picture(problem.drawn, config.size),))
-        return Draw(row, f"{problem.question} {sorted(problem.drawn)}")
+        question = make(config, random.Random(f"{seed}/{index}"))
+        prompt = config.template.replace("{question}", question.text)
+        row = Row(str(index), prompt, question.answer, images=(picture(question.drawn, config.size),))
+        return Draw(row, f"{question.text} {sorted(question.drawn)}")
 
     try:
         return generated_task("shapes", draw, config.held_out, seed)
@@ -152,18 +152,18 @@ def _only_shape(config: Config, rng: random.Random) -> Drawn:
     return _place(rng.choice(config.shapes), 0, config, rng)
 
 
-def _colour(config: Config, rng: random.Random) -> Problem:
+def _colour(config: Config, rng: random.Random) -> Question:
     only = _only_shape(config, rng)
-    return Problem([only], "What colour is the shape? Reply with the colour only.", only.colour)
+    return Question([only], "What colour is the shape? Reply with the colour only.", only.colour)
 
 
-def _shape(config: Config, rng: random.Random) -> Problem:
+def _shape(config: Config, rng: random.Random) -> Question:
     only = _only_shape(config, rng)
-    return Problem([only], "Which shape is this? Reply with one word.", only.shape)
+    return Question([only], "Which shape is this? Reply with one word.", only.shape)
 
 
-def _count(config: Config, rng: random.Random) -> Problem:
-    """Every answer is equally likely; what is left of the room is shared with shapes of other kinds."""
+def _count(config: Config, rng: random.Random) -> Question:
+    """A question with equally likely answers; shapes of other kinds take part of the remaining room."""
     asked = rng.choice(config.shapes)
     others = [shape for shape in config.shapes if shape != asked]
     answer = rng.randint(0, config.most)
@@ -171,10 +171,10 @@ def _count(config: Config, rng: random.Random) -> Problem:
     shapes = [asked] * answer + [rng.choice(others) for _ in range(rest)]
     cells = rng.sample(range(config.cells**2), len(shapes))
     drawn = [_place(shape, cell, config, rng) for shape, cell in zip(shapes, cells, strict=True)]
-    return Problem(drawn, f"How many {asked}s are there? Reply with the number only.", str(answer))
+    return Question(drawn, f"How many {asked}s are there? Reply with the number only.", str(answer))
 
 
-ASK: dict[str, Callable[[Config, random.Random], Problem]] = {"colour": _colour, "shape": _shape, "count": _count}
+ASK: dict[str, Callable[[Config, random.Random], Question]] = {"colour": _colour, "shape": _shape, "count": _count}
 
 
 def _place(shape: Shape, cell: int, config: Config, rng: random.Random) -> Drawn:

@@ -14,18 +14,18 @@ from llmquest_rl.options import Options
 
 
 class Columns(Options):
-    """Which column is what. Every other column is given to the rewards under its own name."""
+    """The role of each column. Every other column is given to the rewards under its own name."""
 
     prompt: str = "prompt"
     """The question: a string, or a list of chat messages."""
     answer: str | None = "answer"
     """The gold answer; null = the rewards need none."""
     images: str | None = None
-    """What the prompt shows: one image, or a list of them; null = nothing."""
+    """Images of the prompt: one, or a list of them; null = none."""
 
 
 class Config(Options):
-    """Where the rows are, and how they are read."""
+    """The place of the rows, and the way they are read."""
 
     path: str
     """A file, a glob pattern, or a Hub id such as `openai/gsm8k`."""
@@ -34,31 +34,31 @@ class Config(Options):
     split: str = "train"
     """Hub only: the split to train on."""
     held_out_path: str | None = None
-    """A file of its own for evaluation; null = `held_out_split` of a Hub data set, else a share of the rows."""
+    """A separate file for evaluation; null = `held_out_split` of a Hub data set, or else a share of the rows."""
     held_out_split: str | None = None
     """Hub only: the split to evaluate on."""
     held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the distinct questions set aside otherwise; a seeded hash of the question chooses."""
+    """Share of the distinct questions set aside if neither is given; a seeded hash of the question chooses them."""
     columns: Columns = Columns()
     """The column mapping."""
     template: str = "{prompt}"
     """The prompt; `{prompt}` and further columns in braces are replaced. Prompts of messages stay as they are."""
     answer_after: str | None = None
-    """Keep what follows the last such string in the gold answer, e.g. `####`; a row without it is malformed."""
+    """Keep the part of the gold answer after the last such string, e.g. `####`; a row without it is malformed."""
     answer_remove: str = ""
     """Characters taken out of the gold answer, e.g. `,` in `1,000`."""
 
 
 def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """The task; see `read_task`."""
+    """Open the task; see `read_task`."""
     return read_task("table", config, seed, malformed)
 
 
 def read_task(name: str, config: Config, seed: int, malformed: MalformedRows) -> Task:
-    """A task whose samples are called `<name>/train/<row>` and `<name>/held_out/<row>`.
+    """A task whose problems have the ids `<name>/train/<row>` and `<name>/held_out/<row>`.
 
     Raises:
-        DataError: no such file or column, or a malformed row where those are errors.
+        DataError: a file or column is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     rows = list(_rows(f"{name}/train", config, config.path, config.split, malformed))
     held_out: list[Row] | float = config.held_out_share
@@ -85,7 +85,7 @@ def _rows(prefix: str, config: Config, path: str, split: str, malformed: Malform
 
 
 def _check_columns(config: Config, where: str, record: dict[str, Any]) -> None:
-    """A mapping that fits not even the first row is the user's mistake, not a malformed row."""
+    """Refuse a mapping that does not fit the first row: that is a mistake in the configuration, not in the row."""
     for role, column in config.columns.model_dump().items():
         if column is not None and column not in record:
             raise DataError(f"{where} has no column {column!r} (columns.{role}); it has: {', '.join(record)}")
@@ -99,7 +99,7 @@ def _check_columns(config: Config, where: str, record: dict[str, Any]) -> None:
 
 
 def _problem(config: Config, record: dict[str, Any]) -> str | None:
-    """What makes a row unusable, or None."""
+    """The reason why a row is unusable, or None."""
     prompt = record.get(config.columns.prompt)
     wrong_prompt = check_prompt(prompt)
     if wrong_prompt:

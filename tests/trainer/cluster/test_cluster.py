@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmquest_rl.types import Sampling
+from rollout.engine import EngineSetup, engine_config
+from rollout.worker import RolloutWorker
 from tests.trainer.cluster.workers import Worker
 from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port, open_cluster
 from trainer.config.schema import ClusterConfig
@@ -38,6 +41,47 @@ def test_answers_come_in_order_and_workers_differ(cluster: Cluster) -> None:
     assert group.call_all(Worker.store, reference, timeout_s=30) == ["b", "b"]
     with pytest.raises(ValueError, match="as asked"):
         group.call_all(Worker.fail, timeout_s=30)
+    group.close()
+
+
+ENGINE = """
+from dataclasses import dataclass
+
+import users_neighbour
+from llmquest_rl.options import Options
+
+
+class Config(Options):
+    size: int
+
+
+@dataclass
+class Engine:
+    config: Config
+
+    def generate(self, requests, sampling):
+        return [[self.config.size, users_neighbour.FACTOR]]
+
+    def close(self): ...
+
+
+def check(model_path, config, setup):
+    assert type(config) is Config, "the class that an actor unpickles is the one that it finds by the engine's name"
+
+
+def build(model_path, config, setup):
+    return Engine(config)
+"""
+
+
+def test_an_actor_finds_the_engine_and_the_options_of_a_users_file(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "users_neighbour.py").write_text("FACTOR = 2")
+    (tmp_path / "engine.py").write_text(ENGINE)
+    name = f"{tmp_path}/engine.py"
+    worker = {"engine": name, "config": engine_config(name)(size=5), "model_path": tmp_path, "setup": EngineSetup(8)}
+    group = cluster.spawn(RolloutWorker, "workers", lambda i: worker)
+    group.wait_ready(60)
+    assert group.call(0, RolloutWorker.generate, [], Sampling(), timeout_s=30) == [[5, 2]]
     group.close()
 
 

@@ -65,7 +65,7 @@ def test_an_unknown_key_of_a_component_names_the_components_keys() -> None:
 
 def test_an_unknown_component_names_its_neighbours() -> None:
     (problem,) = problems_of(changed(RL, "data.task.name", "arithmetics"))
-    assert problem.startswith("file.yaml: data.task: nothing is called 'arithmetics'")
+    assert problem.startswith("file.yaml: data.task: 'arithmetics' is not the name of a task")
     assert "did you mean arithmetic?" in problem
     (problem,) = problems_of(changed(RL, "algorithm.name", "grpoo"))
     assert "grpo" in problem and problem.startswith("file.yaml: algorithm: ")

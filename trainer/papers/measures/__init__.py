@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmquest_rl.loader import ComponentKind
 from trainer.config.schema import Config
 from trainer.papers.series import Rows
+
+MEASURES = ComponentKind("a measure", __name__, ("measure", "labels"), can_be_function=False)
 
 
 @dataclass(frozen=True, slots=True)
