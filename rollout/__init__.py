@@ -1,1 +1,8 @@
-"""Rollout: the engine interface, its engines, and the worker that the cluster places around one."""
+"""Rollouts: the interface of engines, the engines, and the worker that the cluster places around one of them.
+
+May import the library; knows neither `rewards` nor `trainer`. Engines are found by name: see `rollout/engine.py`.
+"""
+
+from llmquest_rl.loader import ComponentKind
+
+ENGINES = ComponentKind("an engine", "rollout.engines", ("build", "check"), can_be_function=False)

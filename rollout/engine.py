@@ -25,7 +25,7 @@ from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.weight_files import read_json
 from llmquest_rl.options import Options, options_class
 from llmquest_rl.types import Completion, Request, Sampling
-from rollout.engines import ENGINES
+from rollout import ENGINES
 
 FACTS = dict[str, str | int | float | bool | None]
 """Facts about an engine by name, as plain values, for logs and for `doctor`."""

@@ -18,7 +18,7 @@ from llmquest_rl.options import options_class
 from rewards.builtin import REWARDS
 from rewards.config import RewardConfig
 from rewards.load import RewardError, load_reward
-from rollout.engines import ENGINES
+from rollout import ENGINES
 from trainer.config.load import ConfigError, dump, parse_config
 from trainer.config.sections import OBJECTIVES
 

@@ -1,8 +1,4 @@
-"""Rollout engines by name: each file has `class Config(Options)` and the functions `build` and `check`.
+"""The engines: each file has `class Config(Options)` and the functions `build` and `check` of `rollout/engine.py`.
 
-See `rollout/engine.py` for what they take and return.
+May import the other files of `rollout`. vLLM is imported in `vllm.py` only.
 """
-
-from llmquest_rl.loader import ComponentKind
-
-ENGINES = ComponentKind("an engine", __name__, ("build", "check"), can_be_function=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.types import Request, Sampling
+from rollout import ENGINES
 from rollout.engine import EngineSetup, engine_config
-from rollout.engines import ENGINES
 from rollout.weights import WeightsDamagedError, WeightSnapshot, checksum, take_snapshot, verify
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import VERSIONS, perturbed

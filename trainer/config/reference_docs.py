@@ -14,7 +14,7 @@ from llmquest_rl.data.datasets import DATASETS
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.loader import ComponentKind
 from rewards.builtin import REWARDS
-from rollout.engines import ENGINES
+from rollout import ENGINES
 from trainer.config.schema import Config
 from trainer.config.sections import OBJECTIVES, Component, section_class
 

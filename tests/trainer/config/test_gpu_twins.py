@@ -13,6 +13,7 @@ from llmquest_rl.models.checkpoint.count import count_parameters
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from rollout.engine import check_context
 from rollout.vllm_limits import check_computed_alike, read_shape
+from trainer.assemble import learner_request, rollout_requests
 from trainer.components import RunComponents
 from trainer.config.load import load_config
 from trainer.config.schema import Config
