@@ -8,12 +8,17 @@ sees its own earlier tokens and its parent segment, the prompt, and nothing else
 completion is predicted from the prompt's last token, predictions are (source, target) pairs, not a shift by one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,11 @@ class Atom:
         """Tokens of the prompt and its longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
-    def with_stream(self, name: str, values: list[list[float]]) -> "Atom":
+    def with_stream(self, name: str, values: list[list[float]]) -> Atom:
         """The same atom with one stream added or replaced."""
         return replace(self, streams={**self.streams, name: values})
 
-    def expanded(self) -> list["Atom"]:
+    def expanded(self) -> list[Atom]:
         """One atom for each completion, each with its own copy of the prompt: for models that cannot share it."""
         return [
             Atom(
@@ -57,7 +62,7 @@ class Atom:
             for i, completion in enumerate(self.completions)
         ]
 
-    def unshared(self) -> "Atom":
+    def unshared(self) -> Atom:
         """One atom in which each completion has its own copy of the prompt: for models that cannot share it.
 
         Raises:
@@ -132,7 +137,7 @@ class TokenBatch:
         """Completions in the batch that have at least one target."""
         return int(self.sequence_ids.max()) + 1 if self.sequence_ids.numel() else 0
 
-    def to(self, device: torch.device | str) -> "TokenBatch":
+    def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
         moved = {
             name: getattr(self, name).to(device)

@@ -4,16 +4,21 @@ A mean is carried as a sum and a count, so that merging parts of any size gives 
 Names read `area/what_unit`; `DESCRIPTIONS` says what each one is.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Kind = Literal["mean", "sum", "max"]
-Number = float | Tensor
+Number: TypeAlias = "float | Tensor"
 """A float, or a tensor with one element: left on its device until `to_floats`, since fetching it means waiting."""
 
 DESCRIPTIONS: dict[str, str] = {
@@ -123,7 +128,7 @@ class Entry:
 
 
 def _largest(a: Number, b: Number) -> Number:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
     return max(a, b)
 
@@ -157,19 +162,19 @@ class Metrics:
         else:
             old.total, old.count = old.total + new.total, old.count + new.count
 
-    def merge(self, others: "Iterable[Metrics]") -> "Metrics":
+    def merge(self, others: Iterable[Metrics]) -> Metrics:
         """Add the entries of others to these; returns itself."""
         for other in others:
             for name, entry in other.entries.items():
                 self._add(name, entry)
         return self
 
-    def fetched(self) -> "Metrics":
+    def fetched(self) -> Metrics:
         """The same with plain floats: one transfer from the device, ready to be sent to another process."""
         numbers = [number for entry in self.entries.values() for number in (entry.total, entry.count)]
-        tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, Tensor)]
+        tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, torch.Tensor)]
         values = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
-        floats = iter([next(values) if isinstance(number, Tensor) else float(number) for number in numbers])
+        floats = iter([next(values) if isinstance(number, torch.Tensor) else float(number) for number in numbers])
         plain = Metrics()
         plain.entries = {name: Entry(entry.kind, next(floats), next(floats)) for name, entry in self.entries.items()}
         return plain

@@ -3,8 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import AutoTokenizer
+from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""
@@ -22,7 +21,7 @@ class Decoder:
 
     def __init__(self, model_path: Path) -> None:
         has_tokenizer = any((model_path / name).exists() for name in TOKENIZER_FILES)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True) if has_tokenizer else None
+        self.tokenizer = _load_tokenizer(model_path) if has_tokenizer else None
         self.eos_ids = _configured_eos_ids(model_path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids |= {int(self.tokenizer.eos_token_id)}
@@ -40,6 +39,12 @@ class Decoder:
             sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [text[: stop_index(text, stop)] for text in texts]
+
+
+def _load_tokenizer(model_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path, local_files_only=True)
 
 
 def stop_index(text: str, stop: Sequence[str]) -> int | None:

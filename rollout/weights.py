@@ -5,15 +5,21 @@ it loads, and answers with a `PushReport`. A push that was lost, truncated, mixe
 error there and then, not a run that quietly samples from old weights.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
 
-Published = tuple[Mapping[str, Tensor], Mapping[str, str]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Published: TypeAlias = "tuple[Mapping[str, Tensor], Mapping[str, str]]"
 """(tensors, checksums), both by the names of the Hub's layout on disk."""
 
 COLUMNS = 4096

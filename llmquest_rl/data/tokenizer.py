@@ -4,16 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmquest_rl.data.images import ImageReader
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.types import Message
 
-Tokenizer: TypeAlias = PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 PLAIN = "none"
 """As `chat_template`: prompts are given to the model as they are, for base models."""
 IMAGE = "<image>"
@@ -28,6 +30,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).is_dir():
         raise DataError(f"there is no folder {path} to read a tokenizer from")
+    from transformers import AutoTokenizer
+
     try:
         return cast(Tokenizer, AutoTokenizer.from_pretrained(str(path), local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
