@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llmquest_rl import models
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.names import HFMap, Piece, disk_pieces, disk_tensors, fused_pieces, module_maps, named_weights
+from llmquest_rl.models.skeleton import without_memory
 from llmquest_rl.models.weight_files import (
     Entry,
     has_weights,
@@ -210,7 +211,7 @@ def read_shape(folder: Path) -> tuple[HFMap, Any]:
 def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
     """The model without memory for its weights; with `keys` on disk, as those keys ask for."""
     hf, shape = read_shape(folder)
-    with torch.device("meta"):
+    with without_memory():
         return hf.model(shape if keys is None else hf.fit(shape, keys)), hf
 
 

@@ -15,6 +15,7 @@ from llmquest_rl.models.base import Scorer
 from llmquest_rl.models.hf import allocate, load_any_model, read_shape
 from llmquest_rl.models.names import HFMap, hf_map, named_weights
 from llmquest_rl.models.sequence_classifier import DECODERS, SequenceClassifier, SequenceClassifierConfig
+from llmquest_rl.models.skeleton import without_memory
 
 
 def load_scorer(
@@ -41,7 +42,7 @@ def load_scorer(
     if isinstance(source, Scorer) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
-    with torch.device("meta"):
+    with without_memory():
         model = kind(shape)
     place = "" if isinstance(source, Scorer) else "decoder."
     _take_over(model, {place + name: weight for name, weight in named_weights(source)})
@@ -60,7 +61,7 @@ def new_scorer(
         ValueError: config.json is missing or damaged, or nothing that scores is made of its architecture.
     """
     kind, shape = _scorer_shape(*read_shape(Path(path)), tuple(labels), path)
-    with torch.device("meta"):
+    with without_memory():
         model = kind(shape)
     allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))
