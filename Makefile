@@ -1,6 +1,7 @@
 # One command each: set up, see it learn, test, check. `make help` lists them.
 PYTHON ?= python3
 DEVICE ?=
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 export DEVICE
 SHELL := /bin/bash
@@ -16,9 +17,10 @@ setup:  ## make .venv (DEVICE=cpu|gpu overrides what is found, PYTHON=... picks 
 quickstart: setup  ## set-up, then train a small language model with GRPO and draw its curve
 	@$(BIN)/llmquest-rl train configs/quickstart.yaml
 
-test: setup  ## set-up, then all tests, offline
+test: setup  ## set-up, then all tests, offline, in TEST_WORKERS processes (2)
 	@echo "test: running all tests"
-	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) \
+		--dist loadfile --no-loadscope-reorder
 
 lint: setup  ## formatting, lint, types, import rules, configuration files: what CI checks beside the tests
 	@.ci/lint
