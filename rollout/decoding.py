@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from llmquest_rl.data.tokenizer_files import read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""
@@ -21,7 +22,7 @@ class Decoder:
 
     def __init__(self, model_path: Path) -> None:
         has_tokenizer = any((model_path / name).exists() for name in TOKENIZER_FILES)
-        self.tokenizer = _load_tokenizer(model_path) if has_tokenizer else None
+        self.tokenizer = read_tokenizer(model_path) if has_tokenizer else None
         self.eos_ids = _configured_eos_ids(model_path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids |= {int(self.tokenizer.eos_token_id)}
@@ -39,12 +40,6 @@ class Decoder:
             sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [text[: stop_index(text, stop)] for text in texts]
-
-
-def _load_tokenizer(model_path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path, local_files_only=True)
 
 
 def stop_index(text: str, stop: Sequence[str]) -> int | None:

@@ -30,14 +30,20 @@ except ConfigError as error:
 DRIVER = """
 import trainer.loop
 from llmquest_rl.models.hub import check_model_files, resolve_model
-check_model_files(resolve_model("smollm2-135m-instruct"))
+from llmquest_rl.data.tokenizer import load_tokenizer
+path = resolve_model("smollm2-135m-instruct")
+check_model_files(path)
+load_tokenizer(path)
 """
 
 ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--help": ("import trainer.cli", ("torch", "transformers", "numpy", "pydantic", "yaml", *SERVERS)),
     "a mistyped key": (MISTYPED, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
     "every recipe": (READ_ALL, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
-    "driver, with its model checked": (DRIVER, ("transformers", "datasets", "matplotlib", *COMPILER, *SERVERS)),
+    "driver, with model and tokenizer": (
+        DRIVER,
+        ("transformers.generation", "datasets", "matplotlib", *COMPILER, *SERVERS),
+    ),
     "learner": ("import trainer.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
     "native worker": (
         "import rollout.worker, rollout.native_engine",

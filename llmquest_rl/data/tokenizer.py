@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from llmquest_rl.data.images import ImageReader
 from llmquest_rl.data.rows import DataError
+from llmquest_rl.data.tokenizer_files import read_tokenizer
 from llmquest_rl.types import Message
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).is_dir():
         raise DataError(f"there is no folder {path} to read a tokenizer from")
-    from transformers import AutoTokenizer
-
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        return read_tokenizer(Path(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} has no readable tokenizer (tokenizer.json, tokenizer_config.json): {error}") from error
 
