@@ -1,6 +1,7 @@
 # One command each: set up, see it learn, test, check. `make help` lists them.
 PYTHON ?= python3
 DEVICE ?=
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 export DEVICE
 SHELL := /bin/bash
@@ -16,9 +17,10 @@ setup:  ## Makes .venv. DEVICE=cpu or DEVICE=gpu overrides the device that is fo
 quickstart: setup  ## Sets up, trains a small language model with GRPO, and draws its curve.
 	@$(BIN)/llmquest-rl train configs/quickstart.yaml
 
-test: setup  ## Sets up and runs all tests, without a network.
+test: setup  ## Sets up and runs all tests without a network, in TEST_WORKERS processes (2).
 	@echo "test: running all tests"
-	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) \
+		--dist loadfile --no-loadscope-reorder
 
 lint: setup  ## Sets up and runs the checks that CI runs beside the tests: format, lint, types, imports, recipes, documentation.
 	@.ci/lint

@@ -8,12 +8,17 @@ attends to its own earlier tokens and to its parent segment, the prompt. The fir
 predicted from the prompt's last token, so predictions are (source, target) pairs and not a shift by one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,11 @@ class SequenceGroup:
         """Number of tokens of the prompt with its longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
-    def with_token_field(self, name: str, values: list[list[float]]) -> "SequenceGroup":
+    def with_token_field(self, name: str, values: list[list[float]]) -> SequenceGroup:
         """A copy of the group with one token field added or replaced."""
         return replace(self, token_fields={**self.token_fields, name: values})
 
-    def expanded(self) -> list["SequenceGroup"]:
+    def expanded(self) -> list[SequenceGroup]:
         """One group per completion, each with its own copy of the prompt, for models that cannot share it."""
         return [
             SequenceGroup(
@@ -57,7 +62,7 @@ class SequenceGroup:
             for i, completion in enumerate(self.completions)
         ]
 
-    def unshared(self) -> "SequenceGroup":
+    def unshared(self) -> SequenceGroup:
         """One group in which each completion has its own copy of the prompt, for models that cannot share it.
 
         Raises:
@@ -132,7 +137,7 @@ class TokenBatch:
         """Number of completions in the batch, up to the last one that has a target."""
         return int(self.sequence_ids.max()) + 1 if self.sequence_ids.numel() else 0
 
-    def to(self, device: torch.device | str) -> "TokenBatch":
+    def to(self, device: torch.device | str) -> TokenBatch:
         """A copy of the batch with every tensor on `device`."""
         moved = {
             name: getattr(self, name).to(device)

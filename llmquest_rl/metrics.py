@@ -4,16 +4,21 @@ A mean is kept as a sum and a count, so that parts of any size merge into the me
 `area/quantity_unit`; docs/metrics.md lists all of them.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Kind = Literal["mean", "sum", "max"]
-Number = float | Tensor
+Number: TypeAlias = "float | Tensor"
 """A float, or a tensor with one element. It stays on its device until `to_floats`, because fetching it blocks."""
 
 
@@ -43,7 +48,7 @@ class Entry:
 
 
 def _largest(a: Number, b: Number) -> Number:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
     return max(a, b)
 
@@ -77,19 +82,19 @@ class Metrics:
         else:
             old.total, old.count = old.total + new.total, old.count + new.count
 
-    def merge(self, others: "Iterable[Metrics]") -> "Metrics":
+    def merge(self, others: Iterable[Metrics]) -> Metrics:
         """Add the entries of other metrics to these, and return these."""
         for other in others:
             for name, entry in other.entries.items():
                 self._add(name, entry)
         return self
 
-    def fetched(self) -> "Metrics":
+    def fetched(self) -> Metrics:
         """A copy with plain floats, ready to be sent to another process. It takes one transfer from the device."""
         numbers = [number for entry in self.entries.values() for number in (entry.total, entry.count)]
-        tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, Tensor)]
+        tensors = [number.detach().double().reshape(()) for number in numbers if isinstance(number, torch.Tensor)]
         values = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
-        floats = iter([next(values) if isinstance(number, Tensor) else float(number) for number in numbers])
+        floats = iter([next(values) if isinstance(number, torch.Tensor) else float(number) for number in numbers])
         plain = Metrics()
         plain.entries = {name: Entry(entry.kind, next(floats), next(floats)) for name, entry in self.entries.items()}
         return plain

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from llmquest_rl.data.tokenizer_files import read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that mark a folder with a tokenizer; one of them is enough."""
@@ -22,7 +22,7 @@ class Decoder:
 
     def __init__(self, model_path: Path) -> None:
         has_tokenizer = any((model_path / name).exists() for name in TOKENIZER_FILES)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True) if has_tokenizer else None
+        self.tokenizer = read_tokenizer(model_path) if has_tokenizer else None
         self.eos_ids = _configured_eos_ids(model_path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids |= {int(self.tokenizer.eos_token_id)}

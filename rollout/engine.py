@@ -10,22 +10,22 @@ An engine `foo` is the file `rollout/engines/foo.py`, or a user's own `path/foo.
 Nothing is registered: adding an engine is adding a file (`llmquest_rl/loader.py`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
-
-from llmquest_rl.models.architectures import architectures
-from llmquest_rl.models.base import CausalLM
-from llmquest_rl.models.checkpoint.weight_files import read_json
+from llmquest_rl.deferred import torch
 from llmquest_rl.options import Options, options_class
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout import ENGINES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTS = dict[str, str | int | float | bool | None]
 """Facts about an engine by name, as plain values, for logs and for `doctor`."""
@@ -132,6 +132,10 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
 
 def _check_writes(model_path: Path) -> None:
     """Check that one of our models predicts tokens. The engine itself checks other models and missing files."""
+    from llmquest_rl.models.architectures import architectures
+    from llmquest_rl.models.base import CausalLM
+    from llmquest_rl.models.checkpoint.weight_files import read_json
+
     file = model_path / "config.json"
     names = read_json(file).get("architectures") or [] if file.exists() else []
     for name in names:

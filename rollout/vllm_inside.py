@@ -1,14 +1,19 @@
 """Helpers of the vLLM engine that run inside vLLM's worker or around its start. This file does not import vLLM."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process

@@ -4,6 +4,8 @@ vLLM chooses its CPU kernels by architecture and instruction set. It takes those
 the experts of Arm and POWER) for bfloat16 only, with one exception: latent attention on AMX, see `cpu_options`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -13,8 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from llmquest_rl.deferred import torch
 from rollout.engine import EngineSetup
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
         yield from _beyond_limits(served[name], shape)
 
 
-def _beyond_limits(hf: "HFMap", shape: dict[str, Any]) -> Iterator[str]:
+def _beyond_limits(hf: HFMap, shape: dict[str, Any]) -> Iterator[str]:
     """The limits that the model's file states (`HFMap.vllm`) and this configuration exceeds."""
     assert hf.vllm is not None
     found = [

@@ -5,14 +5,18 @@ the checksums, loads them, and returns a `SyncReport`. A sync that is lost, trun
 model raises an error at once; otherwise the run would silently sample from old weights.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = 4096
 """64-bit words per row of the matrix that a checksum is computed over."""

@@ -4,11 +4,17 @@ Each function takes the rewards of one group [samples], the lengths of its compl
 pass@k, and gives advantages [samples]. Those that compare the samples with each other give 0 where nothing differs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from math import comb
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 STD_EPS = 1e-6
 """Keeps the division finite when the rewards of a group are almost, but not quite, equal."""

@@ -5,12 +5,15 @@ bounds of a ratio; it gives the factor of each token's policy loss [targets] and
 Bounds are inside: a ratio that equals one is kept.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Correction(NamedTuple):

@@ -4,11 +4,15 @@ Each function takes log-probs of the policy [targets] and of the reference [targ
 J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -4,10 +4,15 @@ Each function takes the rewards of one group [samples], lengths in tokens [sampl
 the share of it that is the soft zone; it gives what is added [samples].
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def none(rewards: Tensor, lengths: Tensor, max_tokens: int, buffer: float) -> Tensor:

@@ -4,8 +4,15 @@ Shapes: everything is [targets]; `sequence_ids` are those of a packed batch, whe
 together and in their order. What belongs to a sequence is given to each of its targets.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LOG_LIMIT = 20.0
 """Log-ratios count up to +-20: e^20 is 4.9e8, beyond any bound of a surrogate, and the product of three is finite in

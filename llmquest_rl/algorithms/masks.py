@@ -1,9 +1,14 @@
 """Tokens that the policy loss leaves out. Shapes are [targets]; masks are True where a token is kept."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from llmquest_rl.algorithms.log_ratios import sequence_mean, sequence_sum
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDING = 1e-4
 """So that a share of a length which is a whole number in decimals is one in binary."""

@@ -4,14 +4,18 @@ Each function takes, for every group of the step, advantages [samples], rewards 
 [samples], and gives the advantages of every group [samples].
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmquest_rl.algorithms.advantages import STD_EPS
+from llmquest_rl.deferred import torch
 
-Groups = Sequence[Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Groups: TypeAlias = "Sequence[Tensor]"
 
 
 def none(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:

@@ -4,11 +4,15 @@ Each function takes log-probs of the current policy [targets], of the old policy
 sequence that each target belongs to [targets], and gives the ratio [targets] through which the gradient flows.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def token(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """From graded groups to what is trained on: advantages by group, and a weight for every token."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmquest_rl.algorithms.advantages import ADVANTAGES, WITHOUT_GROUP
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
@@ -13,8 +12,12 @@ from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.types import Completion, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Compared(NamedTuple):

@@ -1,12 +1,15 @@
 """What is minimised for each token, and which tokens a bound took out of the gradient. All shapes are [targets]."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, bounded_exp, sequence_mean
+from llmquest_rl.deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Tokens(NamedTuple):
@@ -123,7 +126,7 @@ ON_POLICY = frozenset({"log_prob"})
 OWN_GRADIENT = frozenset({"clipped_weight", "gamma_weight", "log_prob"})
 """Surrogates in which a token's loss has the gradient of its own log-prob alone, whatever the ratio is of."""
 
-Cuts = tuple[Tensor, Tensor]
+Cuts: TypeAlias = "tuple[Tensor, Tensor]"
 """Which tokens were cut at the lower bound, and at the upper one."""
 
 

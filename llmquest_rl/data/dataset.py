@@ -1,16 +1,17 @@
 """Supervised data sets: their result, the context that they are given, and the way from rows to sequences."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
-
-import torch
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.conversation import check_row, tokenize_row
 from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
+from llmquest_rl.deferred import torch
 
 Fields = Mapping[str, Any]
 """A row: its values by name."""

@@ -4,16 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmquest_rl.data.images import ImageReader
 from llmquest_rl.data.rows import DataError
+from llmquest_rl.data.tokenizer_files import read_tokenizer
 from llmquest_rl.types import Message
 
-Tokenizer: TypeAlias = PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 PLAIN = "none"
 """The value of `chat_template` that passes prompts to the model unchanged, for base models."""
 IMAGE = "<image>"
@@ -29,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not Path(path).is_dir():
         raise DataError(f"there is no folder {path} to read a tokenizer from")
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        return read_tokenizer(Path(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} has no readable tokenizer (tokenizer.json, tokenizer_config.json): {error}") from error
 

@@ -6,14 +6,17 @@
 The learner asks an objective for what this protocol names and never which one it is.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)

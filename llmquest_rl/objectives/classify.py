@@ -1,19 +1,23 @@
 """Classification: cross-entropy of the label, for texts and images."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch.nn.functional as F
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
+from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Config(Options):
@@ -88,7 +92,7 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     Returns:
         [targets], in nats.
     """
-    return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+    return torch.nn.functional.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
 
 
 def _targets(group: SequenceGroup) -> Iterator[list[int]]:

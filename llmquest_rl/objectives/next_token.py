@@ -1,9 +1,10 @@
 """Next-token prediction: pretraining, and supervised fine-tuning where a mask leaves the prompt out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
@@ -11,6 +12,9 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Config(Options):

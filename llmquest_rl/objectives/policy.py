@@ -1,12 +1,11 @@
 """Policy gradient on graded rollouts: one loss for every row of the algorithm table."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal
 
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
@@ -17,10 +16,14 @@ from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.sequence_groups import token_weights
 from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
+from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 RARE = math.log(0.1)
 """Log-prob under the old policy below which a token counts as rare: where reasoning forks (arXiv 2506.13585, 3.1)."""

@@ -7,20 +7,24 @@
 A pair is a group of two completions, the chosen one first, with one target each (`data.pairs`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
+from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Config(Options):
@@ -64,7 +68,7 @@ class RewardModel(Supervised):
         weights = batch.token_fields["weights"]
         assert len(scores) % 2 == 0 or len(scores) == 1, "`needs_whole_group` keeps a pair in one microbatch"
         chosen, rejected = scores[:-1:2], scores[1::2]
-        losses = -logsigmoid(chosen - rejected - batch.token_fields["margins"][1::2])
+        losses = -torch.nn.functional.logsigmoid(chosen - rejected - batch.token_fields["margins"][1::2])
         metrics = _metrics(losses, chosen, rejected)
         if self.center:
             losses = losses + self.center * (chosen + rejected) ** 2

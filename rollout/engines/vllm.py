@@ -8,19 +8,19 @@ which the token was sampled. At temperature 0 they are those of the unchanged lo
 generator of its own, whose seed depends only on the request's seed and the completion's index.
 """
 
+from __future__ import annotations
+
 import gc
 import math
 import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from llmquest_rl.models.checkpoint.load_save import disk_shapes
+from llmquest_rl.deferred import torch
 from llmquest_rl.options import Options
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.decoding import Decoder
@@ -48,6 +48,9 @@ from rollout.vllm_limits import (
     read_shape,
 )
 from rollout.weights import check_fit, check_newer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ASLEEP = "it sleeps: call wake() first"
 
@@ -83,7 +86,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
         check_cpu_kernels(model_path, shape, setup.dtype)
 
 
-def build(model_path: Path, config: Config, setup: EngineSetup) -> "VllmEngine":
+def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
     """Start vLLM with the model of a folder. This takes seconds, and longer on a GPU with CUDA graphs."""
     decoder = Decoder(model_path)
     with process_as_it_was():
@@ -114,6 +117,8 @@ class VllmEngine:
     """See `rollout.engine.RolloutEngine`. One call at a time."""
 
     def __init__(self, llm: Any, decoder: Decoder, model_path: Path, setup: EngineSetup, owns_group: bool) -> None:
+        from llmquest_rl.models.checkpoint.load_save import disk_shapes
+
         self._llm = llm
         self._decoder = decoder
         self._shapes = disk_shapes(model_path)

@@ -1,12 +1,16 @@
 """Rendering prompts: templates, plain text, end tokens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+from transformers.models.auto import tokenization_auto
 
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, eos_ids, load_tokenizer, prompt_renderer
+from llmquest_rl.data.tokenizer_files import GENERAL, OVERRULED, names_general_class, read_tokenizer
 
 TURNS = [
     {"role": "user", "content": "Hello"},
@@ -64,3 +68,30 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
     with pytest.raises(DataError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2", "qwen3", "gemma3_text", "deepseek_v3", "mixtral"])
+def test_a_folder_is_read_as_auto_tokenizer_reads_it(
+    model_path: Path, tmp_path: Path, model_type: str, named: str | None
+) -> None:
+    shutil.copy(model_path / "tokenizer.json", tmp_path)
+    settings = json.loads((model_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours = read_tokenizer(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert type(ours) is type(theirs) and ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+
+
+def test_the_list_of_overruled_models_is_that_of_transformers() -> None:
+    general = (*GENERAL, "PythonBackend", None)
+    corrected = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    registered = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    mistral = {model for model, name in registered.items() if name == "MistralCommonBackend"}
+    assert mistral | {model for model in corrected if registered.get(model) not in general} == OVERRULED
+
+
+def test_the_model_of_the_quickstart_needs_no_auto_tokenizer(model_path: Path) -> None:
+    assert names_general_class(model_path)

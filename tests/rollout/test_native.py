@@ -18,7 +18,8 @@ from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.engine import EngineError, EngineSetup, check_engine, open_engine
-from rollout.engines.native import Config, NativeEngine, build
+from rollout.engines.native import Config, build
+from rollout.native_engine import NativeEngine
 
 SETUP = EngineSetup(context_tokens=128, max_sequences=16)
 REQUESTS = [Request([5, 9, 77, 3], 3, seed=1), Request(list(range(20, 60)), 4, seed=2)]

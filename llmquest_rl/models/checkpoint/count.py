@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from llmquest_rl.layers.moe.experts import RoutedExperts
 from llmquest_rl.layers.moe.moe import SigmoidRouter, SoftmaxRouter
 from llmquest_rl.models.architectures import find_architecture
+from llmquest_rl.models.checkpoint.skeleton import without_memory
 from llmquest_rl.models.checkpoint.weight_files import read_json
 
 
@@ -35,7 +35,7 @@ def count_parameters(path: Path) -> Count:
     hf = find_architecture(values, file)
     try:
         shape = hf.config.from_hf(values)
-        with torch.device("meta"):
+        with without_memory():
             model = hf.model(shape)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

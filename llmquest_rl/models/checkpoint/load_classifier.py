@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmquest_rl.models.base import ClassifierModel
 from llmquest_rl.models.checkpoint.load_save import allocate, load_any_model, read_shape
+from llmquest_rl.models.checkpoint.skeleton import without_memory
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.models.weight_map import HFMap, hf_map, named_weights
 
@@ -41,7 +42,7 @@ def load_classifier(
     if isinstance(source, ClassifierModel) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
-    with torch.device("meta"):
+    with without_memory():
         model = kind(shape)
     place = "" if isinstance(source, ClassifierModel) else "decoder."
     _take_over(model, {place + name: weight for name, weight in named_weights(source)})
@@ -62,7 +63,7 @@ def new_classifier(
         ValueError: config.json is missing or damaged, or its architecture cannot be turned into a classifier.
     """
     kind, shape = _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
-    with torch.device("meta"):
+    with without_memory():
         model = kind(shape)
     allocate(model, dtype, device)
     model.init_weights(torch.Generator().manual_seed(seed))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmquest_rl.models.architectures import find_architecture
 from llmquest_rl.models.base import CausalLM, Model
+from llmquest_rl.models.checkpoint.skeleton import without_memory
 from llmquest_rl.models.checkpoint.weight_files import (
     Entry,
     has_weights,
@@ -192,7 +193,7 @@ def read_shape(folder: Path) -> tuple[HFMap, Any]:
 def _skeleton(folder: Path, keys: Collection[str] | None = None) -> tuple[Model, HFMap]:
     """Return the model without memory for its weights; `keys` are those on disk, if there are any."""
     hf, shape = read_shape(folder)
-    with torch.device("meta"):
+    with without_memory():
         return hf.model(shape if keys is None else hf.fit(shape, keys)), hf
 
 

@@ -1,0 +1,65 @@
+"""Processes start fast: each kind imports what it uses, and nothing heavy beside.
+
+A process of its own for each entry, because what one test has imported stays.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+"""What torch imports for `torch.compile`, in one to two seconds."""
+SERVERS = ("ray", "vllm", "deepspeed", "accelerate")
+READ_ALL = """
+from pathlib import Path
+from trainer.config.load import load_config
+for path in [*Path("configs").glob("*.yaml")]:
+    load_config(path)
+"""
+MISTYPED = """
+from trainer.config.load import ConfigError, load_config
+try:
+    load_config("configs/quickstart.yaml", ["optimizer.lrr=1"])
+except ConfigError as error:
+    assert "lr" in str(error)
+"""
+DRIVER = """
+import trainer.loop
+from llmquest_rl.models.checkpoint.hub import check_model_files, resolve_model
+from llmquest_rl.data.tokenizer import load_tokenizer
+path = resolve_model("smollm2-135m-instruct")
+check_model_files(path)
+load_tokenizer(path)
+"""
+
+ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "--help": ("import trainer.cli.main", ("torch", "transformers", "numpy", "pydantic", "yaml", *SERVERS)),
+    "a mistyped key": (MISTYPED, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
+    "every recipe": (READ_ALL, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
+    "driver, with model and tokenizer": (
+        DRIVER,
+        ("transformers.generation", "datasets", "matplotlib", *COMPILER, *SERVERS),
+    ),
+    "learner": ("import trainer.learner.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
+    "native worker": (
+        "import rollout.worker, rollout.native_engine",
+        ("transformers", "datasets", *COMPILER, *SERVERS),
+    ),
+    "vLLM worker": ("import rollout.worker, rollout.engines.vllm", ("torch", "transformers", *SERVERS)),
+    "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),
+    "reward model": ("import trainer.sources.reward_model_worker", ("transformers", "datasets", *COMPILER, *SERVERS)),
+}
+"""For each kind of process: what it begins with, and the modules that must not be imported by then."""
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_process_imports_nothing_heavy_that_it_does_not_use(kind: str) -> None:
+    code, forbidden = ENTRIES[kind]
+    script = f"{code}\nimport sys\nprint(*sorted(set({forbidden!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
