@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import Self
 
 from llmquest_rl.types import Score
-from rewards.combine import combined
 from rewards.config import GraderConfig, RewardConfig, check_names
 from rewards.load import OWN_ARGUMENTS, VERL_ARGUMENTS, RewardError, is_verl_form, missing_message
 from rewards.pool import Pool, Task
-from rewards.types import GradeItem
+from rewards.types import GradeItem, combine_scores
 from rewards.worker import Outcome
 
 __all__ = ["GradeItem", "Grader", "check_rewards"]
@@ -107,7 +106,7 @@ class _Draft:
 
     def score(self, rewards: list[RewardConfig]) -> Score:
         """The weighted sum of the rewards that apply; unscored if one failed or none applies."""
-        return combined([_weighted(rewards[index], outcome) for index, outcome in sorted(self.outcomes.items())])
+        return combine_scores([_weighted(rewards[index], outcome) for index, outcome in sorted(self.outcomes.items())])
 
 
 def _weighted(reward: RewardConfig, outcome: Outcome) -> Score:

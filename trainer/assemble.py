@@ -22,11 +22,10 @@ from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
 from trainer.sources.dynamic_sampling import DynamicSampling
-from trainer.sources.generate_and_grade import Rollouts
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
+from trainer.sources.rollouts import RewardWorkers, Rollouts, RolloutWorkers
 from trainer.sources.sampler import GroupCollector, LiveSampler, ReplayedSampler, Sampler, SingleRound
-from trainer.sources.workers import RewardWorkers, RolloutWorkers
 from trainer.training_run import TrainingRun, resume
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from trainer.learner.group import MODEL
 from trainer.run import checkpoint
 from trainer.run.folder import RunFolder
 from trainer.sources.eval_metrics import accuracy_metrics
-from trainer.sources.generate_and_grade import Rollouts, seed_for
 from trainer.sources.replay import save_rollouts
+from trainer.sources.rollouts import Rollouts, seed_for
 from trainer.sources.sampler import check_groups
 
 

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import is_local, read_rows
 from llmquest_rl.data.rows import DataError, Row, Rows
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import TASKS
-from llmquest_rl.loader import ComponentError
+from llmquest_rl.loader import ComponentError, absolute_name
 from llmquest_rl.options import Options, options_class
 
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
@@ -52,9 +52,14 @@ class RowSource(Location):
     path: str | None = None
     """A file, a glob pattern, or a Hub id. Give either this or `task`."""
     task: dict[str, Any] | None = None
-    """A task, e.g. `{name: arithmetic, digits: 2}`: each of its prompts with its gold answer becomes a row."""
+    """A task, built-in or your own, e.g. `{name: arithmetic, digits: 2}`; each prompt with its gold answer is a row."""
     task_rows: PositiveInt = 2000
     """Number of training rows taken from `task`, at most."""
+
+    @field_validator("task")
+    @classmethod
+    def _make_absolute(cls, task: dict[str, Any] | None) -> dict[str, Any] | None:
+        return task and {**task, "name": absolute_name(str(task.get("name", "")))}
 
     @model_validator(mode="after")
     def _path_or_task(self) -> "RowSource":
@@ -103,7 +108,7 @@ def _read(
 
 
 def _open_task(section: dict[str, Any], context: DatasetContext) -> Task:
-    name = str(section.pop("name", ""))
+    name = section.pop("name")
     try:
         options = options_class(TASKS, name)(**section)
         return open_task(name, TASKS.function(name), options, context.seed, context.malformed)

@@ -125,6 +125,8 @@ def test_sft_learns_the_gold_answers_of_a_task(
     for group in data.train:
         left, right = renderer.decode(group.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
         assert learnt(group, renderer) == f"{int(left) + int(right)}{EOS}"
+    with pytest.raises(DataError, match="'' is not the name of a task"):
+        sft.load(sft.Config(task={"digits": 1}), context())
     with pytest.raises(DataError, match="'arithmetics' is not the name of a task"):
         sft.load(sft.Config(task={"name": "arithmetics"}), context())
 
@@ -132,6 +134,29 @@ def test_sft_learns_the_gold_answers_of_a_task(
 def test_a_user_function_gives_rows(context: Callable[..., DatasetContext], renderer: PromptRenderer) -> None:
     data = open_dataset("mine.py:rows", lambda: iter(ROWS), Options(), context())
     assert (len(data.train), len(data.validation), data.name) == (38, 2, "rows")
+
+
+def test_sft_learns_the_answers_of_a_users_task(
+    context: Callable[..., DatasetContext],
+    renderer: PromptRenderer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "squares.py").write_text(
+        "def squares(largest: int, seed: int):\n"
+        "    for n in range(largest):\n"
+        "        yield {'prompt': f'{n} squared', 'answer': str(n * n + seed)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = sft.Config(task={"name": "squares.py:squares", "largest": 20})
+    assert config.task == {"name": f"{tmp_path}/squares.py:squares", "largest": 20}
+    data = sft.load(config, context(seed=1))
+    assert (len(data.train), len(data.validation)) == (18, 2)
+    answers = {learnt(group, renderer) for side in (data.train, data.validation) for group in side}
+    assert answers == {f"{n * n + 1}{EOS}" for n in range(20)}
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(DataError, match="task: .*broken.py, line 1, `1 / 0`: ZeroDivisionError"):
+        sft.load(sft.Config(task={"name": "broken.py:squares"}), context())
 
 
 def test_a_user_function_gives_pairs_or_labels(context: Callable[..., DatasetContext]) -> None:

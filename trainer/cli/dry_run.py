@@ -12,8 +12,8 @@ from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.run.tracking import check_trackers
 from trainer.sources.eval_metrics import is_correct
-from trainer.sources.generate_and_grade import grade_item
 from trainer.sources.reward_model_worker import check_reward_model
+from trainer.sources.rollouts import grade_item
 
 GRADED_ROWS = 10
 """Rows whose gold answers are graded."""

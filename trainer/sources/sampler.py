@@ -12,8 +12,8 @@ from rewards.failures import TooManyUnscoredError, check_unscored, failure_count
 from trainer.config.schema import BatchConfig, Config
 from trainer.learner.group import LearnerGroup
 from trainer.sources.dynamic_sampling import NothingUsableError
-from trainer.sources.generate_and_grade import Rollouts, Sampled, grade_item
 from trainer.sources.replay import load_rollouts, save_rollouts
+from trainer.sources.rollouts import Rollouts, Sampled, grade_item
 
 
 class GroupCollector(Protocol):

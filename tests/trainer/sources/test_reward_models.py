@@ -20,8 +20,7 @@ from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Score
-from rewards.combine import combined
-from rewards.types import GradeItem
+from rewards.types import GradeItem, combine_scores
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
 from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
@@ -166,12 +165,12 @@ def test_rewards_and_reward_models_add_up(runs: Runs, model: Path, tmp_path: Pat
 
 def test_scores_are_combined() -> None:
     first, second = Score(1.0, {"a": 2.0}, seconds=1.0), Score(-0.5, {"b": -0.5}, seconds=2.0)
-    assert combined([first, second]) == Score(0.5, {"a": 2.0, "b": -0.5}, seconds=3.0)
+    assert combine_scores([first, second]) == Score(0.5, {"a": 2.0, "b": -0.5}, seconds=3.0)
     silent = Score(None, {"c": None})
-    assert combined([first, silent]).value == 1.0 and combined([silent, silent]).value is None
-    assert combined([silent]).failure is None
+    assert combine_scores([first, silent]).value == 1.0 and combine_scores([silent, silent]).value is None
+    assert combine_scores([silent]).failure is None
     late, crashed = Score(None, {}, "timeout", "5 s"), Score(None, {}, "crash", "died")
-    failed = combined([first, late, crashed])
+    failed = combine_scores([first, late, crashed])
     assert failed.parts == {"a": 2.0}
     assert (failed.value, failed.failure, failed.detail) == (None, "timeout", "5 s; died") and failed.parts == {
         "a": 2.0

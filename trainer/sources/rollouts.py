@@ -1,0 +1,166 @@
+"""Rollouts: completions of problems with their scores, for training, evaluation and `llmquest-rl rollout` alike.
+
+`Rollouts` samples with the rollout workers, and scores every completion with the graders and the reward models.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain, islice
+from typing import Protocol, TypeVar
+
+from llmquest_rl.types import Completion, Group, Problem, Request, Sampling, Score
+from rewards.types import GradeItem, combine_scores
+from rollout.weights import SyncReport, WeightSnapshot
+from rollout.worker import RolloutWorker
+from trainer.cluster.worker_group import WorkerGroup
+
+T = TypeVar("T")
+
+Sampled = tuple[list[Group], dict[str, float]]
+"""Groups, and metrics of how they were made."""
+
+
+class RolloutWorkers:
+    """The rollout workers of a run. A restarted worker gets the weights of the last sync before it gets work."""
+
+    def __init__(self, group: WorkerGroup[RolloutWorker], timeout_s: float) -> None:
+        """`timeout_s` is the longest wait for the answers of one call, in seconds."""
+        self.group = group
+        self.timeout_s = timeout_s
+        self._current: tuple[WeightSnapshot, int] | None = None
+        group.on_restart = self._restore
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Complete each request `n` times: `[requests][n]`, in the order of the requests."""
+        work = [(share, sampling) for share in split_evenly(requests, self.group.size)]
+        return list(chain.from_iterable(self.group.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
+
+    def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
+        """Load new weights into every worker, which first compares them with their checksums."""
+        self._current = None  # a worker that dies while it loads gets these weights when its work is redone
+        reports = self.group.call_all(RolloutWorker.load_weights, snapshot, version, timeout_s=self.timeout_s)
+        self._current = snapshot, version
+        return reports
+
+    def sleep(self) -> None:
+        """Free the memory that only sampling needs."""
+        self.group.call_all(RolloutWorker.sleep, timeout_s=self.timeout_s)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self.group.call_all(RolloutWorker.wake, timeout_s=self.timeout_s)
+
+    def _restore(self, worker: int) -> None:
+        if self._current is not None:
+            self.group.call(worker, RolloutWorker.load_weights, *self._current, timeout_s=self.timeout_s)
+
+
+class GradingWorker(Protocol):
+    """A worker that scores completions: a grader, or a process of a reward model."""
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Score]:
+        """Score each item, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardWorkers:
+    """The workers of one reward: the graders, or the processes of one reward model."""
+
+    group: WorkerGroup[GradingWorker]
+    timeout_s: float
+    """Longest wait for the scores of one call, in seconds, beside the time of the items."""
+    item_timeout_s: float = 0.0
+    """Longest time of one item, in seconds."""
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Score]:
+        """Score each item, in order."""
+        work = [(share,) for share in split_evenly(items, self.group.size)]
+        longest = max((len(share) for (share,) in work), default=0)
+        timeout_s = self.timeout_s + self.item_timeout_s * longest
+        return list(chain.from_iterable(self.group.map(GradingWorker.grade, work, timeout_s=timeout_s)))
+
+
+@dataclass
+class Rollouts:
+    """Samples completions and grades them."""
+
+    workers: RolloutWorkers
+    rewards: list[RewardWorkers]
+    """Each of them scores every completion; the values add up."""
+    seed: int
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return when every worker is built."""
+        self.workers.group.wait_ready(timeout_s)
+        for reward in self.rewards:
+            reward.group.wait_ready(timeout_s)
+
+    def run(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: str, first: int = 0) -> Sampled:
+        """Complete each problem `n` times and grade the completions.
+
+        Args:
+            problems: the problems.
+            n: completions of each problem.
+            sampling: how tokens are drawn.
+            key: part of the seed of each request, beside the run's seed and the problem's place, e.g. `train/12`.
+            first: the place of the first problem among those of this key; the others follow.
+
+        Returns:
+            Groups in the order of the problems, and metrics of time and throughput.
+        """
+        started = time.perf_counter()
+        requests = [
+            Request(problem.prompt_ids, n, seed_for(self.seed, key, i, problem.id), problem.images)
+            for i, problem in enumerate(problems, start=first)
+        ]
+        completions = self.workers.generate(requests, sampling)
+        generated = time.perf_counter()
+        scores = self._grade(problems, completions)
+        graded = time.perf_counter()
+        tokens = sum(len(completion.token_ids) for answers in completions for completion in answers)
+        metrics = {
+            "time/generate_s": generated - started,
+            "time/grade_s": graded - generated,
+            "rollout/tokens": float(tokens),
+            "rollout/tokens_per_s": tokens / (generated - started),
+            "rollout/worker_restarts": float(self.workers.group.restarts),
+            "reward/grader_restarts": float(sum(reward.group.restarts for reward in self.rewards)),
+        }
+        return [Group(*parts) for parts in zip(problems, completions, scores, strict=True)], metrics
+
+    def close(self) -> None:
+        """End every worker."""
+        self.workers.group.close()
+        for reward in self.rewards:
+            reward.group.close()
+
+    def _grade(self, problems: Sequence[Problem], completions: list[list[Completion]]) -> list[list[Score]]:
+        items = [
+            grade_item(problem, completion)
+            for problem, answers in zip(problems, completions, strict=True)
+            for completion in answers
+        ]
+        by_reward = [reward.grade(items) for reward in self.rewards]
+        scores = map(combine_scores, zip(*by_reward, strict=True))
+        return [[next(scores) for _ in answers] for answers in completions]
+
+
+def grade_item(problem: Problem, completion: Completion) -> GradeItem:
+    """The input of a reward: the row as the data set has it, the completion's text, and the completion's length."""
+    extra = {"completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+    return GradeItem(problem.prompt, completion.text, problem.answer, problem.columns | extra)
+
+
+def seed_for(*parts: object) -> int:
+    """A 32-bit seed that follows from the parts alone: equal on every machine and after a resume."""
+    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest(), "little")
+
+
+def split_evenly(items: Sequence[T], count: int) -> list[list[T]]:
+    """At most `count` contiguous parts whose sizes differ by at most one; no part is empty."""
+    size, rest = divmod(len(items), count)
+    iterator = iter(items)
+    return [list(islice(iterator, size + (i < rest))) for i in range(min(count, len(items)))]
