@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
@@ -15,7 +16,7 @@ from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.sequence_groups import token_weights
-from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
+from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives import Loss, with_aux
@@ -99,8 +100,9 @@ class Policy:
         old = self._old(logprobs, batch)
         counted = batch.token_fields["weights"] != 0
         advantages = self._advantages(old, batch)
-        tokens = Tokens(RATIOS[algorithm.ratio](logprobs, old, ids), logprobs, old, advantages, ids)
-        losses = SURROGATES[algorithm.surrogate](tokens, algorithm.bounds)
+        ratio = RATIOS[algorithm.ratio].configured(algorithm)(logprobs, old, ids)
+        tokens = Tokens(ratio, logprobs, old, advantages, ids)
+        losses = SURROGATES[algorithm.surrogate].configured(algorithm)(tokens)
         losses = losses * self._correction(logprobs.detach(), old, batch, metrics)
         for kept in self._masks(logprobs, advantages, entropies, batch, metrics):
             losses = losses * kept
@@ -124,7 +126,7 @@ class Policy:
         algorithm, advantages = self.algorithm, batch.token_fields["advantages"]
         if algorithm.beta == 0 or algorithm.kl_in == "loss":
             return advantages
-        kl = KL_ESTIMATORS[algorithm.kl](old, batch.token_fields["ref_logprobs"])
+        kl = KL_ESTIMATORS[algorithm.kl].configured(algorithm)(old, batch.token_fields["ref_logprobs"])
         return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
 
     def _correction(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
@@ -137,7 +139,7 @@ class Policy:
         metrics.mean("policy/logp_gap_k3", k3(rollout, ours)[counted].sum(), counted.sum())
         if algorithm.tis_cap is None or algorithm.old_policy == "engine":
             return torch.ones_like(log_gap)
-        correct = CORRECTIONS[algorithm.is_correction]
+        correct = CORRECTIONS[algorithm.is_correction].configured(algorithm)
         weights, cut = correct(log_gap, batch.sequence_ids, algorithm.tis_floor, algorithm.tis_cap)
         metrics.mean("policy/tis_weight", weights[counted].sum(), counted.sum())
         metrics.mean("policy/tis_capped_share", cut[counted].sum(), counted.sum())
@@ -168,12 +170,13 @@ class Policy:
         if algorithm.kl_in == "reward":
             return torch.zeros_like(reference)
         weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0
-        return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
+        return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl].configured(algorithm)(logprobs, reference)
 
     def _ratio_metrics(self, metrics: Metrics, tokens: Tokens, counted: Tensor) -> None:
         ratio = tokens.ratio.detach()[counted]
-        if self.algorithm.surrogate in CUTS:
-            low, high = (cut[counted] for cut in CUTS[self.algorithm.surrogate](tokens, self.algorithm.bounds))
+        cuts = SURROGATES[self.algorithm.surrogate].cuts
+        if cuts is not None:
+            low, high = (cut[counted] for cut in cuts(tokens, self.algorithm))
             rare = tokens.old_logprobs[counted] < RARE
             metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
             metrics.mean("policy/clip_frac_rare", (low | high)[rare].sum(), rare.sum())

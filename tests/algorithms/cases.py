@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives.policy import Policy
@@ -132,6 +132,11 @@ def total(policy: Policy, batch: TokenBatch, new: Tensor, entropies: Tensor) -> 
         value.backward()
     grads = (torch.zeros_like(new) if x.grad is None else x.grad for x in (leaf, entropy_leaf))
     return value.detach(), *grads, metrics
+
+
+def bounds(low: float = 0.2, high: float = 0.2, dual: float | None = None, **settings: float) -> Algorithm:
+    """Settings of surrogates, not validated: they may be wider than a configuration allows."""
+    return Algorithm.model_construct(clip_low=low, clip_high=high, dual_clip=dual, **settings)
 
 
 def all_rows() -> list[str]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.presets import Algorithm, resolve
-from llmquest_rl.algorithms.surrogates import CUTS
 from llmquest_rl.batch import SequenceGroup
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
@@ -66,7 +66,7 @@ def test_zero_advantages_have_no_gradient(name: str, seed: int, old: bool) -> No
 
 
 @CASES
-@pytest.mark.parametrize("name", [name for name in all_rows() if resolve(name).surrogate in CUTS])
+@pytest.mark.parametrize("name", [name for name in all_rows() if SURROGATES[resolve(name).surrogate].cuts])
 @given(seeds)
 def test_the_clip_fraction_is_the_share_of_tokens_without_a_gradient(name: str, seed: int) -> None:
     """But for CISPO's, whose cut weights leave one; and it is what was cut below and above."""
