@@ -65,7 +65,7 @@ def test_it_is_the_mean_over_sequences_whatever_their_length(smoothing: float) -
     scores = torch.cat([model(collate([group])).values for group in groups])
     targets = torch.tensor([2, 0, 1])
     torch.testing.assert_close(loss.value, F.cross_entropy(scores, targets, label_smoothing=smoothing))
-    floats = loss.metrics.to_floats()
+    floats = loss.metrics.to_floats(objective.derived_metrics)
     assert floats["train/sequences"] == 3
     assert floats["train/loss"] == pytest.approx(float(loss.value.detach()), rel=1e-6)
     assert floats["train/accuracy"] == pytest.approx(float((scores.argmax(-1) == targets).float().mean()))

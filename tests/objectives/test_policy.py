@@ -209,7 +209,7 @@ def test_metrics_by_hand() -> None:
     batch = collate([SequenceGroup([0], [[1, 2, 3, 4]], token_fields)])
     policy = Policy(resolve("dapo", {"tis_cap": 2.0, "beta": 0.1}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(new, batch)
-    floats = metrics.to_floats()
+    floats = metrics.to_floats(Policy.derived_metrics)
     assert floats["policy/clip_low_frac"] == 0.25
     assert floats["policy/clip_high_frac"] == 0.5
     assert floats["policy/clip_frac"] == 0.75
@@ -246,7 +246,7 @@ def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
     token_fields = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
     policy = Policy(resolve("grpo", {"is_correction": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(torch.tensor([-0.1]), collate([SequenceGroup([0], [[1]], token_fields)]))
-    floats = metrics.to_floats()
+    floats = metrics.to_floats(Policy.derived_metrics)
     assert (floats["policy/tis_capped_share"], floats["policy/tis_weight"], floats["policy/tis_ess"]) == (1, 0, 0)
 
 
