@@ -17,7 +17,7 @@ from llmquest_rl.algorithms.variant import Variant
 from llmquest_rl.options import Options
 
 STD_EPS = 1e-6
-"""Keeps the division finite when the rewards of a group are almost, but not quite, equal."""
+"""Keeps the division finite if the rewards of a group are almost, but not exactly, equal."""
 
 
 def group_mean(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -93,7 +93,8 @@ class Advantage(Variant[Callable[[Tensor, Tensor], Tensor]]):
     """Advantages of one group [samples], and their properties."""
 
     compares: bool = True
-    """Whether the samples of a group are compared with each other: a group of one, or of equal rewards, has none."""
+    """Whether the samples of a group are compared with each other: a group of one, or of equal rewards, has
+    advantages of 0."""
     by_mean: bool = False
     """Whether a group's mean reward is the baseline: a phantom reward may join that mean."""
     in_deviations: bool = False

@@ -59,7 +59,7 @@ class Normalization(Variant[Callable[[Groups, Groups, Groups], list[Tensor]]]):
     """A normalisation, and its properties."""
 
     needs_comparison: bool = False
-    """Whether it takes for granted that groups of equal rewards have no advantages."""
+    """Whether it assumes that groups of equal rewards have no advantages."""
     in_deviations: bool = False
     """Whether it divides by a deviation of rewards: not for advantages that are in such units already."""
 

@@ -67,7 +67,7 @@ def is_usable(group: Group, algorithm: Algorithm) -> bool:
     part = _compared(group)
     if part is None:
         return False
-    advantages = _weighed(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
+    advantages = _times_sign_weight(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
     pairs = zip(part.completions, advantages, strict=True)
     return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
@@ -114,11 +114,11 @@ def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Ten
     rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
     normalized = NORMALIZATIONS[algorithm.normalization].configured(algorithm)(estimated, rewards, lengths)
     limit = algorithm.advantage_limit
-    weighed = [_weighed(group, algorithm) for group in normalized]
-    return weighed if limit is None else [group.clamp(-limit, limit) for group in weighed]
+    weighted = [_times_sign_weight(group, algorithm) for group in normalized]
+    return weighted if limit is None else [group.clamp(-limit, limit) for group in weighted]
 
 
-def _weighed(advantages: Tensor, algorithm: Algorithm) -> Tensor:
+def _times_sign_weight(advantages: Tensor, algorithm: Algorithm) -> Tensor:
     """Advantages times the weight of their sign."""
     return advantages.clamp(min=0) * algorithm.positive_weight + advantages.clamp(max=0) * algorithm.negative_weight
 

@@ -60,10 +60,10 @@ class RewardModel(Supervised):
                 "`data: {dataset: {name: preferences, path: pairs.jsonl}}`"
             )
         weight = 1 / (2 * max(1, len(groups)))
-        weighed = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
+        weighted = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
         return [
             group if "margins" in group.token_fields else group.with_token_field("margins", _constant(group, 0.0))
-            for group in weighed
+            for group in weighted
         ]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:

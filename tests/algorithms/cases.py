@@ -58,7 +58,7 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 class Case(NamedTuple):
-    """Sequence groups with their streams, and what a model would say about their targets [targets]."""
+    """Sequence groups with their token fields, and a model's values for their targets [targets]."""
 
     sequence_groups: list[SequenceGroup]
     new: Tensor
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[int, int] = (1, MAX_TOKENS)) -> Case:
     """Random groups; advantages differ from token to token, as a row may make them. `spread`: of the log-ratios.
 
-    All values are float32 numbers, so that streams hold them exactly; log-probs are below 0.
+    All values are float32 numbers, so that token fields hold them exactly; log-probs are below 0.
     """
     draw = np.random.default_rng(seed)
     sequence_groups, logprobs = [], []
@@ -104,9 +104,9 @@ def exact(values: Any) -> list[float]:
 
 
 def batch_of(policy: Policy, case: Case, old: bool = True) -> TokenBatch:
-    """One packed batch with all streams in float64, weighed."""
+    """One packed batch with token weights and all token fields in float64."""
     batch = collate(policy.assign_token_weights(case.sequence_groups))
-    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     # Weights come out of `assign_token_weights` in float64, and of `collate` in float32.
     token_fields["weights"] = torch.tensor(
         [

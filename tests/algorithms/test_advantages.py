@@ -1,4 +1,4 @@
-"""Advantages, what is done to them over a step, and length penalties, against NumPy float64 written from the papers."""
+"""Advantages, their normalisation over a step, and length penalties, against the papers' formulas in NumPy float64."""
 
 from itertools import combinations
 

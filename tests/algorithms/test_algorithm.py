@@ -146,7 +146,7 @@ def test_which_estimators_have_the_gradient_of_the_kl(name: str, where: str) -> 
 
 @CASES
 @given(sequence_lengths, st.integers(0, 2**31), st.floats(0, 0.9), st.floats(1.0, 5.0))
-def test_mismatch_corrections(lengths: list[int], seed: int, low: float, high: float) -> None:
+def test_corrections(lengths: list[int], seed: int, low: float, high: float) -> None:
     gaps, packed = drawn(lengths, seed, 0.7)
 
     def of_sequences(value: object) -> np.ndarray:
@@ -214,7 +214,7 @@ def test_off_policy_sequences(lengths: list[int], seed: int, delta: float) -> No
 @CASES
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_most_uncertain_tokens(entropies: list[list[float]]) -> None:
-    """Also where entropies are equal, and whatever stands in the batch beside a sequence."""
+    """Entropies may be equal, and the result must not depend on the other sequences of the batch."""
     for share in (0.01, 0.2, 0.5, 1.0):
         together = most_uncertain(tensor(sum(entropies, [])), ids_of([len(part) for part in entropies]), share)
         expected: list[bool] = []

@@ -1,4 +1,4 @@
-"""What is minimised for each token: the papers' formulas in NumPy float64, gradients, bounds and limits."""
+"""Surrogates against the papers' formulas in NumPy float64: values, gradients, bounds and limits."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_surrogates(values: list[tuple[float, float, float, float]], data: st.Da
 @pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize("advantage", [1.5, -0.5])
 def test_at_ratio_1_the_gradient_is_the_policy_gradient(name: str, advantage: float) -> None:
-    """In log pi, of which the ratio is the exponential."""
+    """The gradient is in log pi, and the ratio is its exponential."""
     values = of_policies([0.3, 0.9, 0.01], [0.3, 0.9, 0.01], [advantage] * 3)
     assert gradient(name, values, bounds(), values.logprobs) == pytest.approx([-advantage] * 3)
     assert not any(cut.any() for name in BOUNDED for cut in cuts(name, values, bounds(dual=3.0)))
@@ -114,7 +114,7 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient(name: str, advantage: fl
     ],
 )
 def test_clip_stops_the_gradient_only_where_it_would_go_too_far(ratio: float, advantage: float, slope: int) -> None:
-    """With bounds of 0.2 and 0.28, and a dual one of 3. The cuts are those of the loss."""
+    """The bounds are 0.2, 0.28 and a dual bound of 3. A cut token has no gradient."""
     values, limits = tokens([ratio], [advantage]), bounds(0.2, 0.28, 3.0)
     assert gradient("clip", values, limits, values.ratio) == [-advantage * slope]
     low, high = cuts("clip", values, limits)
@@ -191,7 +191,7 @@ def gamma_weights(ratio: object, advantage: float, limits: Algorithm) -> np.ndar
 
 @pytest.mark.parametrize(("advantage", "power", "decay"), [(2.0, 2.0, 3.0), (-0.5, 3.0, 2.0)])
 def test_a_gamma_weight_is_bounded_as_the_paper_says(advantage: float, power: float, decay: float) -> None:
-    """Its largest value stands at k / lambda (equation 45); what it makes of a ratio is at most K times it (19)."""
+    """Its largest value stands at k / lambda (equation 45); the weight is at most K times the ratio (19)."""
     ratio = np.linspace(1e-4, 20, 20_001)
     weights = gamma_weights(ratio, advantage, bounds())
     assert weights.max() == pytest.approx((power / decay) ** power * np.exp(decay - power), rel=1e-5)
@@ -210,7 +210,7 @@ def test_gamma_weights_of_the_papers_numbers() -> None:
 
 
 def test_a_gamma_weight_is_finite_whatever_its_numbers() -> None:
-    """In float32, where its largest value would be e^260."""
+    """Its largest value would be e^260, which float32 does not hold."""
     ratio, one = torch.tensor([500.0]), torch.ones(1)
     values = Tokens(ratio, -one, -one, one, torch.zeros(1, dtype=torch.long))
     assert losses("gamma_weight", values, bounds(power_positive=50.0, decay_positive=0.1)).isfinite().all()
@@ -237,7 +237,7 @@ def test_divergences_cut_where_probability_moves_and_not_where_ratios_do(name: s
 @CASES
 @given(st.floats(1e-6, 1 - 1e-6), st.floats(1e-6, 1 - 1e-6), st.sampled_from(["binary_tv", "binary_kl"]))
 def test_a_way_back_into_the_region_is_always_open(new: float, old: float, name: str) -> None:
-    """With bounds of 0: only the direction counts, and a kept token has the gradient of r A."""
+    """The bounds are 0: only the direction counts, and a kept token has the gradient of r A."""
     towards = 1.0 if new < old else -1.0
     values = of_policies([new, new], [old, old], [towards, -towards])
     kept, cut = gradient(name, values, bounds(0.0, 0.0), values.logprobs)
@@ -262,7 +262,7 @@ def test_binary_divergences_are_at_most_those_of_the_whole_vocabulary(vocabulary
 
 
 def test_a_token_that_is_certain_has_finite_divergences() -> None:
-    """In float32, where 1 - p is 0: under the old policy, the current one, and both."""
+    """1 - p is 0 in float32 under the old policy, the current one, or both."""
     logprobs, old = torch.tensor([-1.0, 0.0, 0.0]), torch.tensor([0.0, -1.0, 0.0])
     ratio, ids = (logprobs - old).exp(), torch.zeros(3, dtype=torch.long)
     values = Tokens(ratio, logprobs, old, torch.tensor([-1.0, 1.0, 1.0]), ids)

@@ -45,7 +45,7 @@ def problems(**algorithm: Any) -> list[str]:
 
 
 def configured() -> dict[str, Any]:
-    """What configurations, the table of algorithms and the reference make of the new file."""
+    """The new file as configurations, the table of algorithms and the reference see it."""
     from trainer.cli.algorithm_table import algorithm_table
     from trainer.config.load import dump, parse_config
     from trainer.config.reference_docs import reference

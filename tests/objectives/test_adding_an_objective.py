@@ -119,9 +119,9 @@ def test_it_trains(tmp_path: Path) -> None:
         unlikely = objective(strength=strength)
         learner = Learner(make_setup(make_folder(tmp_path / "model"), objective=unlikely))
         try:
-            weighed = unlikely.assign_token_weights(groups)
-            first, second = (learner.update(([weighed], 1)) for _ in range(2))
-            held_out = learner.evaluate(weighed)
+            weighted = unlikely.assign_token_weights(groups)
+            first, second = (learner.update(([weighted], 1)) for _ in range(2))
+            held_out = learner.evaluate(weighted)
             ends.append(whole_weights(learner))
         finally:
             learner.close()

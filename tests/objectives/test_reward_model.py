@@ -28,7 +28,7 @@ many = st.lists(st.tuples(score, score, st.floats(0, 3)), min_size=1, max_size=8
 
 
 class Given(nn.Module):
-    """Scores that are given: what a model would answer."""
+    """A model with given scores."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
     """Loss and the gradient of every score."""
     model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center)
     batch = collate(objective.assign_token_weights(sequence_groups(pairs)))
-    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     token_fields["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
     token_fields["weights"] = torch.full_like(token_fields["weights"], 1 / (2 * len(pairs)))
     loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "token_fields": token_fields}))
@@ -123,9 +123,9 @@ def gradients(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("parts", [2, 5])
 def test_split_changes_nothing(parts: int) -> None:
     model, objective = tiny_model(), RewardModel(0.01)
-    weighed = objective.assign_token_weights(random_pairs(1, 5))
+    weighted = objective.assign_token_weights(random_pairs(1, 5))
     found = []
-    for groups in ([weighed], [weighed[i::parts] for i in range(parts)]):
+    for groups in ([weighted], [weighted[i::parts] for i in range(parts)]):
         model.zero_grad()
         losses = [objective.loss(model, collate(group)) for group in groups]
         for loss in losses:
@@ -139,16 +139,16 @@ def test_split_changes_nothing(parts: int) -> None:
 
 
 def test_copies_of_the_prompt_change_nothing() -> None:
-    """For models that cannot share a prompt, as the learner gives them."""
+    """Models that cannot share a prompt get such groups from the learner."""
     model, objective = tiny_model(), RewardModel()
-    weighed = objective.assign_token_weights(
+    weighted = objective.assign_token_weights(
         [
             sequence_group.with_token_field("margins", [[0.5] * len(ids) for ids in sequence_group.completions])
             for sequence_group in random_pairs(2, 4)
         ]
     )
-    shared = objective.loss(model, collate(weighed)).value
-    repeated = objective.loss(model, collate([sequence_group.unshared() for sequence_group in weighed])).value
+    shared = objective.loss(model, collate(weighted)).value
+    repeated = objective.loss(model, collate([sequence_group.unshared() for sequence_group in weighted])).value
     torch.testing.assert_close(shared, repeated, rtol=1e-9, atol=1e-9)
 
 
