@@ -40,16 +40,16 @@ def settings_of_variants(shared: type[Options]) -> list[type[Options]]:
     """The settings of all variants, for an algorithm to inherit from beside `shared`.
 
     Raises:
-        TypeError: two of these classes, or one of them and `shared`, declare a setting of the same name.
+        TypeError: two of these classes, or one of them and `shared`, declare a setting or a validator of the same name.
     """
     variants = [variant for table in CELLS.values() for variant in table.values()]
     found = dict.fromkeys(variant.settings for variant in variants if variant.settings is not None)
     bases = [one for one in found if not any(issubclass(other, one) for other in found if other is not one)]
     declared: dict[str, type] = {}
     for base in (*bases, shared):
-        for name in base.model_fields:
-            owner = next(one for one in base.__mro__ if name in one.__dict__.get("__annotations__", {}))
+        for name in (*base.model_fields, *base.__pydantic_decorators__.model_validators):
+            owner = next(one for one in base.__mro__ if name in (vars(one) | vars(one).get("__annotations__", {})))
             if declared.setdefault(name, owner) is not owner:
                 places = " and ".join(one.__module__ for one in (declared[name], owner))
-                raise TypeError(f"{places} both declare the setting {name!r}: rename one, or let both use one class")
+                raise TypeError(f"{places} both declare {name!r}: rename one of them, or let both use one class")
     return bases

@@ -8,17 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import model_validator
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
-from llmquest_rl.algorithms.cells import SURROGATES
+from llmquest_rl.algorithms.algorithm import SharedSettings
+from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
-from llmquest_rl.algorithms.kl import KL_ESTIMATORS
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS, KLEstimator, k2
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.surrogates import Tokens
+from llmquest_rl.options import Options
 from tests.algorithms.cases import bounds
 
 CASES = settings(max_examples=200, deadline=None)
@@ -314,3 +317,30 @@ def test_cells_are_overridable() -> None:
 def test_mistakes_are_named(name: str, overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(name, overrides)
+
+
+class _TakesBeta(Options):
+    beta: float = 1.0
+
+
+class _TakesTau(Options):
+    tau_positive: float = 1.0
+
+
+class _Checks(Options):
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "_Checks":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [(_TakesBeta, "beta"), (_TakesTau, "tau_positive"), (_Checks, "_bounds_are_in_order")]
+)
+def test_two_settings_of_one_name_are_an_error(
+    settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would hide the other: a variant's setting beside a shared one, beside another variant's, and a validator."""
+    assert settings_of_variants(SharedSettings)
+    monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
+    with pytest.raises(TypeError, match=f"both declare '{name}'"):
+        settings_of_variants(SharedSettings)
