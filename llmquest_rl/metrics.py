@@ -6,9 +6,9 @@ A mean is kept as a sum and a count, so that parts of any size merge into the me
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from llmquest_rl.deferred import torch
@@ -22,20 +22,17 @@ Number: TypeAlias = "float | Tensor"
 """A float, or a tensor with one element. It stays on its device until `to_floats`, because fetching it blocks."""
 
 
-def _ratio(part: float, whole: float) -> float:
+Derived = tuple[tuple[str, ...], Callable[..., float]]
+"""Names of merged metrics, and the function of their values that is a metric of its own."""
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, and 0 if whole is 0."""
     return part / whole if whole else 0.0
 
 
-DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
-    "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), lambda weight, square: _ratio(weight**2, square)),
-    "train/reward_std": (
-        ("train/reward_mean", "train/reward_square"),
-        lambda mean, square: math.sqrt(max(0.0, square - mean**2)),
-    ),
-    "train/perplexity": (("train/loss", "train/tokens"), lambda loss, tokens: math.exp(min(loss, 700.0))),
-    "learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), _ratio),
-}
-"""Metrics that are computed from merged ones: the inputs and the function, by name."""
+DERIVED: dict[str, Derived] = {"learner/tokens_per_s": (("learner/tokens", "time/learner_update_s"), ratio)}
+"""Metrics that are computed from merged ones, by name. An objective may derive more."""
 
 
 @dataclass(slots=True)
@@ -99,15 +96,19 @@ class Metrics:
         plain.entries = {name: Entry(entry.kind, next(floats), next(floats)) for name, entry in self.entries.items()}
         return plain
 
-    def to_floats(self) -> dict[str, float]:
-        """The values for a line of the log, by name."""
+    def to_floats(self, derived: Mapping[str, Derived] = MappingProxyType({})) -> dict[str, float]:
+        """The values for a line of the log, by name.
+
+        Args:
+            derived: metrics beside `DERIVED` that are computed from merged ones, by name.
+        """
         plain = self.fetched().entries.items()
         floats = {
             name: float(entry.total / entry.count) if entry.kind == "mean" else float(entry.total)
             for name, entry in plain
             if entry.kind != "mean" or entry.count
         }
-        for name, (inputs, function) in DERIVED.items():
+        for name, (inputs, function) in {**DERIVED, **derived}.items():
             if all(needed in floats for needed in inputs):
                 floats[name] = function(*(floats[needed] for needed in inputs))
         return floats

@@ -1,26 +1,31 @@
-"""How much better a sample is than its group.
+"""Advantages: how much better a completion is than the others of its group.
 
-Each function takes the rewards of one group [samples], the lengths of its completions in tokens [samples] and the k of
-pass@k, and gives advantages [samples]. Those that compare the samples with each other give 0 where nothing differs.
+Each function takes the rewards of one group [samples] and the lengths of its completions in tokens [samples], and
+returns advantages [samples]. The caller sets the advantages of a group without a difference to 0, unless the advantage
+does not compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from pydantic import PositiveInt
+
+from llmquest_rl.algorithms.variant import Variant
 from llmquest_rl.deferred import torch
+from llmquest_rl.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 STD_EPS = 1e-6
-"""Keeps the division finite when the rewards of a group are almost, but not quite, equal."""
+"""Keeps the division finite if the rewards of a group are almost, but not exactly, equal."""
 
 
-def group_mean(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
+def group_mean(rewards: Tensor, lengths: Tensor) -> Tensor:
     """Reward minus the group's mean (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
     Without the division by the deviation, very easy and very hard prompts do not weigh more than others.
@@ -28,35 +33,43 @@ def group_mean(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
     return rewards - rewards.mean()
 
 
-def group_mean_std(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """The same in units of the group's standard deviation (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+def group_mean_std(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Reward minus the group's mean, in units of the group's standard deviation (DeepSeekMath, arXiv 2402.03300,
+    section 4.1.2).
 
-    The paper does not say which deviation; as in the usual implementations it is the sample's (n - 1).
+    The paper does not define the deviation. Here it is that of a sample (n - 1), as in the usual implementations.
     """
-    return group_mean(rewards, lengths, k) / (rewards.std() + STD_EPS)
+    return group_mean(rewards, lengths) / (rewards.std() + STD_EPS)
 
 
-def leave_one_out(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """Reward minus the mean of the others (RLOO, arXiv 2402.14740): n / (n - 1) times `group_mean`."""
+def leave_one_out(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Reward minus the mean of the other rewards (RLOO, arXiv 2402.14740): n / (n - 1) times `group_mean`."""
     return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
 
 
-def length_weighted_mean(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
+def length_weighted_mean(rewards: Tensor, lengths: Tensor) -> Tensor:
     """r_i - sum_j |o_j| r_j / sum_j |o_j| (OPO, arXiv 2505.23585).
 
-    The baseline of least variance, if the squared norm of a sequence's gradient grows with its length.
+    This baseline has the least variance if the squared norm of a sequence's gradient grows with its length.
     """
     return rewards - (lengths * rewards).sum() / lengths.sum()
 
 
-def pass_at_k(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """For the best of k: a sample is worth the mean, over all k-subsets that hold it, of their best reward.
+class PassK(Options):
+    """Settings of `pass_at_k`."""
 
-    Minus the mean over all k-subsets, in units of their deviation: arXiv 2508.10751, equations 14 and 15, where
-    rewards are 0 or 1; the best of any rewards as in arXiv 2505.15201. With ascending rewards, the j-th is the best of
-    C(j - 1, k - 1) subsets, of which C(j - 2, k - 2) hold a given earlier sample.
+    pass_k: PositiveInt = 4
+    """`pass_at_k`: the k, fewer than the samples of a group."""
+
+
+def pass_at_k(rewards: Tensor, lengths: Tensor, settings: PassK) -> Tensor:
+    """The worth of a sample to the best of k, minus the mean over all k-subsets, in units of their deviation.
+
+    A sample is worth the mean, over all k-subsets that hold it, of their best reward. For rewards of 0 and 1 these are
+    equations 14 and 15 of arXiv 2508.10751; the best of any rewards is as in arXiv 2505.15201. With ascending rewards,
+    the j-th is the best of C(j - 1, k - 1) subsets, of which C(j - 2, k - 2) hold a given earlier sample.
     """
-    n = len(rewards)
+    n, k = len(rewards), settings.pass_k
     ascending, order = rewards.sort(stable=True)
     # One subset only, or the worst best is the best of all: nothing differs, and rounding must not say otherwise.
     if k >= n or ascending[k - 1] == ascending[-1]:
@@ -71,8 +84,8 @@ def pass_at_k(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
     return torch.empty_like(rewards).scatter(0, order, (worth - mean) / (std + STD_EPS))
 
 
-def reward(rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """The reward itself: no baseline (REINFORCE, Williams 1992)."""
+def reward(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """The reward itself, without a baseline (REINFORCE, Williams 1992)."""
     return rewards
 
 
@@ -80,20 +93,27 @@ def _shares(counts: list[int], total: int, like: Tensor) -> Tensor:
     return torch.tensor([count / total for count in counts], dtype=like.dtype)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "group_mean_std": group_mean_std,
-    "group_mean": group_mean,
-    "leave_one_out": leave_one_out,
-    "length_weighted_mean": length_weighted_mean,
-    "pass_at_k": pass_at_k,
-    "reward": reward,
+AdvantageFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+
+
+@dataclass(frozen=True, slots=True)
+class Advantage(Variant[AdvantageFunction]):
+    """Advantages of one group [samples], and their properties."""
+
+    compares: bool = True
+    """Whether the samples of a group are compared with each other: a group of one, or of equal rewards, has
+    advantages of 0."""
+    by_mean: bool = False
+    """Whether a group's mean reward is the baseline: a phantom reward may join that mean."""
+    in_deviations: bool = False
+    """Whether the advantages are in units of their group's deviation."""
+
+
+ADVANTAGES: dict[str, Advantage] = {
+    "group_mean_std": Advantage(group_mean_std, by_mean=True, in_deviations=True),
+    "group_mean": Advantage(group_mean, by_mean=True),
+    "leave_one_out": Advantage(leave_one_out, by_mean=True),
+    "length_weighted_mean": Advantage(length_weighted_mean),
+    "pass_at_k": Advantage(pass_at_k, PassK, " (k {pass_k})", in_deviations=True),
+    "reward": Advantage(reward, compares=False),
 }
-
-BY_MEAN = frozenset({"group_mean", "group_mean_std", "leave_one_out"})
-"""Advantages that a group's mean reward is taken off: a phantom reward may join that mean."""
-
-IN_DEVIATIONS = frozenset({"group_mean_std", "pass_at_k"})
-"""Advantages in units of a deviation already."""
-
-WITHOUT_GROUP = frozenset({"reward"})
-"""Advantages that do not compare the samples of a group: a group of one, or of equal rewards, teaches something."""

@@ -1,12 +1,14 @@
-"""How token losses become one number: a weight for each token, fixed on all sequences of an optimizer update at once.
+"""Aggregation of token losses: a weight for each token, fixed on all sequences of an optimizer update at once.
 
-Because the loss is then the plain sum of weight x token loss, the same gradient comes out whatever the microbatches,
-the packing or the number of processes. Each function takes the lengths in tokens of the sequences of every group of the
-update, and the longest completion allowed; it gives the weight of every token of each sequence, in the same shape.
-Sequences without tokens count nowhere.
+The loss is then the plain sum of weight x token loss, so the gradient does not depend on the microbatches, the packing
+or the number of processes. Each function takes the lengths in tokens of the sequences of every group of the update, and
+the maximum completion length; it returns the weight of every token of each sequence, in the same shape. Sequences
+without tokens count nowhere.
 """
 
 from collections.abc import Callable, Sequence
+
+from llmquest_rl.algorithms.variant import Variant
 
 Lengths = Sequence[Sequence[int]]
 
@@ -31,8 +33,11 @@ def token_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
 
 
 def prompt_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
-    """Mean over the tokens of each group, then over groups: DAPO's equation 8 to the letter, which stands within an
-    expectation over prompts; ScaleRL, arXiv 2510.13786, found it best."""
+    """Mean over the tokens of each group, then over groups.
+
+    This is DAPO's equation 8 to the letter, which stands within an expectation over prompts. ScaleRL, arXiv 2510.13786,
+    found it best.
+    """
     groups = max(sum(any(group) for group in lengths), 1)
     return [[1 / (max(sum(group), 1) * groups)] * len(group) for group in lengths]
 
@@ -50,10 +55,14 @@ def _constant(lengths: Lengths, weight: float) -> list[list[float]]:
     return [[weight] * len(group) for group in lengths]
 
 
-AGGREGATIONS: dict[str, Callable[[Lengths, int], list[list[float]]]] = {
-    "sequence_mean": sequence_mean,
-    "sequence_sum": sequence_sum,
-    "token_mean": token_mean,
-    "prompt_mean": prompt_mean,
-    "max_tokens_mean": max_tokens_mean,
+class Aggregation(Variant[Callable[[Lengths, int], list[list[float]]]]):
+    """The weight of every token."""
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "sequence_mean": Aggregation(sequence_mean),
+    "sequence_sum": Aggregation(sequence_sum),
+    "token_mean": Aggregation(token_mean),
+    "prompt_mean": Aggregation(prompt_mean),
+    "max_tokens_mean": Aggregation(max_tokens_mean),
 }

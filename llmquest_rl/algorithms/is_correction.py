@@ -1,27 +1,30 @@
 """Corrections for an engine whose log-probs differ from the learner's for the same weights.
 
-Each function takes log(pi_old / pi_engine) of what was sampled [targets], the sequence of each target [targets] and two
-bounds of a ratio; it gives the factor of each token's policy loss [targets] and which of them were cut [targets].
-Bounds are inside: a ratio that equals one is kept.
+Each function takes log(pi_old / pi_engine) of the sampled tokens [targets], the sequence of each target [targets] and
+two bounds of a ratio. It returns the factor of each token's policy loss [targets], and which factors were cut
+[targets]. A ratio that equals a bound is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
+from llmquest_rl.algorithms.variant import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Correction(NamedTuple):
-    """What multiplies the policy loss."""
+    """Factors of the policy loss [targets]."""
 
     weights: Tensor
+    """The factors, without gradient."""
     cut: Tensor
-    """Bool: tokens whose weight is not the ratio itself."""
+    """Bool: tokens whose factor is not the ratio itself."""
 
 
 def token_truncate(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
@@ -46,17 +49,17 @@ def sequence_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float
 
 
 def geometric_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
-    """1, and 0 for sequences whose mean log-ratio is outside the bounds' logs: no bias against long ones.
+    """1, and 0 for sequences whose mean log-ratio is outside the logarithms of the bounds.
 
-    Geometric sequence masking: Y. Li and J. Liu, "Trust Region Optimization via Sequence Masking", 2025. It is the
-    ratio of a mean token, so bounds are close to 1.
+    Geometric sequence masking: Y. Li and J. Liu, "Trust Region Optimization via Sequence Masking", 2025. It has no bias
+    against long sequences. The ratio is that of a mean token, so the bounds should be close to 1.
     """
     return _keep(_inside(bounded_exp(sequence_mean(log_gap, sequence_ids)), low, high))
 
 
 def reject(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
-    """1, and 0 for the whole sequence if the ratio of any of its tokens is outside the bounds (arXiv 2512.23075, its
-    criterion of the largest gap)."""
+    """1, and 0 for the whole sequence if the ratio of any of its tokens is outside the bounds (the criterion of the
+    largest gap in arXiv 2512.23075)."""
     outside = (~_inside(bounded_exp(log_gap), low, high)).to(log_gap.dtype)
     return _keep(sequence_sum(outside, sequence_ids) == 0)
 
@@ -78,11 +81,22 @@ def _keep(kept: Tensor) -> Correction:
     return Correction(kept.float(), ~kept)
 
 
-CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Correction]] = {
-    "token_truncate": token_truncate,
-    "sequence_truncate": sequence_truncate,
-    "token_mask": token_mask,
-    "sequence_mask": sequence_mask,
-    "geometric_mask": geometric_mask,
-    "reject": reject,
+CorrectionMethodFunction: TypeAlias = "Callable[[Tensor, Tensor, float, float], Correction]"
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionMethod(Variant[CorrectionMethodFunction]):
+    """A correction, and its properties."""
+
+    masks_tokens: bool = False
+    """Whether a token can be left out of the loss while others of its sequence stay."""
+
+
+CORRECTIONS: dict[str, CorrectionMethod] = {
+    "token_truncate": CorrectionMethod(token_truncate),
+    "sequence_truncate": CorrectionMethod(sequence_truncate),
+    "token_mask": CorrectionMethod(token_mask, masks_tokens=True),
+    "sequence_mask": CorrectionMethod(sequence_mask),
+    "geometric_mask": CorrectionMethod(geometric_mask),
+    "reject": CorrectionMethod(reject),
 }

@@ -1,27 +1,32 @@
-"""Estimates of KL(policy || reference) for each token, from samples of the policy.
+"""Estimators of KL(policy || reference) for each token, from samples of the policy.
 
-Each function takes log-probs of the policy [targets] and of the reference [targets]; the names are those of
-J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy.
+Each function takes log-probs of the policy [targets] and of the reference [targets], and returns the estimate [targets]
+in nats. The names are those of J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT
+from llmquest_rl.algorithms.variant import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """-log r: unbiased, of high variance. In the loss its expected gradient is 0: for the reward, or ratio-weighted."""
+    """-log r: unbiased, with a high variance.
+
+    Its expected gradient in a loss is 0, unless it is weighted with the ratio.
+    """
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log r)^2 / 2: biased in value, its gradient is the KL's."""
+    """(log r)^2 / 2: biased in value, but its gradient is the KL's."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
@@ -39,4 +44,22 @@ def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return (logprobs - ref_logprobs).abs()
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
+KLEstimatorFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+
+
+@dataclass(frozen=True, slots=True)
+class KLEstimator(Variant[KLEstimatorFunction]):
+    """An estimator of the KL, and its properties."""
+
+    only_noise_in_loss: bool = False
+    """Whether its expected gradient in a loss is 0."""
+    exact_if_weighted: bool = False
+    """Whether its gradient in a loss is the KL's if it is weighted with the ratio, and only then."""
+
+
+KL_ESTIMATORS: dict[str, KLEstimator] = {
+    "k1": KLEstimator(k1, only_noise_in_loss=True, exact_if_weighted=True),
+    "k2": KLEstimator(k2),
+    "k3": KLEstimator(k3, exact_if_weighted=True),
+    "abs": KLEstimator(absolute),
+}

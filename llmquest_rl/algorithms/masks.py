@@ -11,23 +11,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDING = 1e-4
-"""So that a share of a length which is a whole number in decimals is one in binary."""
+"""Subtracted before rounding up, because a share of a length may be just above a whole number in binary."""
 
 
 def on_policy_enough(
     logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, sequence_ids: Tensor, delta: float
 ) -> Tensor:
-    """Not kept: A < 0 in a sequence whose mean log(pi_rollout / pi) is above delta (DeepSeek-V3.2, arXiv 2512.02556,
-    equation 9). Its mistakes are no longer the policy's own: unlearning them can make it unstable."""
+    """Mask out tokens with A < 0 in a sequence whose mean log(pi_rollout / pi) is above `delta`.
+
+    DeepSeek-V3.2, arXiv 2512.02556, equation 9. The mistakes of such a sequence are no longer the policy's own, and
+    unlearning them can make training unstable.
+    """
     divergence = sequence_mean(rollout_logprobs - logprobs.detach(), sequence_ids)
     return (advantages >= 0) | (divergence <= delta)
 
 
 def most_uncertain(entropies: Tensor, sequence_ids: Tensor, share: float) -> Tensor:
-    """The `share` of each sequence's tokens with the largest entropy, at least one (arXiv 2506.01939).
+    """Keep the `share` of each sequence's tokens with the largest entropy, at least one (arXiv 2506.01939).
 
-    The paper takes the quantile over a microbatch. Here it is that of each sequence, so that the result does not depend
-    on what else is in the batch. Of equal entropies the earlier token counts as the larger.
+    The paper takes the quantile over a microbatch. Here it is the quantile of each sequence, so that the result does
+    not depend on the rest of the batch. Of equal entropies, the earlier token counts as the larger.
     """
     largest = entropies.argsort(descending=True, stable=True)
     order = largest[sequence_ids[largest].argsort(stable=True)]

@@ -1,15 +1,17 @@
-"""What is done to the advantages of a whole step, after they were estimated group by group.
+"""Normalisation of the advantages of a whole step, after they were estimated group by group.
 
 Each function takes, for every group of the step, advantages [samples], rewards [samples] and lengths in tokens
-[samples], and gives the advantages of every group [samples].
+[samples], and returns the advantages of every group [samples].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from llmquest_rl.algorithms.advantages import STD_EPS
+from llmquest_rl.algorithms.variant import Variant
 from llmquest_rl.deferred import torch
 
 if TYPE_CHECKING:
@@ -19,15 +21,15 @@ Groups: TypeAlias = "Sequence[Tensor]"
 
 
 def none(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
-    """As they are."""
+    """The advantages as they are."""
     return list(advantages)
 
 
 def whiten(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
-    """Minus their mean, in units of their deviation, over all tokens of the step; 0 where all are equal.
+    """Advantages minus their mean, in units of their deviation, over all tokens of the step; 0 where all are equal.
 
-    REINFORCE++, arXiv 2501.03262, its global advantage normalisation: the set that it normalises over has an advantage
-    for each token, so a sample counts by its length.
+    This is the global advantage normalisation of REINFORCE++, arXiv 2501.03262. The set that it normalises over has an
+    advantage for each token, so a sample counts by its length.
     """
     values, counts = torch.cat(list(advantages)), torch.cat(list(lengths))
     if bool((values == values[0]).all()):
@@ -38,7 +40,7 @@ def whiten(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]
 
 
 def batch_std(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
-    """In units of the deviation (n - 1) of all rewards of the step (arXiv 2508.08221)."""
+    """Advantages in units of the deviation (n - 1) of all rewards of the step (arXiv 2508.08221)."""
     values = torch.cat(list(rewards))
     if bool((values == values[0]).all()):
         return list(advantages)
@@ -46,18 +48,32 @@ def batch_std(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tens
 
 
 def valid_groups(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
-    """Times all samples / samples of groups whose rewards differ (GPG, arXiv 2504.02546, its alpha = B / (B - M)).
+    """Advantages times all samples / samples of groups whose rewards differ.
 
-    Groups without a difference add nothing to the gradient; without this they make it smaller.
+    This is alpha = B / (B - M) of GPG, arXiv 2504.02546.
+    Groups without a difference add nothing to the gradient, but they count in its mean. The factor makes up for that.
     """
     samples = sum(len(group) for group in rewards)
     valid = sum(len(group) for group in rewards if bool((group != group[0]).any()))
     return [group * (samples / valid) if valid else group for group in advantages]
 
 
-NORMALIZATIONS: dict[str, Callable[[Groups, Groups, Groups], list[Tensor]]] = {
-    "none": none,
-    "whiten": whiten,
-    "batch_std": batch_std,
-    "valid_groups": valid_groups,
+NormalizationFunction: TypeAlias = "Callable[[Groups, Groups, Groups], list[Tensor]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization(Variant[NormalizationFunction]):
+    """A normalisation, and its properties."""
+
+    needs_comparison: bool = False
+    """Whether it assumes that groups of equal rewards have no advantages."""
+    in_deviations: bool = False
+    """Whether it divides by a deviation of rewards: not for advantages that are in such units already."""
+
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    "none": Normalization(none),
+    "whiten": Normalization(whiten),
+    "batch_std": Normalization(batch_std, in_deviations=True),
+    "valid_groups": Normalization(valid_groups, needs_comparison=True),
 }

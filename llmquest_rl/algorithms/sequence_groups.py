@@ -1,4 +1,4 @@
-"""From graded groups to what is trained on: advantages by group, and a weight for every token."""
+"""Turns graded groups into sequence groups: an advantage for every completion, and a weight for every token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES, WITHOUT_GROUP
+from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Compared(NamedTuple):
-    """The part of a group that is compared: samples with a score and at least one token."""
+    """The samples of a group that are compared: those with a score and at least one token."""
 
     group: Group
     completions: list[Completion]
@@ -34,16 +34,16 @@ class _Compared(NamedTuple):
 def make_sequence_groups(
     groups: Sequence[Group], algorithm: Algorithm, max_tokens: int
 ) -> tuple[list[SequenceGroup], Metrics]:
-    """One sequence group for each group, with the token fields `advantages` and `rollout_logprobs`.
+    """Make one sequence group of each group, with the token fields `advantages` and `rollout_logprobs`.
 
     Unscored samples and empty completions are in neither the baseline nor the loss; with `overlong_filter` completions
-    cut at the token limit are in the baseline only. A group with one sample left, or with equal rewards, has advantages
-    of zero where the algorithm compares; one with none left gives no sequence group.
+    cut at the token limit are in the baseline only. If the algorithm compares, the advantages of a group with one
+    sample left, or with equal rewards, are zero. A group without a sample left makes no sequence group.
 
     Args:
-        groups: samples with completions and scores; all of a step, because advantages may be normalised over it.
-        algorithm: which advantage.
-        max_tokens: the longest completion allowed.
+        groups: all groups of a step with completions and scores, because advantages may be normalised over the step.
+        algorithm: names the advantage, the normalisation and the length penalty.
+        max_tokens: maximum completion length.
 
     Returns:
         The sequence groups, and metrics on rewards and lengths.
@@ -61,16 +61,16 @@ def make_sequence_groups(
 
 
 def is_usable(group: Group, algorithm: Algorithm) -> bool:
-    """Whether the rewards of a group teach anything: some completion of its loss has an advantage other than 0.
+    """Whether a group has a gradient: some completion that is in the loss has an advantage other than 0.
 
     With rewards of 0 and 1 and an advantage that compares, this is 0 < correct completions < all (DAPO, arXiv
-    2503.14476, equation 11), among those with a score and a token. As there, what lengths add to rewards does not
-    count, but `overlong_filter` does: a group of which only cut completions have an advantage teaches nothing.
+    2503.14476, equation 11), among the completions with a score and a token. As in the paper, the length penalty does
+    not count. `overlong_filter` does: a group is not usable if only its cut completions have an advantage.
     """
     part = _compared(group)
     if part is None:
         return False
-    advantages = _weighed(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
+    advantages = _times_sign_weight(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
     pairs = zip(part.completions, advantages, strict=True)
     return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
@@ -78,12 +78,12 @@ def is_usable(group: Group, algorithm: Algorithm) -> bool:
 def token_weights(
     sequence_groups: Sequence[SequenceGroup], algorithm: Algorithm, max_tokens: int
 ) -> list[SequenceGroup]:
-    """The same sequence groups with the token field `weights`.
+    """Add the token field `weights` to the sequence groups of one optimizer update.
 
-    Give it all sequence groups of one optimizer update, over all processes.
+    The weights depend on all of them, so pass the groups of all processes at once.
     """
     lengths = [[len(completion) for completion in sequence_group.completions] for sequence_group in sequence_groups]
-    weights = AGGREGATIONS[algorithm.aggregation](lengths, max_tokens)
+    weights = AGGREGATIONS[algorithm.aggregation].configured(algorithm)(lengths, max_tokens)
     return [
         sequence_group.with_token_field("weights", [[weight] * length for weight, length in zip(*pair, strict=True)])
         for sequence_group, *pair in zip(sequence_groups, weights, lengths, strict=True)
@@ -104,25 +104,25 @@ def _compared(group: Group) -> _Compared | None:
 
 
 def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared:
-    penalty = LENGTH_PENALTIES[algorithm.length_penalty]
-    added = algorithm.length_weight * penalty(part.rewards, part.lengths, max_tokens, algorithm.overlong_buffer)
+    penalty = LENGTH_PENALTIES[algorithm.length_penalty].configured(algorithm)
+    added = penalty(part.rewards, part.lengths, max_tokens)
     if algorithm.length_penalty != "none":
         metrics.mean("reward/length_penalty", float(added.sum()), len(part.completions))
     return part._replace(rewards=part.rewards + added)
 
 
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
-    """[samples] of each group."""
+    """Advantages [samples] of each group."""
     estimated = [_group_advantages(part.rewards, part.lengths, algorithm) for part in compared]
     rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
-    normalized = NORMALIZATIONS[algorithm.normalization](estimated, rewards, lengths)
+    normalized = NORMALIZATIONS[algorithm.normalization].configured(algorithm)(estimated, rewards, lengths)
     limit = algorithm.advantage_limit
-    weighed = [_weighed(group, algorithm) for group in normalized]
-    return weighed if limit is None else [group.clamp(-limit, limit) for group in weighed]
+    weighted = [_times_sign_weight(group, algorithm) for group in normalized]
+    return weighted if limit is None else [group.clamp(-limit, limit) for group in weighted]
 
 
-def _weighed(advantages: Tensor, algorithm: Algorithm) -> Tensor:
-    """Times the weight of their sign."""
+def _times_sign_weight(advantages: Tensor, algorithm: Algorithm) -> Tensor:
+    """Advantages times the weight of their sign."""
     return advantages.clamp(min=0) * algorithm.positive_weight + advantages.clamp(max=0) * algorithm.negative_weight
 
 
@@ -130,9 +130,10 @@ def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) ->
     phantom = [] if algorithm.phantom_reward is None else [algorithm.phantom_reward]
     compared = torch.cat((rewards, rewards.new_tensor(phantom)))
     nothing_differs = len(rewards) < 2 or bool((compared == compared[0]).all())
-    if nothing_differs and algorithm.advantage not in WITHOUT_GROUP:
+    advantage = ADVANTAGES[algorithm.advantage]
+    if nothing_differs and advantage.compares:
         return torch.zeros_like(rewards)
-    return ADVANTAGES[algorithm.advantage](compared, lengths, algorithm.pass_k)[: len(rewards)]
+    return advantage.configured(algorithm)(compared, lengths)[: len(rewards)]
 
 
 def _sequence_group(part: _Compared, advantages: list[float], algorithm: Algorithm) -> SequenceGroup:

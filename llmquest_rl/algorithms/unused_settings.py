@@ -1,40 +1,27 @@
-"""Settings that only some cells read: beside other cells they would change nothing, silently."""
+"""Finds settings that the chosen variants do not read: they would change nothing, silently."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from llmquest_rl.algorithms.algorithm import Algorithm
-from llmquest_rl.algorithms.surrogates import CUTS, ON_POLICY
+from llmquest_rl.algorithms.cells import CELLS, SURROGATES
 
 
 class _Reader(NamedTuple):
-    """Who reads a setting."""
+    """The condition under which a setting is read."""
 
-    who: str
-    reads: Callable[[Algorithm], bool]
-
-
-def _cell(cell: str, *choices: str) -> _Reader:
-    return _Reader(f"{cell}: {' or '.join(choices)}", lambda algorithm: getattr(algorithm, cell) in choices)
+    condition: str
+    holds: Callable[[Algorithm], bool]
 
 
-_BOUNDED = _cell("surrogate", *sorted(CUTS))
-_CORRECTED = _Reader("old_policy: learner and a tis_cap", lambda a: a.old_policy == "learner" and a.tis_cap is not None)
-_WITH_KL = _Reader("a beta above 0", lambda a: a.beta > 0)
-READERS: dict[str, _Reader] = {
-    "pass_k": _cell("advantage", "pass_at_k"),
-    "length_weight": _cell("length_penalty", "soft_overlong", "relative"),
-    "overlong_buffer": _cell("length_penalty", "soft_overlong"),
-    "ratio": _Reader("a surrogate that has a ratio", lambda a: a.surrogate not in ON_POLICY),
-    "clip_low": _BOUNDED,
-    "clip_high": _BOUNDED,
-    "dual_clip": _cell("surrogate", "clip"),
-    "tau_positive": _cell("surrogate", "soft_gate"),
-    "tau_negative": _cell("surrogate", "soft_gate"),
-    "power_positive": _cell("surrogate", "gamma_weight"),
-    "power_negative": _cell("surrogate", "gamma_weight"),
-    "decay_positive": _cell("surrogate", "gamma_weight"),
-    "decay_negative": _cell("surrogate", "gamma_weight"),
+def _corrects(algorithm: Algorithm) -> bool:
+    return algorithm.old_policy == "learner" and algorithm.tis_cap is not None
+
+
+_CORRECTED = _Reader("old_policy: learner and a tis_cap", _corrects)
+_WITH_KL = _Reader("a beta above 0", lambda algorithm: algorithm.beta > 0)
+_SHARED = {
+    "ratio": _Reader("a surrogate that has a ratio", lambda algorithm: SURROGATES[algorithm.surrogate].has_ratio),
     "kl": _WITH_KL,
     "kl_in": _WITH_KL,
     "is_correction": _CORRECTED,
@@ -43,19 +30,35 @@ READERS: dict[str, _Reader] = {
 }
 
 
+def _of_variants() -> Iterator[tuple[str, _Reader]]:
+    """Every setting that belongs to variants of a cell, with the variants that read it."""
+    for cell, variants in CELLS.items():
+        for setting in dict.fromkeys(setting for variant in variants.values() for setting in variant.reads):
+            names = [name for name, variant in variants.items() if setting in variant.reads]
+            yield setting, _one_of(cell, names)
+
+
+def _one_of(cell: str, names: list[str]) -> _Reader:
+    return _Reader(f"{cell}: {' or '.join(names)}", lambda algorithm: getattr(algorithm, cell) in names)
+
+
+READERS: dict[str, _Reader] = {**_SHARED, **dict(_of_variants())}
+
+
 def check_read(algorithm: Algorithm, row: Algorithm) -> None:
-    """Check that what was set beside a row's name is read.
+    """Check that every setting beside a row's name is read.
 
     Args:
-        algorithm: the row with what was set.
+        algorithm: the row with the user's settings.
         row: the row as it is.
 
     Raises:
-        ValueError: a setting differs from the row's, and no cell reads it. (null asks for nothing.)
+        ValueError: a setting differs from the row's, but nothing reads it. (null asks for nothing.)
     """
     for setting, reader in READERS.items():
         value = getattr(algorithm, setting)
-        if value not in (None, getattr(row, setting)) and not reader.reads(algorithm):
+        if value not in (None, getattr(row, setting)) and not reader.holds(algorithm):
             raise ValueError(
-                f"{setting} is read with {reader.who}, so here {setting}: {value} would change nothing; leave it out"
+                f"{setting} is read with {reader.condition}, so here {setting}: {value} would change nothing; "
+                f"leave it out"
             )

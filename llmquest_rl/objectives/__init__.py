@@ -1,19 +1,18 @@
-"""What a batch is trained with. An objective `foo` is the file `llmquest_rl/objectives/foo.py`, which has
+"""Objectives: the loss of a batch. An objective `foo` is the file `llmquest_rl/objectives/foo.py`.
 
-* `Config(Options)`: the keys beside `name:` in the configuration;
-* `build(config, algorithm, sampling) -> Objective`.
-
-The learner asks an objective for what this protocol names and never which one it is.
+The file has `Config(Options)`, the keys beside `name:` in the configuration, and `build(config, algorithm, sampling)`,
+which returns an `Objective`. Nothing else has to know the file: the learner asks an objective for the members of this
+protocol, and never which one it is. May import `llmquest_rl.algorithms`, batches and metrics, but no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
-from llmquest_rl.metrics import Metrics
+from llmquest_rl.metrics import Derived, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What one microbatch gives."""
+    """The loss of one microbatch."""
 
     value: Tensor
     """A scalar with a gradient: the sum of weight x token loss, plus the model's own terms. Sums over microbatches and
@@ -30,7 +29,10 @@ class Loss:
 
 
 def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metrics: Metrics) -> Loss:
-    """The objective's value plus the model's terms: means, so they count by the microbatch's share of weight."""
+    """Add the model's own terms to the objective's value.
+
+    These terms are means over the microbatch, so each counts by the microbatch's share of weight.
+    """
     share = batch.token_fields["weights"].sum()
     for name, term in aux.items():
         metrics.mean(f"aux/{name}", term.detach() * share, share)
@@ -39,16 +41,19 @@ def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metric
 
 
 class Objective(Protocol):
-    """A loss, and what it needs."""
+    """A loss, and the inputs that it needs."""
+
+    derived_metrics: ClassVar[Mapping[str, Derived]]
+    """Metrics that are computed from merged ones, by name: no mean, sum or maximum over microbatches gives them."""
 
     @property
     def source(self) -> Literal["rollout", "dataset"]:
-        """Where its batches come from."""
+        """Source of the batches: completions that the run samples, or a data set of given sequences."""
         ...
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the model scores: names of classes, or one for a reward model; () = it predicts tokens."""
+        """Labels that the model scores: class names, or one label for a reward model; () = it predicts tokens."""
         ...
 
     @property
@@ -58,22 +63,28 @@ class Objective(Protocol):
 
     @property
     def temperature(self) -> float:
-        """Divides the logits of every forward pass, so that log-probs are those of the distribution sampled from."""
+        """Divides the logits of every forward pass, so that log-probs are those of the sampled distribution."""
         ...
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
-        """The log-probs that must be computed without gradient first, given how many updates a step's batch serves:
-        `old_logprobs` (of the model before the step) and `ref_logprobs` (of the frozen initial model)."""
+        """Names of the log-probs that must be computed first, without gradient.
+
+        Args:
+            updates: number of optimizer updates that a step's batch serves.
+
+        Returns:
+            `old_logprobs` (of the model before the step), `ref_logprobs` (of the reference model), both or neither.
+        """
         ...
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a frozen copy of the initial model is held."""
+        """Whether the learner holds a frozen copy of the initial model, the reference."""
         ...
 
     @property
     def ref_sync_interval(self) -> int | None:
-        """Steps after which that copy becomes the current model; None = it stays the initial one."""
+        """Steps after which the reference becomes the current model; None = it stays the initial model."""
         ...
 
     @property
@@ -86,13 +97,14 @@ class Objective(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
-        """Forward pass and loss of one microbatch."""
+        """Compute the forward pass and the loss of one microbatch."""
         ...
 
 
 class Supervised:
-    """What objectives that learn from given sequences have in common: one model, and its targets as they are."""
+    """Defaults of objectives that learn from given sequences: one model, and nothing to compute first."""
 
+    derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
     needs_whole_group: bool = False
@@ -102,4 +114,5 @@ class Supervised:
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
+        """See `Objective.computed_logprobs`: none."""
         return ()

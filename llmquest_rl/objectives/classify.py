@@ -1,4 +1,4 @@
-"""Classification: cross-entropy of the label, for texts and images."""
+"""Classification of texts and images: cross-entropy of the label."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Config(Options):
-    """What is told apart."""
+    """The labels of the classifier, and how its loss counts them."""
 
     labels: Annotated[tuple[str, ...], Field(min_length=2)]
     """Names of the classes, in the order of their numbers; the exported model's config.json keeps them."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability that is taken from the right label and shared out evenly among all (Szegedy et al. 2016,
+    """Probability that moves from the right label to all labels in equal parts (Szegedy et al. 2016,
     arXiv:1512.00567, section 7)."""
 
     @field_validator("labels")
@@ -49,7 +49,7 @@ class Classify(Supervised):
         """See `Objective.assign_token_weights`.
 
         Raises:
-            ValueError: a sequence does not have one target, which is the number of a label.
+            ValueError: a sequence does not have exactly one target, or the target is not the number of a label.
         """
         for group in groups:
             self._check(group)
@@ -63,8 +63,8 @@ class Classify(Supervised):
         for targets in _targets(group):
             if len(targets) != 1 or not 0 <= targets[0] < len(self.labels):
                 raise ValueError(
-                    f"the data set gives a sequence with {len(targets)} targets, but a classifier needs one, the "
-                    f"number of one of its {len(self.labels)} labels: take a data set of labels, e.g. `labelled`"
+                    f"the data set gives a sequence with {len(targets)} targets, but a classifier needs one target, "
+                    f"the number of one of its {len(self.labels)} labels: use a data set of labels, e.g. `labelled`"
                 )
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
@@ -96,7 +96,7 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def _targets(group: SequenceGroup) -> Iterator[list[int]]:
-    """What is predicted in each completion."""
+    """The predicted tokens of each completion."""
     first = 0 if group.prompt else 1
     for i, completion in enumerate(group.completions):
         mask = group.mask[i] if group.mask is not None else [True] * len(completion)
@@ -104,5 +104,5 @@ def _targets(group: SequenceGroup) -> Iterator[list[int]]:
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> Classify:
-    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    """Build the objective. It has no rollouts, so it ignores algorithm and sampling."""
     return Classify(config.labels, config.label_smoothing)

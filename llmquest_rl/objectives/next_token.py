@@ -1,14 +1,15 @@
-"""Next-token prediction: pretraining, and supervised fine-tuning where a mask leaves the prompt out."""
+"""Next-token prediction: pretraining, and supervised fine-tuning if a mask leaves out the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
-from llmquest_rl.metrics import Metrics
+from llmquest_rl.metrics import Derived, Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
@@ -18,12 +19,20 @@ if TYPE_CHECKING:
 
 
 class Config(Options):
-    """No options."""
+    """This objective has no options."""
+
+
+def _perplexity(loss: float, tokens: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True, slots=True)
 class NextToken(Supervised):
     """Mean negative log-prob of the target tokens: every target of an update weighs the same."""
+
+    derived_metrics: ClassVar[Mapping[str, Derived]] = {
+        "train/perplexity": (("train/loss", "train/tokens"), _perplexity)
+    }
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         weight = 1 / max(1, sum(_num_targets(group) for group in groups))
@@ -50,5 +59,5 @@ def _num_targets(group: SequenceGroup) -> int:
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> NextToken:
-    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    """Build the objective. It has no rollouts, so it ignores algorithm and sampling."""
     return NextToken()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
@@ -14,10 +15,10 @@ from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.sequence_groups import token_weights
-from llmquest_rl.algorithms.surrogates import CUTS, SURROGATES, Tokens
+from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
-from llmquest_rl.metrics import Metrics
+from llmquest_rl.metrics import Derived, Metrics, ratio
 from llmquest_rl.objectives import Loss, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
@@ -26,24 +27,32 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RARE = math.log(0.1)
-"""Log-prob under the old policy below which a token counts as rare: where reasoning forks (arXiv 2506.13585, 3.1)."""
+"""A token counts as rare below this log-prob under the old policy: reasoning forks there (arXiv 2506.13585, 3.1)."""
 
 
 class Config(Options):
-    """The policy-gradient objective; what it computes is in the section `algorithm`."""
+    """The policy-gradient objective. The section `algorithm` says which loss it computes."""
 
     entropy: bool = True
-    """Log the policy's entropy: about one more pass over the logits."""
+    """Log the policy's entropy. It costs about one more pass over the logits."""
+
+
+def _effective_sample_size(weight: float, square: float) -> float:
+    return ratio(weight**2, square)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """sum_t weight_t (kept_t x correction_t x surrogate(ratio_t, advantage_t) + beta x kl_t - bonus x entropy_t).
 
-    Batches carry the token fields `weights`, `advantages`, `rollout_logprobs`; `old_logprobs` only when a step's batch
-    serves more than one update, because in a first update the old policy is the current one; `ref_logprobs` only when
-    beta > 0.
+    Batches carry the token fields `weights`, `advantages` and `rollout_logprobs`. They have `old_logprobs` only if a
+    step's batch serves more than one update, because in a first update the old policy is the current one, and
+    `ref_logprobs` only if beta > 0.
     """
+
+    derived_metrics: ClassVar[Mapping[str, Derived]] = {
+        "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), _effective_sample_size)
+    }
 
     algorithm: Algorithm
     temperature: float
@@ -67,7 +76,7 @@ class Policy:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the loss itself asks for it."""
+        """Whether the loss itself depends on the entropy."""
         return self.algorithm.entropy_bonus > 0 or self.algorithm.top_entropy_fraction < 1
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
@@ -91,19 +100,20 @@ class Policy:
     def token_losses(
         self, logprobs: Tensor, batch: TokenBatch, entropies: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Unweighted loss of each token [targets], and metrics over the tokens with a weight.
+        """Compute the unweighted loss of each token [targets], and metrics over the tokens with a weight.
 
         Args:
-            logprobs: of the current policy [targets], with gradient.
+            logprobs: log-probs of the targets under the current policy [targets], with gradient.
             batch: the microbatch.
-            entropies: of the distributions that the targets were drawn from [targets]; needed where `needs_entropy`.
+            entropies: entropy of the distribution of each target in nats [targets]; required if `needs_entropy`.
         """
         algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
         old = self._old(logprobs, batch)
         counted = batch.token_fields["weights"] != 0
         advantages = self._advantages(old, batch)
-        tokens = Tokens(RATIOS[algorithm.ratio](logprobs, old, ids), logprobs, old, advantages, ids)
-        losses = SURROGATES[algorithm.surrogate](tokens, algorithm.bounds)
+        ratios = RATIOS[algorithm.ratio].configured(algorithm)(logprobs, old, ids)
+        tokens = Tokens(ratios, logprobs, old, advantages, ids)
+        losses = SURROGATES[algorithm.surrogate].configured(algorithm)(tokens)
         losses = losses * self._correction(logprobs.detach(), old, batch, metrics)
         for kept in self._masks(logprobs, advantages, entropies, batch, metrics):
             losses = losses * kept
@@ -123,15 +133,15 @@ class Policy:
         return batch.token_fields.get("old_logprobs", logprobs.detach())
 
     def _advantages(self, old: Tensor, batch: TokenBatch) -> Tensor:
-        """Those of the batch, less what the KL from each token to the end takes off."""
+        """Advantages [targets] of the batch, minus the KL in the reward, summed from each token to the end."""
         algorithm, advantages = self.algorithm, batch.token_fields["advantages"]
         if algorithm.beta == 0 or algorithm.kl_in == "loss":
             return advantages
-        kl = KL_ESTIMATORS[algorithm.kl](old, batch.token_fields["ref_logprobs"])
+        kl = KL_ESTIMATORS[algorithm.kl].configured(algorithm)(old, batch.token_fields["ref_logprobs"])
         return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
 
     def _correction(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
-        """The factor [targets] that makes up for the engine's rounding; 1 where the ratio is taken to the engine."""
+        """Correction factor [targets] for the engine's rounding; 1 if the ratio is taken to the engine."""
         algorithm, rollout = self.algorithm, batch.token_fields["rollout_logprobs"]
         counted = batch.token_fields["weights"] != 0
         ours = logprobs if algorithm.old_policy == "engine" else old
@@ -140,7 +150,7 @@ class Policy:
         metrics.mean("policy/logp_gap_k3", k3(rollout, ours)[counted].sum(), counted.sum())
         if algorithm.tis_cap is None or algorithm.old_policy == "engine":
             return torch.ones_like(log_gap)
-        correct = CORRECTIONS[algorithm.is_correction]
+        correct = CORRECTIONS[algorithm.is_correction].configured(algorithm)
         weights, cut = correct(log_gap, batch.sequence_ids, algorithm.tis_floor, algorithm.tis_cap)
         metrics.mean("policy/tis_weight", weights[counted].sum(), counted.sum())
         metrics.mean("policy/tis_capped_share", cut[counted].sum(), counted.sum())
@@ -150,7 +160,7 @@ class Policy:
     def _masks(
         self, logprobs: Tensor, advantages: Tensor, entropies: Tensor | None, batch: TokenBatch, metrics: Metrics
     ) -> list[Tensor]:
-        """Which tokens the policy loss keeps, one mask [targets] for each reason to leave some out."""
+        """Masks [targets] of the tokens that the policy loss keeps, one for each setting that leaves some out."""
         algorithm, ids, masks = self.algorithm, batch.sequence_ids, {}
         if algorithm.off_policy_delta is not None:
             rollout = batch.token_fields["rollout_logprobs"]
@@ -164,26 +174,27 @@ class Policy:
         return list(masks.values())
 
     def _kl(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
-        """The KL's term of the loss [targets]; 0 where it is in the reward."""
+        """The KL's term of the loss [targets]; 0 if the KL is in the reward."""
         algorithm, reference = self.algorithm, batch.token_fields["ref_logprobs"]
         counted = batch.token_fields["weights"] != 0
         metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())
         if algorithm.kl_in == "reward":
             return torch.zeros_like(reference)
         weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0
-        return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl](logprobs, reference)
+        return algorithm.beta * weight * KL_ESTIMATORS[algorithm.kl].configured(algorithm)(logprobs, reference)
 
     def _ratio_metrics(self, metrics: Metrics, tokens: Tokens, counted: Tensor) -> None:
-        ratio = tokens.ratio.detach()[counted]
-        if self.algorithm.surrogate in CUTS:
-            low, high = (cut[counted] for cut in CUTS[self.algorithm.surrogate](tokens, self.algorithm.bounds))
+        ratios = tokens.ratio.detach()[counted]
+        cuts = SURROGATES[self.algorithm.surrogate].cuts
+        if cuts is not None:
+            low, high = (cut[counted] for cut in cuts(tokens, self.algorithm))
             rare = tokens.old_logprobs[counted] < RARE
-            metrics.mean("policy/clip_frac", (low | high).sum(), ratio.numel())
+            metrics.mean("policy/clip_frac", (low | high).sum(), ratios.numel())
             metrics.mean("policy/clip_frac_rare", (low | high)[rare].sum(), rare.sum())
             metrics.mean("policy/clip_frac_common", (low | high)[~rare].sum(), (~rare).sum())
-            metrics.mean("policy/clip_low_frac", low.sum(), ratio.numel())
-            metrics.mean("policy/clip_high_frac", high.sum(), ratio.numel())
-        _mean_and_max(metrics, "policy/ratio", ratio)
+            metrics.mean("policy/clip_low_frac", low.sum(), ratios.numel())
+            metrics.mean("policy/clip_high_frac", high.sum(), ratios.numel())
+        _mean_and_max(metrics, "policy/ratio", ratios)
 
 
 def _mean_and_max(metrics: Metrics, name: str, values: Tensor) -> None:
@@ -193,9 +204,9 @@ def _mean_and_max(metrics: Metrics, name: str, values: Tensor) -> None:
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> Policy:
-    """The objective of one run.
+    """Build the objective of one run.
 
-    A sampling temperature of 0 (greedy) has no distribution to train on; engines then give log-probs at temperature 1,
-    and so does the objective.
+    A sampling temperature of 0 (greedy) has no distribution to train on. Engines then return log-probs at temperature
+    1, and the objective uses temperature 1 as well.
     """
     return Policy(algorithm, sampling.temperature or 1.0, sampling.max_tokens, config.entropy)

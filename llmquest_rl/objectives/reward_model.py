@@ -1,24 +1,26 @@
-"""The Bradley-Terry loss of reward models: of two replies to a prompt the chosen one gets the higher score.
+"""The Bradley-Terry loss of reward models: of two replies to a prompt, the chosen one should get the higher score.
 
--log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2, mean over the pairs of an update: Ouyang et al.
-2022 (arXiv:2203.02155), equation 1; the margin, zero where the data has none, is equation 2 of Touvron et al. 2023
-(arXiv:2307.09288); the second term, which keeps scores near 0, is from Eisenstein et al. 2023 (arXiv:2312.09244).
+The loss is -log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2, the mean over the pairs of an
+update. The first term is equation 1 of Ouyang et al. 2022 (arXiv:2203.02155). The margin is equation 2 of Touvron et
+al. 2023 (arXiv:2307.09288); it is 0 if the data has none. The second term keeps scores near 0 (Eisenstein et al. 2023,
+arXiv:2312.09244).
 
 A pair is a group of two completions, the chosen one first, with one target each (`data.pairs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
-from llmquest_rl.metrics import Metrics
+from llmquest_rl.metrics import Derived, Metrics
 from llmquest_rl.objectives import Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
@@ -31,14 +33,21 @@ class Config(Options):
     """The Bradley-Terry loss of a model with one score."""
 
     center: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """Coefficient of the squared sum of a pair's scores. The loss sees their difference alone; with, say, 0.01 scores
-    stay around 0, and those of two trainings can be compared."""
+    """Coefficient of the squared sum of a pair's scores. The other term only sees their difference; with, say, 0.01
+    scores stay around 0, so that the scores of two trainings can be compared."""
+
+
+def _std(mean: float, square: float) -> float:
+    return math.sqrt(max(0.0, square - mean**2))
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModel(Supervised):
-    """Every pair of an update weighs the same."""
+    """The Bradley-Terry loss, in which every pair of an update weighs the same."""
 
+    derived_metrics: ClassVar[Mapping[str, Derived]] = {
+        "train/reward_std": (("train/reward_mean", "train/reward_square"), _std)
+    }
     center: float = 0.0
     labels: tuple[str, ...] = ("reward",)
     needs_whole_group: bool = True
@@ -51,18 +60,18 @@ class RewardModel(Supervised):
         """
         if not all(map(_is_pair, groups)):
             raise ValueError(
-                "the objective reward_model learns from pairs of replies: name a data set of them, e.g. "
+                "the objective reward_model learns from pairs of replies: use a data set of pairs, e.g. "
                 "`data: {dataset: {name: preferences, path: pairs.jsonl}}`"
             )
         weight = 1 / (2 * max(1, len(groups)))
-        weighed = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
+        weighted = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
         return [
             group if "margins" in group.token_fields else group.with_token_field("margins", _constant(group, 0.0))
-            for group in weighed
+            for group in weighted
         ]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
-        """See `Objective.loss`. An odd target, the one of an idle microbatch, is in no pair and has no gradient."""
+        """See `Objective.loss`. The single target of an idle microbatch is in no pair and has no gradient."""
         output = model(batch)
         scores = output.values[:, 0]
         weights = batch.token_fields["weights"]
@@ -97,5 +106,5 @@ def _metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Metrics:
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> RewardModel:
-    """The objective; algorithm and sampling are those of rollouts and do not concern it."""
+    """Build the objective. It has no rollouts, so it ignores algorithm and sampling."""
     return RewardModel(config.center)

@@ -1,1 +1,4 @@
-"""What torch's optimizers leave open: learning-rate schedules, and which parameters decay."""
+"""Additions to torch's optimizers: learning-rate schedules, and the choice of parameters that decay.
+
+The room imports torch alone; the learner imports it.
+"""

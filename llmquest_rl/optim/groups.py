@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Optimizer groups: parameters with weight decay, and parameters without."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices with `weight_decay`, norms, biases and other vectors without.
+    """Make two optimizer groups: matrices with `weight_decay`; norms, biases and other vectors without.
 
-    Frozen parameters are in neither; an empty group is left out. Call it before ZeRO-3 cuts the parameters up, which
-    hides their shapes.
+    Frozen parameters are in neither group, and an empty group is left out. Call this before ZeRO-3 partitions the
+    parameters, because it hides their shapes.
     """
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the update's number: nothing to save, nothing to drift on resume."""
+"""The learning rate as a pure function of the update's number, so that a resumed run has nothing to restore."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
-"""From 1 to 0 as progress goes from 0 to 1 (constant: 1)."""
+"""Factor of the peak learning rate, as a function of progress from 0 to 1; it falls from 1 to 0 (`constant`: 1)."""
 
 
 def lr_factor(schedule: str, update: int, total_updates: int, warmup: int = 0, min_ratio: float = 0.0) -> float:
-    """What the peak learning rate is multiplied by.
+    """Factor of the peak learning rate at one update.
 
     Args:
         schedule: a name in `SCHEDULES`.
         update: number of the optimizer update, from 0.
-        total_updates: updates in the whole run; beyond it the factor stays at its end.
-        warmup: updates of linear rise; the first has 1 / warmup of the peak, the last of them the peak.
-        min_ratio: where a falling schedule ends.
+        total_updates: updates in the whole run; after them the factor keeps its last value.
+        warmup: updates of linear rise, from 1 / warmup in the first to 1 in the last of them.
+        min_ratio: last value of a falling schedule.
     """
     if update < warmup:
         return (update + 1) / warmup

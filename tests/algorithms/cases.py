@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives.policy import Policy
@@ -58,7 +58,7 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 class Case(NamedTuple):
-    """Sequence groups with their streams, and what a model would say about their targets [targets]."""
+    """Sequence groups with their token fields, and a model's values for their targets [targets]."""
 
     sequence_groups: list[SequenceGroup]
     new: Tensor
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 def random_case(seed: int, groups: int = 3, spread: float = 0.4, lengths: tuple[int, int] = (1, MAX_TOKENS)) -> Case:
     """Random groups; advantages differ from token to token, as a row may make them. `spread`: of the log-ratios.
 
-    All values are float32 numbers, so that streams hold them exactly; log-probs are below 0.
+    All values are float32 numbers, so that token fields hold them exactly; log-probs are below 0.
     """
     draw = np.random.default_rng(seed)
     sequence_groups, logprobs = [], []
@@ -104,9 +104,9 @@ def exact(values: Any) -> list[float]:
 
 
 def batch_of(policy: Policy, case: Case, old: bool = True) -> TokenBatch:
-    """One packed batch with all streams in float64, weighed."""
+    """One packed batch with token weights and all token fields in float64."""
     batch = collate(policy.assign_token_weights(case.sequence_groups))
-    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     # Weights come out of `assign_token_weights` in float64, and of `collate` in float32.
     token_fields["weights"] = torch.tensor(
         [
@@ -132,6 +132,11 @@ def total(policy: Policy, batch: TokenBatch, new: Tensor, entropies: Tensor) -> 
         value.backward()
     grads = (torch.zeros_like(new) if x.grad is None else x.grad for x in (leaf, entropy_leaf))
     return value.detach(), *grads, metrics
+
+
+def bounds(low: float = 0.2, high: float = 0.2, dual: float | None = None, **settings: float) -> Algorithm:
+    """Settings of surrogates, not validated: they may be wider than a configuration allows."""
+    return Algorithm.model_construct(clip_low=low, clip_high=high, dual_clip=dual, **settings)
 
 
 def all_rows() -> list[str]:

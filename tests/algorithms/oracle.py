@@ -40,7 +40,7 @@ def loss(groups: list[list[Sequence]], algorithm: Algorithm, max_tokens: int) ->
 
 
 def token_weights(lengths: list[list[int]], aggregation: str, max_tokens: int) -> list[list[float]]:
-    """What one token of each sequence weighs."""
+    """The weight of one token of each sequence."""
     flat = [n for group in lengths for n in group]
     return {
         "sequence_mean": [[1 / (n * len(flat)) for n in group] for group in lengths],
@@ -162,7 +162,7 @@ def most_uncertain(entropies: Vector, share: float) -> set[int]:
 def sequences(
     sequence_groups: list[SequenceGroup], new: Vector, fixed: Vector, old: Vector, reference: Vector, entropies: Vector
 ) -> list[list[Sequence]]:
-    """Packed arrays [targets] cut into the completions of `sequence_groups`, which carry the other streams."""
+    """Packed arrays [targets] cut into the completions of `sequence_groups`, which carry the other token fields."""
     groups, start = [], 0
     for sequence_group in sequence_groups:
         group = []

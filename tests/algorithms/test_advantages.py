@@ -1,4 +1,4 @@
-"""Advantages, what is done to them over a step, and length penalties, against NumPy float64 written from the papers."""
+"""Advantages, their normalisation over a step, and length penalties, against the papers' formulas in NumPy float64."""
 
 from itertools import combinations
 
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmquest_rl.algorithms.advantages import ADVANTAGES, WITHOUT_GROUP
+from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
+from llmquest_rl.algorithms.presets import Algorithm
 
 CASES = settings(max_examples=200, deadline=None)
 rewards_of_a_group = st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=12)
@@ -20,6 +21,14 @@ different = rewards_of_a_group.filter(lambda rewards: np.std(rewards) > 1e-2)
 
 def tensor(values: object) -> Tensor:
     return torch.tensor(np.asarray(values, dtype=np.float64))
+
+
+def advantages_of(name: str, rewards: Tensor, lengths: Tensor, k: int) -> Tensor:
+    return ADVANTAGES[name].configured(Algorithm(pass_k=k))(rewards, lengths)
+
+
+def penalties(name: str, rewards: Tensor, lengths: Tensor, max_tokens: int, buffer: float) -> Tensor:
+    return LENGTH_PENALTIES[name].configured(Algorithm(overlong_buffer=buffer))(rewards, lengths, max_tokens)
 
 
 def lengths_for(rewards: list[float], seed: int) -> np.ndarray:
@@ -42,7 +51,7 @@ def test_comparisons_with_the_group(rewards: list[float], seed: int) -> None:
     }
     assert set(expected) == set(ADVANTAGES) - {"pass_at_k"}
     for name, values in expected.items():
-        ours = ADVANTAGES[name](tensor(r), tensor(lengths), 4)
+        ours = advantages_of(name, tensor(r), tensor(lengths), 4)
         np.testing.assert_allclose(ours, values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
@@ -50,7 +59,7 @@ def test_comparisons_with_the_group(rewards: list[float], seed: int) -> None:
 @given(different, st.integers(1, 6))
 def test_pass_at_k_is_the_mean_over_all_subsets(rewards: list[float], k: int) -> None:
     n = len(rewards)
-    ours = ADVANTAGES["pass_at_k"](tensor(rewards), tensor([1.0] * n), k)
+    ours = advantages_of("pass_at_k", tensor(rewards), tensor([1.0] * n), k)
     if k >= n:
         assert not ours.any()
         return
@@ -78,7 +87,7 @@ def test_pass_at_k_of_right_and_wrong_is_the_papers_closed_form(n: int, k: int) 
             continue
         of_right = (1 - mean) / deviation
         of_wrong = (1 - mean - choose(wrong - 1, k - 1) / choose(n - 1, k - 1)) / deviation
-        ours = ADVANTAGES["pass_at_k"](tensor([1.0] * right + [0.0] * wrong), tensor([1.0] * n), k)
+        ours = advantages_of("pass_at_k", tensor([1.0] * right + [0.0] * wrong), tensor([1.0] * n), k)
         np.testing.assert_allclose(ours, [of_right] * right + [of_wrong] * wrong, rtol=1e-4, atol=1e-9)
 
 
@@ -86,8 +95,8 @@ def test_pass_at_k_of_right_and_wrong_is_the_papers_closed_form(n: int, k: int) 
 @given(rewards_of_a_group, st.integers(0, 2**31))
 def test_leave_one_out_is_the_group_mean_scaled(rewards: list[float], seed: int) -> None:
     r, lengths, n = tensor(rewards), tensor(lengths_for(rewards, seed)), len(rewards)
-    scaled = ADVANTAGES["group_mean"](r, lengths, 1) * n / (n - 1)
-    torch.testing.assert_close(ADVANTAGES["leave_one_out"](r, lengths, 1), scaled, rtol=1e-9, atol=1e-9)
+    scaled = advantages_of("group_mean", r, lengths, 1) * n / (n - 1)
+    torch.testing.assert_close(advantages_of("leave_one_out", r, lengths, 1), scaled, rtol=1e-9, atol=1e-9)
 
 
 @CASES
@@ -95,16 +104,20 @@ def test_leave_one_out_is_the_group_mean_scaled(rewards: list[float], seed: int)
 def test_the_order_of_a_group_does_not_matter(rewards: list[float], seed: int, name: str) -> None:
     lengths = lengths_for(rewards, seed)
     order = np.random.default_rng(seed).permutation(len(rewards))
-    straight = ADVANTAGES[name](tensor(rewards), tensor(lengths), 3)
-    shuffled = ADVANTAGES[name](tensor(rewards)[order], tensor(lengths)[order], 3)
+    straight = advantages_of(name, tensor(rewards), tensor(lengths), 3)
+    shuffled = advantages_of(name, tensor(rewards)[order], tensor(lengths)[order], 3)
     torch.testing.assert_close(straight[order], shuffled, rtol=1e-6, atol=1e-6)
 
 
 @CASES
-@given(different, st.integers(0, 2**31), st.sampled_from(sorted(set(ADVANTAGES) - WITHOUT_GROUP)))
+@given(
+    different,
+    st.integers(0, 2**31),
+    st.sampled_from(sorted(name for name, advantage in ADVANTAGES.items() if advantage.compares)),
+)
 def test_adding_a_constant_to_all_rewards_changes_nothing(rewards: list[float], seed: int, name: str) -> None:
     lengths = tensor(lengths_for(rewards, seed))
-    before, after = (ADVANTAGES[name](tensor(rewards) + shift, lengths, 2) for shift in (0.0, 7.0))
+    before, after = (advantages_of(name, tensor(rewards) + shift, lengths, 2) for shift in (0.0, 7.0))
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
@@ -130,14 +143,14 @@ def test_normalizations(rewards: list[list[float]], seed: int) -> None:
     }
     assert set(expected) == set(NORMALIZATIONS)
     for name, values in expected.items():
-        ours = NORMALIZATIONS[name](*([tensor(v) for v in part] for part in (centred, rewards, lengths)))
+        ours = NORMALIZATIONS[name].function(*([tensor(v) for v in part] for part in (centred, rewards, lengths)))
         for a, b in zip(ours, values, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_tokens() -> None:
     advantages, lengths = [tensor([1.0, -1.0]), tensor([3.0])], [tensor([2.0, 5.0]), tensor([4.0])]
-    white = torch.cat(NORMALIZATIONS["whiten"](advantages, advantages, lengths))
+    white = torch.cat(NORMALIZATIONS["whiten"].function(advantages, advantages, lengths))
     tokens = white.repeat_interleave(torch.tensor([2, 5, 4]))
     assert float(tokens.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(tokens.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
@@ -146,7 +159,9 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_tokens() -> None:
 def test_groups_without_a_difference_are_made_up_for() -> None:
     """GPG: with half of the samples in groups of equal rewards, the others count twice."""
     advantages = [tensor([0.5, -0.5]), tensor([0.0, 0.0])]
-    ours = NORMALIZATIONS["valid_groups"](advantages, [tensor([1.0, 0.0]), tensor([1.0, 1.0])], [tensor([1, 1])] * 2)
+    ours = NORMALIZATIONS["valid_groups"].function(
+        advantages, [tensor([1.0, 0.0]), tensor([1.0, 1.0])], [tensor([1, 1])] * 2
+    )
     assert [group.tolist() for group in ours] == [[1.0, -1.0], [0.0, 0.0]]
 
 
@@ -163,7 +178,7 @@ def test_soft_overlong(lengths: list[int], buffer: float) -> None:
             expected.append(((longest - cache) - n) / cache)
         else:
             expected.append(-1.0)
-    ours = LENGTH_PENALTIES["soft_overlong"](tensor([1.0] * len(lengths)), tensor(lengths), longest, buffer)
+    ours = penalties("soft_overlong", tensor([1.0] * len(lengths)), tensor(lengths), longest, buffer)
     np.testing.assert_allclose(ours, expected, atol=1e-9)
 
 
@@ -178,6 +193,6 @@ def test_relative_length(samples: list[tuple[bool, int]]) -> None:
         value = 0.5 - (n - shortest) / (longest - shortest) if longest > shortest else 0.0
         expected.append(value if right else min(0.0, value))
     rewards = tensor([float(right) for right, _ in samples])
-    ours = LENGTH_PENALTIES["relative"](rewards, tensor(lengths), 100, 0.2)
+    ours = penalties("relative", rewards, tensor(lengths), 100, 0.2)
     np.testing.assert_allclose(ours, expected, atol=1e-12)
-    assert not LENGTH_PENALTIES["none"](rewards, tensor(lengths), 100, 0.2).any()
+    assert not penalties("none", rewards, tensor(lengths), 100, 0.2).any()

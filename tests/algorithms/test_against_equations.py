@@ -65,7 +65,7 @@ def test_a_batch_without_targets_is_nothing() -> None:
             resolve(name, {"beta": 0.1, "entropy_bonus": 0.1, "top_entropy_fraction": 0.5, "off_policy_delta": 0.1})
         )
         batch = batch_of(row, random_case(0))
-        token_fields = {key: stream[:0] for key, stream in batch.token_fields.items()}
+        token_fields = {key: values[:0] for key, values in batch.token_fields.items()}
         batch = replace(batch, sequence_ids=batch.sequence_ids[:0], token_fields=token_fields)
         nothing = torch.zeros(0, dtype=torch.float64)
         value, _, _, metrics = total(row, batch, nothing, nothing)

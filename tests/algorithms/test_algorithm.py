@@ -8,19 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import model_validator
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.algorithm import SharedSettings
+from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
-from llmquest_rl.algorithms.kl import KL_ESTIMATORS
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS, KLEstimator, k2
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.surrogates import SURROGATES, Bounds, Tokens
+from llmquest_rl.algorithms.surrogates import Tokens
+from llmquest_rl.options import Options
+from tests.algorithms.cases import bounds
 
 CASES = settings(max_examples=200, deadline=None)
-LIMITS = Bounds(0.2, 0.28, None, 1.0, 1.05)
+LIMITS = bounds(0.2, 0.28)
 
 log_probs = st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0)), min_size=1, max_size=20)
 sequence_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -74,7 +79,7 @@ def test_ratios(lengths: list[int], seed: int) -> None:
     }
     assert set(expected) == set(RATIOS)
     for name, values in expected.items():
-        np.testing.assert_allclose(RATIOS[name](packed_new, packed_old, ids_of(lengths)), values, rtol=1e-9)
+        np.testing.assert_allclose(RATIOS[name].function(packed_new, packed_old, ids_of(lengths)), values, rtol=1e-9)
 
 
 @CASES
@@ -88,9 +93,9 @@ def test_gradients_of_sequence_ratios(lengths: list[int], seed: int) -> None:
     grads = {}
     for name in ("sequence", "sequence_token"):
         leaf = new.clone().requires_grad_()
-        (RATIOS[name](leaf, old, ids) * upstream).sum().backward()
+        (RATIOS[name].function(leaf, old, ids) * upstream).sum().backward()
         grads[name] = leaf.grad
-    ratio = RATIOS["sequence"](new, old, ids)
+    ratio = RATIOS["sequence"].function(new, old, ids)
     torch.testing.assert_close(grads["sequence"], ratio * sequence_mean(upstream, ids))
     torch.testing.assert_close(grads["sequence_token"], ratio * upstream)
 
@@ -103,7 +108,7 @@ def test_kl_estimators(pairs: list[tuple[float, float]]) -> None:
     expected = {"k1": -np.log(r), "k2": np.log(r) ** 2 / 2, "k3": r - 1 - np.log(r), "abs": abs(np.log(r))}
     assert set(expected) == set(KL_ESTIMATORS)
     for name, values in expected.items():
-        ours = KL_ESTIMATORS[name](tensor(new), tensor(reference))
+        ours = KL_ESTIMATORS[name].function(tensor(new), tensor(reference))
         np.testing.assert_allclose(ours, values, rtol=1e-9, atol=1e-12)
         assert name == "k1" or bool((ours >= 0).all())
 
@@ -118,7 +123,7 @@ def two_distributions() -> tuple[Tensor, Tensor]:
 def test_kl_estimators_are_unbiased(name: str) -> None:
     logits, reference = two_distributions()
     logprobs = logits.log_softmax(-1)
-    value = (logprobs.exp() * KL_ESTIMATORS[name](logprobs, reference)).sum()
+    value = (logprobs.exp() * KL_ESTIMATORS[name].function(logprobs, reference)).sum()
     torch.testing.assert_close(value, (logprobs.exp() * (logprobs - reference)).sum())
 
 
@@ -136,7 +141,7 @@ def test_which_estimators_have_the_gradient_of_the_kl(name: str, where: str) -> 
     assert leaf.grad is not None
     expected, leaf.grad = leaf.grad, None
     logprobs = leaf.log_softmax(-1)
-    kl = KL_ESTIMATORS[name](logprobs, reference)
+    kl = KL_ESTIMATORS[name].function(logprobs, reference)
     terms = {"loss": kl, "weighted": (logprobs - logprobs.detach()).exp() * kl, "reward": kl.detach() * logprobs}
     (logprobs.detach().exp() * terms[where]).sum().backward()
     assert torch.allclose(leaf.grad, expected, rtol=1e-9, atol=1e-12) == ((where, name) in HAVE_THE_GRADIENT)
@@ -144,7 +149,7 @@ def test_which_estimators_have_the_gradient_of_the_kl(name: str, where: str) -> 
 
 @CASES
 @given(sequence_lengths, st.integers(0, 2**31), st.floats(0, 0.9), st.floats(1.0, 5.0))
-def test_mismatch_corrections(lengths: list[int], seed: int, low: float, high: float) -> None:
+def test_corrections(lengths: list[int], seed: int, low: float, high: float) -> None:
     gaps, packed = drawn(lengths, seed, 0.7)
 
     def of_sequences(value: object) -> np.ndarray:
@@ -164,14 +169,14 @@ def test_mismatch_corrections(lengths: list[int], seed: int, low: float, high: f
     raw = {"token_truncate": token, "sequence_truncate": whole, "token_mask": token, "sequence_mask": whole}
     assert set(expected) == set(CORRECTIONS)
     for name, values in expected.items():
-        weights, cut = CORRECTIONS[name](packed, ids_of(lengths), low, high)
+        weights, cut = CORRECTIONS[name].function(packed, ids_of(lengths), low, high)
         np.testing.assert_allclose(weights, values, rtol=1e-9, err_msg=name)
         np.testing.assert_array_equal(cut, ~np.isclose(values, raw.get(name, 1.0), rtol=1e-12))
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_an_engine_that_agrees_needs_no_correction(name: str) -> None:
-    weights, cut = CORRECTIONS[name](torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), 0.5, 2.0)
+    weights, cut = CORRECTIONS[name].function(torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), 0.5, 2.0)
     assert weights.tolist() == [1.0] * 5
     assert not cut.any()
 
@@ -179,7 +184,7 @@ def test_an_engine_that_agrees_needs_no_correction(name: str) -> None:
 @pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (0.5, 1.0)])
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_ratio_that_equals_a_bound_is_kept(name: str, low: float, high: float) -> None:
-    weights, cut = CORRECTIONS[name](torch.zeros(3), torch.tensor([0, 0, 1]), low, high)
+    weights, cut = CORRECTIONS[name].function(torch.zeros(3), torch.tensor([0, 0, 1]), low, high)
     assert weights.tolist() == [1.0] * 3 and not cut.any()
 
 
@@ -212,7 +217,7 @@ def test_off_policy_sequences(lengths: list[int], seed: int, delta: float) -> No
 @CASES
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_most_uncertain_tokens(entropies: list[list[float]]) -> None:
-    """Also where entropies are equal, and whatever stands in the batch beside a sequence."""
+    """Entropies may be equal, and the result must not depend on the other sequences of the batch."""
     for share in (0.01, 0.2, 0.5, 1.0):
         together = most_uncertain(tensor(sum(entropies, [])), ids_of([len(part) for part in entropies]), share)
         expected: list[bool] = []
@@ -241,7 +246,7 @@ def test_aggregations(lengths: list[list[int]], seed: int) -> None:
     }  # fmt: skip
     assert set(expected) == set(AGGREGATIONS)
     for name, value in expected.items():
-        weights = AGGREGATIONS[name](lengths, 50)
+        weights = AGGREGATIONS[name].function(lengths, 50)
         pairs = (
             (w, loss) for row, part in zip(weights, losses, strict=True) for w, loss in zip(row, part, strict=True)
         )
@@ -256,18 +261,19 @@ def test_ratios_beyond_all_bounds_stay_finite(gap: float) -> None:
     for ratio in RATIOS.values():
         for surrogate in SURROGATES.values():
             for advantages in (torch.ones(3), -torch.ones(3), torch.zeros(3)):
-                for limits in (LIMITS, Bounds(1.0, 1e9), Bounds(0.2, 0.2, 3.0)):
-                    loss = surrogate(Tokens(ratio(new, old, ids), new, old, advantages, ids), limits).sum()
+                for limits in (LIMITS, bounds(1.0, 1e9), bounds(0.2, 0.2, 3.0)):
+                    tokens = Tokens(ratio.function(new, old, ids), new, old, advantages, ids)
+                    loss = surrogate.configured(limits)(tokens).sum()
                     (gradient,) = torch.autograd.grad(loss, new, allow_unused=True)
                     assert loss.isfinite()
                     assert gradient.isfinite().all()
     for estimator in KL_ESTIMATORS.values():
-        value = (RATIOS["token"](new, old, ids) * estimator(new, old)).sum()
+        value = (RATIOS["token"].function(new, old, ids) * estimator.function(new, old)).sum()
         assert value.isfinite()
         assert torch.autograd.grad(value, new)[0].isfinite().all()
     for correct in CORRECTIONS.values():
-        assert correct(new.detach() - old, ids, 0.0, 2.0).weights.isfinite().all()
-    assert float(RATIOS["token"](new.detach(), old, ids).max()) <= np.exp(LOG_LIMIT) * (1 + 1e-6)
+        assert correct.function(new.detach() - old, ids, 0.0, 2.0).weights.isfinite().all()
+    assert float(RATIOS["token"].function(new.detach(), old, ids).max()) <= np.exp(LOG_LIMIT) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -311,3 +317,30 @@ def test_cells_are_overridable() -> None:
 def test_mistakes_are_named(name: str, overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(name, overrides)
+
+
+class _TakesBeta(Options):
+    beta: float = 1.0
+
+
+class _TakesTau(Options):
+    tau_positive: float = 1.0
+
+
+class _Checks(Options):
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "_Checks":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [(_TakesBeta, "beta"), (_TakesTau, "tau_positive"), (_Checks, "_bounds_are_in_order")]
+)
+def test_two_settings_of_one_name_are_an_error(
+    settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would hide the other: a variant's setting beside a shared one, beside another variant's, and a validator."""
+    assert settings_of_variants(SharedSettings)
+    monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
+    with pytest.raises(TypeError, match=f"both declare '{name}'"):
+        settings_of_variants(SharedSettings)

@@ -51,7 +51,7 @@ Pairs = Iterable[tuple[Answer, Any]]
 """Completions, each with its advantage."""
 Comparison = Callable[[Vector, Vector], Vector]
 Losses = Iterator[Vector]
-"""What each completion adds to the loss [n], the same number but for the imaginary steps."""
+"""Terms of the loss by completion [n]: the same number but for the imaginary steps."""
 
 
 def completions(step: Step) -> int:
@@ -81,7 +81,7 @@ def standardised(rewards: Vector, lengths: Vector) -> Vector:
 
 
 def best_of_four(rewards: Vector, lengths: Vector) -> Vector:
-    """From all subsets of four, one by one."""
+    """Advantages from all subsets of four, one by one."""
     subsets = list(combinations(range(len(rewards)), 4))
     best = np.array([max(rewards[i] for i in subset) for subset in subsets])
     if len(set(best)) < 2:
@@ -275,7 +275,7 @@ def graded(step: Step) -> Iterator[Group]:
 
 
 def ours(name: str, step: Step, reused: bool, cells: dict[str, Any]) -> tuple[Vector, Vector]:
-    """What each completion adds to the loss, and the gradient in all log-probs, in float64."""
+    """The term of each completion in the loss, and the gradient in all log-probs, in float64."""
     row, flat = Policy(resolve(name, cells), 1.0, L_MAX), list(chain(*step))
     sequence_groups = row.assign_token_weights(make_sequence_groups(list(graded(step)), row.algorithm, L_MAX)[0])
     batch = collate(sequence_groups)
@@ -315,7 +315,7 @@ def test_the_kl_of_a_row_is_its_papers(name: str, seed: int, beta: float) -> Non
 
 
 def test_every_preset_has_its_equation() -> None:
-    """And dynamic sampling, which no loss shows, is in the right one."""
+    """Dynamic sampling, which no loss shows, must be in the right row."""
     assert set(ROWS) == set(PRESETS)
     assert {name for name, cells in PRESETS.items() if "kl" in cells} == set(WITH_KL)
     assert [name for name in ROWS if resolve(name).dynamic_sampling] == ["dapo"]

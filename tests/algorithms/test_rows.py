@@ -1,4 +1,4 @@
-"""What must hold of every row, and of rows beside each other."""
+"""Properties of every row, and of rows compared with each other."""
 
 import itertools
 from dataclasses import replace
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.presets import Algorithm, resolve
-from llmquest_rl.algorithms.surrogates import CUTS
 from llmquest_rl.batch import SequenceGroup
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
@@ -44,7 +44,7 @@ def value_and_gradient(algorithm: Algorithm, case: Case, old: bool = True) -> tu
 @every_row
 @given(seeds)
 def test_on_policy_the_gradient_is_the_policy_gradient(name: str, seed: int) -> None:
-    """With the ratio at 1, whatever the surrogate. A ratio of sequences spreads a sequence's advantage evenly."""
+    """The ratio is 1, for every surrogate. A ratio of sequences spreads a sequence's advantage evenly."""
     algorithm = resolve(name, PLAIN)
     case = with_advantages(random_case(seed), [1.0, -0.5, 2.0])
     row = policy(algorithm)
@@ -66,10 +66,10 @@ def test_zero_advantages_have_no_gradient(name: str, seed: int, old: bool) -> No
 
 
 @CASES
-@pytest.mark.parametrize("name", [name for name in all_rows() if resolve(name).surrogate in CUTS])
+@pytest.mark.parametrize("name", [name for name in all_rows() if SURROGATES[resolve(name).surrogate].cuts])
 @given(seeds)
 def test_the_clip_fraction_is_the_share_of_tokens_without_a_gradient(name: str, seed: int) -> None:
-    """But for CISPO's, whose cut weights leave one; and it is what was cut below and above."""
+    """CISPO is the exception: a cut weight leaves a gradient. The fraction is the sum of both bounds."""
     algorithm = resolve(name, PLAIN)
     row, case = policy(algorithm), with_advantages(random_case(seed), [1.0, -0.5, 2.0])
     _, gradient, _, metrics = total(row, batch_of(row, case), case.new, case.entropies)
@@ -95,11 +95,11 @@ def over_parts(
 ) -> tuple[float, list[Tensor], dict[str, float]]:
     """Loss, gradients of each group in its order, and metrics, when microbatches hold `parts` of one update."""
     row = policy(algorithm)
-    weighed = case._replace(sequence_groups=row.assign_token_weights(case.sequence_groups))
+    weighted = case._replace(sequence_groups=row.assign_token_weights(case.sequence_groups))
     sizes = [sum(map(len, sequence_group.completions)) for sequence_group in case.sequence_groups]
     grads: dict[int, Tensor] = {}
     value, merged = 0.0, None
-    for part, piece in zip(parts, parts_of(weighed, parts), strict=True):
+    for part, piece in zip(parts, parts_of(weighted, parts), strict=True):
         batch = batch_of(row, piece)
         weights = [
             w
@@ -121,7 +121,7 @@ def over_parts(
 def test_microbatches_packing_and_order_change_nothing(
     cells: dict[str, Any], seed: int, places: list[int], order: list[int]
 ) -> None:
-    """Whatever the cells: also those that compare the tokens of a sequence with each other."""
+    """This holds for any cells, also for those that compare the tokens of a sequence with each other."""
     case, algorithm = random_case(seed, groups=5), Algorithm(**cells)
     parts = [[i for i in order if places[i] == place] for place in range(4)]
     together = over_parts(algorithm, case, [list(range(5))])
@@ -134,7 +134,7 @@ def test_microbatches_packing_and_order_change_nothing(
 @settings(max_examples=60, deadline=None)
 @given(rows, seeds)
 def test_a_prompt_of_its_own_for_each_completion_changes_nothing(cells: dict[str, Any], seed: int) -> None:
-    """Models that cannot share prompts get one sequence group for each completion, weighed before."""
+    """Models that cannot share prompts get one sequence group for each completion, weighted before."""
     case, algorithm = random_case(seed), Algorithm(**cells)
     row = policy(algorithm)
     batch = batch_of(row, case)
@@ -191,7 +191,7 @@ def test_luspo_is_gspo_times_the_length(seed: int, length: int) -> None:
 @CASES
 @given(seeds, st.integers(1, 9))
 def test_dr_grpo_is_grpo_at_the_longest_length(seed: int, length: int) -> None:
-    """Up to the constant |o| / L_max when all lengths are equal: what differs is how lengths weigh."""
+    """Up to the constant |o| / L_max when all lengths are equal: the rows differ in the weight of lengths."""
     case = equal_lengths(seed, length)
     grpo, dr_grpo = (value_and_gradient(resolve(name, {"beta": 0.0}), case) for name in ("grpo", "dr_grpo"))
     torch.testing.assert_close(tuple(length / 9 * x for x in grpo), dr_grpo)
@@ -219,7 +219,7 @@ def test_sapo_is_grpo_to_first_order(seed: int) -> None:
 @CASES
 @given(seeds)
 def test_gmpo_is_gspo_when_nothing_is_clipped(seed: int) -> None:
-    """What parts the two is where they clip: tokens before the mean, or the mean."""
+    """The two differ in the place of the clip: tokens before the mean, or the mean."""
     case = with_advantages(random_case(seed, spread=0.02), [1.0, -0.7, 0.3])
     loose = {"clip_low": 1.0, "clip_high": 9.0}
     gmpo, gspo = (value_and_gradient(resolve(name, loose), case) for name in ("gmpo", "gspo"))
@@ -229,7 +229,7 @@ def test_gmpo_is_gspo_when_nothing_is_clipped(seed: int) -> None:
 @CASES
 @given(seeds)
 def test_gmpo_is_grpo_for_completions_of_one_token(seed: int) -> None:
-    """With GRPO's bounds at e^-0.4 and e^0.4."""
+    """GRPO has bounds at e^-0.4 and e^0.4 here."""
     case = equal_lengths(seed, 1)
     bounds = {"clip_low": 1 - np.exp(-0.4), "clip_high": np.exp(0.4) - 1, "beta": 0.0}
     gmpo, grpo = value_and_gradient(resolve("gmpo"), case), value_and_gradient(resolve("grpo", bounds), case)
@@ -239,7 +239,7 @@ def test_gmpo_is_grpo_for_completions_of_one_token(seed: int) -> None:
 @CASES
 @given(seeds)
 def test_vespo_without_decay_is_the_importance_weighted_policy_gradient(seed: int) -> None:
-    """Of whole completions: r^1 exp(0)."""
+    """The weight of a whole completion is r^1 exp(0)."""
     case = random_case(seed)
     cells = {"power_positive": 1.0, "power_negative": 1.0, "decay_positive": 1e-12, "decay_negative": 1e-12}
     loose = {"ratio": "sequence_product", "clip_low": 1.0, "clip_high": 1e9}
@@ -261,7 +261,7 @@ def test_dppo_without_bounds_is_the_importance_weighted_policy_gradient(seed: in
 @CASES
 @given(seeds)
 def test_the_trust_region_of_dppo_is_around_the_engine(seed: int) -> None:
-    """What the learner said before does not matter; with the engine in its place nothing changes."""
+    """The learner's old log-probs do not matter: the engine's log-probs in their place give the same."""
     case, row = random_case(seed), policy(resolve("dppo"))
     rollout = [
         x
@@ -312,7 +312,7 @@ def test_tighter_bounds_cut_more(name: str, seed: int) -> None:
 @CASES
 @given(seeds)
 def test_the_kl_in_the_reward_pushes_as_the_kl_does(seed: int) -> None:
-    """On-policy, k1 in the reward has the gradient of k2 in the loss, for the token itself: (log pi / pi_ref)."""
+    """k1 in the reward has, on-policy, the gradient of k2 in the loss for the token itself: (log pi / pi_ref)."""
     case = with_advantages(random_case(seed, lengths=(1, 1)), [0.0])
     reward = value_and_gradient(resolve("reinforce", {"beta": 0.5, "tis_cap": None}), case, old=False)[1]
     cells = {"beta": 0.5, "tis_cap": None, "kl_in": "loss", "kl": "k2"}
@@ -323,13 +323,13 @@ def test_the_kl_in_the_reward_pushes_as_the_kl_does(seed: int) -> None:
 @every_row
 @pytest.mark.parametrize("gap", [80.0, -80.0, 1e3, -1e3])
 def test_no_ratio_makes_a_row_nan(name: str, gap: float) -> None:
-    """In float32, with everything on that has an exponential."""
+    """The case is float32, with every option that has an exponential."""
     on = {"beta": 0.1, "kl_unbiased": True, "entropy_bonus": 0.1, "top_entropy_fraction": 0.5, "off_policy_delta": 0.1}
-    for cap, mismatch in itertools.product((None, 2.0), ("token_truncate", "sequence_mask", "geometric_mask")):
-        row = policy(resolve(name, {**on, "tis_cap": cap, "is_correction": mismatch}))
+    for cap, correction in itertools.product((None, 2.0), ("token_truncate", "sequence_mask", "geometric_mask")):
+        row = policy(resolve(name, {**on, "tis_cap": cap, "is_correction": correction}))
         case = random_case(5)
         batch = batch_of(row, case)
-        batch = replace(batch, token_fields={key: stream.float() for key, stream in batch.token_fields.items()})
+        batch = replace(batch, token_fields={key: values.float() for key, values in batch.token_fields.items()})
         value, gradient, _, metrics = total(row, batch, case.old.float() + gap, case.entropies.float())
         assert value.isfinite()
         assert gradient.isfinite().all()

@@ -33,8 +33,8 @@ def test_one_group_by_hand() -> None:
     assert [a[0] for a in sequence_groups[0].token_fields["advantages"]] == pytest.approx(
         [0.866, -0.866, -0.866, 0.866], abs=1e-3
     )
-    (weighed,) = token_weights(sequence_groups, GRPO, MAX_TOKENS)
-    assert [w[0] for w in weighed.token_fields["weights"]] == [1 / 4, 1 / 8, 1 / 16, 1 / 4]
+    (weighted,) = token_weights(sequence_groups, GRPO, MAX_TOKENS)
+    assert [w[0] for w in weighted.token_fields["weights"]] == [1 / 4, 1 / 8, 1 / 16, 1 / 4]
     assert sequence_groups[0].token_fields["rollout_logprobs"][2] == [-0.5] * 4
     floats = metrics.to_floats()
     assert floats["reward/mean"] == 0.5
@@ -70,7 +70,7 @@ def test_nothing_to_compare_with_gives_zero_advantages(rewards: list[float | Non
 def test_a_phantom_reward_joins_the_groups_mean_and_deviation(
     rewards: list[float], advantage: str, phantom: float
 ) -> None:
-    """As one more sample of the group that is not trained on."""
+    """It counts like one more sample of the group that is not trained on."""
     row = resolve("grpo", {"advantage": advantage, "phantom_reward": phantom})
     sequence_groups, _ = make_sequence_groups([group(list(rewards), [2] * len(rewards))], row, MAX_TOKENS)
     joined = np.array([*rewards, phantom])
@@ -114,9 +114,9 @@ def test_weights_of_any_set_of_groups_sum_to_one(lengths: list[list[int]], aggre
         [group([float(i) for i in range(len(part))], part) for part in lengths], algorithm, MAX_TOKENS
     )
     for chosen in (sequence_groups, sequence_groups[: len(sequence_groups) // 2 + 1]):
-        weighed = token_weights(chosen, algorithm, MAX_TOKENS)
+        weighted = token_weights(chosen, algorithm, MAX_TOKENS)
         assert sum(
-            w for sequence_group in weighed for row in sequence_group.token_fields["weights"] for w in row
+            w for sequence_group in weighted for row in sequence_group.token_fields["weights"] for w in row
         ) == pytest.approx(1.0)
 
 
@@ -142,8 +142,8 @@ def test_overlong_completions_are_in_the_baseline_and_not_in_the_loss() -> None:
     sequence_groups, _ = make_sequence_groups(groups, algorithm, MAX_TOKENS)
     assert advantages(sequence_groups) == [pytest.approx([2 / 3, -1 / 3])]
     assert [len(completion) for completion in sequence_groups[0].completions] == [2, 3]
-    (weighed,) = token_weights(sequence_groups, algorithm, MAX_TOKENS)
-    assert weighed.token_fields["weights"] == [[1 / 5] * 2, [1 / 5] * 3]
+    (weighted,) = token_weights(sequence_groups, algorithm, MAX_TOKENS)
+    assert weighted.token_fields["weights"] == [[1 / 5] * 2, [1 / 5] * 3]
 
 
 def test_the_parts_of_an_advantage_follow_each_other() -> None:

@@ -1,7 +1,7 @@
 """Our loss and its gradient beside those of TRL's GRPOTrainer, on the same float32 tensors.
 
-TRL's own `_compute_loss` runs, with what it would have computed before put in place: the log-probs, and the factors of
-its correction for the engine. TRL is in requirements/benchmark.txt; without it nothing here runs.
+TRL's own `_compute_loss` runs, with its inputs put in place: the log-probs, and the factors of its correction for the
+engine. TRL is in requirements/benchmark.txt; without it nothing here runs.
 """
 
 from collections import defaultdict
@@ -36,7 +36,7 @@ def sizes_of(case: Case) -> list[int]:
 
 
 def rollout_of(case: Case) -> Tensor:
-    """What the engine said [targets]."""
+    """The engine's log-probs [targets]."""
     return torch.tensor(
         [
             x
@@ -48,7 +48,7 @@ def rollout_of(case: Case) -> Tensor:
 
 
 def single(case: Case) -> Case:
-    """The same in float32, with one advantage for each sequence."""
+    """The case in float32, with one advantage for each sequence."""
     sequence_groups = [
         sequence_group.with_token_field(
             "advantages", [[row[0]] * len(row) for row in sequence_group.token_fields["advantages"]]
@@ -61,7 +61,7 @@ def single(case: Case) -> Case:
 def ours(case: Case, row: str, cells: dict[str, Any]) -> tuple[float, Tensor, Tensor]:
     objective = policy(resolve(row, cells))
     batch = batch_of(objective, case)
-    batch = replace(batch, token_fields={name: stream.float() for name, stream in batch.token_fields.items()})
+    batch = replace(batch, token_fields={name: values.float() for name, values in batch.token_fields.items()})
     value, gradient, entropy_gradient, _ = total(objective, batch, case.new, case.entropies)
     return float(value), gradient, entropy_gradient
 
@@ -99,7 +99,7 @@ def theirs(
 
 
 def stand_in(folder: Path, options: dict[str, Any], said: Sequence[Tensor | None]) -> SimpleNamespace:
-    """What the method reads of its trainer, for one process and one microbatch; options are TRL's own."""
+    """The attributes of a trainer that the method reads, for one process and one microbatch; options are TRL's own."""
     quiet = {"bf16": False, "use_cpu": True, "report_to": [], "use_bias_correction_kl": False, "beta": 0.0}
     args = trl.GRPOConfig(output_dir=str(folder), max_completion_length=MAX_TOKENS, **{**quiet, **options})
     accelerator = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Classification loss beside a NumPy oracle in float64; every sequence of an update weighs the same."""
+"""Classification loss against a NumPy oracle in float64; every sequence of an update weighs the same."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_it_is_the_mean_over_sequences_whatever_their_length(smoothing: float) -
     scores = torch.cat([model(collate([group])).values for group in groups])
     targets = torch.tensor([2, 0, 1])
     torch.testing.assert_close(loss.value, F.cross_entropy(scores, targets, label_smoothing=smoothing))
-    floats = loss.metrics.to_floats()
+    floats = loss.metrics.to_floats(objective.derived_metrics)
     assert floats["train/sequences"] == 3
     assert floats["train/loss"] == pytest.approx(float(loss.value.detach()), rel=1e-6)
     assert floats["train/accuracy"] == pytest.approx(float((scores.argmax(-1) == targets).float().mean()))
@@ -82,9 +82,9 @@ def test_it_is_the_mean_over_sequences_whatever_their_length(smoothing: float) -
 def test_split_changes_nothing(rows: list[tuple[list[int], int]], parts: int) -> None:
     model = tiny()
     groups = [SequenceGroup(ids, [[label]]) if label == 1 else labelled(ids, label) for ids, label in rows]
-    weighed = OBJECTIVE.assign_token_weights(groups)
-    whole = OBJECTIVE.loss(model, collate(weighed)).value
-    split = sum(OBJECTIVE.loss(model, collate(weighed[i::parts])).value for i in range(parts) if weighed[i::parts])
+    weighted = OBJECTIVE.assign_token_weights(groups)
+    whole = OBJECTIVE.loss(model, collate(weighted)).value
+    split = sum(OBJECTIVE.loss(model, collate(weighted[i::parts])).value for i in range(parts) if weighted[i::parts])
     torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
 
 

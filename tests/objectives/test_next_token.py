@@ -1,4 +1,4 @@
-"""Next-token loss: every target of an update weighs the same, whatever the split."""
+"""Next-token loss: every target of an update weighs the same, for any split."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_is_cross_entropy_over_documents() -> None:
         output = model(collate([SequenceGroup([document[0]], [document[1:]])]))
         terms.append(output.logprobs)
     torch.testing.assert_close(loss.value, -torch.cat(terms).mean().to(loss.value.dtype), rtol=1e-6, atol=1e-6)
-    floats = loss.metrics.to_floats()
+    floats = loss.metrics.to_floats(objective.derived_metrics)
     assert floats["train/tokens"] == 4
     assert floats["train/loss"] == pytest.approx(float(loss.value.detach()), rel=1e-6)
     assert floats["train/perplexity"] == pytest.approx(torch.cat(terms).mean().neg().exp().item(), rel=1e-6)
@@ -46,9 +46,9 @@ def test_masked_tokens_do_not_count() -> None:
 @given(st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=6), min_size=2, max_size=6), st.integers(2, 4))
 def test_split_changes_nothing(documents: list[list[int]], parts: int) -> None:
     model, objective = tiny(), NextToken()
-    weighed = objective.assign_token_weights(
+    weighted = objective.assign_token_weights(
         [SequenceGroup([0] if i % 2 else [], [document]) for i, document in enumerate(documents)]
     )
-    whole = objective.loss(model, collate(weighed)).value
-    split = sum(objective.loss(model, collate(weighed[i::parts])).value for i in range(parts) if weighed[i::parts])
+    whole = objective.loss(model, collate(weighted)).value
+    split = sum(objective.loss(model, collate(weighted[i::parts])).value for i in range(parts) if weighted[i::parts])
     assert float(whole) == pytest.approx(float(split), rel=1e-5, abs=1e-6)

@@ -66,19 +66,19 @@ def random_groups(seed: int, groups: int = 3, token_fields: tuple[str, ...] = ()
 
 
 def float64(batch: TokenBatch) -> TokenBatch:
-    return replace(batch, token_fields={name: stream.double() for name, stream in batch.token_fields.items()})
+    return replace(batch, token_fields={name: values.double() for name, values in batch.token_fields.items()})
 
 
 def run(
     policy: Policy, model: nn.Module, sequence_groups: list[SequenceGroup], parts: int = 1
 ) -> tuple[float, list[Tensor], Metrics]:
-    """Loss, gradients and metrics of sequence groups weighed together and computed in several microbatches."""
+    """Loss, gradients and metrics of sequence groups weighted together and computed in several microbatches."""
     model.zero_grad()
-    weighed = policy.assign_token_weights(sequence_groups)
+    weighted = policy.assign_token_weights(sequence_groups)
     total, metrics = 0.0, Metrics()
     for i in range(parts):
-        if weighed[i::parts]:
-            loss = policy.loss(model, float64(collate(weighed[i::parts])))
+        if weighted[i::parts]:
+            loss = policy.loss(model, float64(collate(weighted[i::parts])))
             loss.value.backward()  # type: ignore[no-untyped-call]
             total += float(loss.value.detach())
             metrics.merge([loss.metrics])
@@ -88,7 +88,7 @@ def run(
 def oracle_loss(
     sequence_groups: list[SequenceGroup], model: Bigram, algorithm: Algorithm, fixed: Bigram, temperature: float = 1.0
 ) -> float:
-    """The loops of `tests/algorithms/oracle.py`, on what the model says; `fixed` stands where no gradient flows."""
+    """The loops of `tests/algorithms/oracle.py`, on the model's log-probs; `fixed` stands where no gradient flows."""
     groups = []
     for sequence_group in sequence_groups:
         group = []
@@ -210,7 +210,7 @@ def test_metrics_by_hand() -> None:
     batch = collate([SequenceGroup([0], [[1, 2, 3, 4]], token_fields)])
     policy = Policy(resolve("dapo", {"tis_cap": 2.0, "beta": 0.1}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(new, batch)
-    floats = metrics.to_floats()
+    floats = metrics.to_floats(Policy.derived_metrics)
     assert floats["policy/clip_low_frac"] == 0.25
     assert floats["policy/clip_high_frac"] == 0.5
     assert floats["policy/clip_frac"] == 0.75
@@ -247,7 +247,7 @@ def test_with_every_sample_cut_the_effective_sample_size_is_zero() -> None:
     token_fields = {"advantages": [[1.0]], "rollout_logprobs": [[-1.0]], "old_logprobs": [[-0.1]], "weights": [[1.0]]}
     policy = Policy(resolve("grpo", {"is_correction": "reject", "beta": 0.0}), 1.0, MAX_TOKENS)
     _, metrics = policy.token_losses(torch.tensor([-0.1]), collate([SequenceGroup([0], [[1]], token_fields)]))
-    floats = metrics.to_floats()
+    floats = metrics.to_floats(Policy.derived_metrics)
     assert (floats["policy/tis_capped_share"], floats["policy/tis_weight"], floats["policy/tis_ess"]) == (1, 0, 0)
 
 
@@ -277,7 +277,7 @@ def test_what_is_asked_for_depends_on_beta_and_reuse() -> None:
 
 
 def test_what_masks_leave_out_is_counted() -> None:
-    """By hand: two sequences, the first off-policy with a negative advantage; half of each sequence's tokens stay."""
+    """Two sequences by hand: the first is off-policy with a negative advantage; half of each sequence's tokens stay."""
     token_fields = {
         "advantages": [[-1.0, -1.0], [-1.0, -1.0]],
         "rollout_logprobs": [[-0.5, -0.5], [-1.0, -1.0]],

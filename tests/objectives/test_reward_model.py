@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.data.pairs import group_for_scoring
-from llmquest_rl.metrics import DERIVED, Metrics
+from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Scores
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
@@ -29,7 +29,7 @@ many = st.lists(st.tuples(score, score, st.floats(0, 3)), min_size=1, max_size=8
 
 
 class Given(nn.Module):
-    """Scores that are given: what a model would answer."""
+    """A model with given scores."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
     """Loss and the gradient of every score."""
     model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center)
     batch = collate(objective.assign_token_weights(sequence_groups(pairs)))
-    token_fields = {name: stream.double() for name, stream in batch.token_fields.items()}
+    token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     token_fields["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
     token_fields["weights"] = torch.full_like(token_fields["weights"], 1 / (2 * len(pairs)))
-    loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "streams": token_fields}))
+    loss = objective.loss(model, TokenBatch(**{**{k: getattr(batch, k) for k in FIELDS}, "token_fields": token_fields}))
     [gradient] = torch.autograd.grad(loss.value, model.scores)
     return loss, gradient
 
@@ -87,7 +87,7 @@ def test_equals_the_equation_and_its_gradient(pairs: Pairs, center: float) -> No
 @settings(max_examples=50, deadline=None)
 @given(many)
 def test_metrics(pairs: Pairs) -> None:
-    floats = computed(pairs, 0.1)[0].metrics.to_floats()
+    floats = computed(pairs, 0.1)[0].metrics.to_floats(RewardModel.derived_metrics)
     chosen, rejected, _ = np.array(pairs).T
     scores = np.concatenate([chosen, rejected])
     assert floats["train/loss"] == pytest.approx(oracle(pairs, 0.0)[0], rel=1e-9, abs=1e-12)
@@ -97,7 +97,7 @@ def test_metrics(pairs: Pairs) -> None:
     assert floats["train/pairs"] == len(pairs)
     if scores.mean() and np.mean(scores**2):
         assert floats["train/reward_std"] == pytest.approx(scores.std(), abs=1e-5)
-    assert set(floats) <= set(METRICS) and "train/reward_std" in DERIVED
+    assert set(floats) <= set(METRICS) and "train/reward_std" in floats
 
 
 def tiny_model() -> SequenceClassifier:
@@ -124,9 +124,9 @@ def gradients(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("parts", [2, 5])
 def test_split_changes_nothing(parts: int) -> None:
     model, objective = tiny_model(), RewardModel(0.01)
-    weighed = objective.assign_token_weights(random_pairs(1, 5))
+    weighted = objective.assign_token_weights(random_pairs(1, 5))
     found = []
-    for groups in ([weighed], [weighed[i::parts] for i in range(parts)]):
+    for groups in ([weighted], [weighted[i::parts] for i in range(parts)]):
         model.zero_grad()
         losses = [objective.loss(model, collate(group)) for group in groups]
         for loss in losses:
@@ -140,16 +140,16 @@ def test_split_changes_nothing(parts: int) -> None:
 
 
 def test_copies_of_the_prompt_change_nothing() -> None:
-    """For models that cannot share a prompt, as the learner gives them."""
+    """Models that cannot share a prompt get such groups from the learner."""
     model, objective = tiny_model(), RewardModel()
-    weighed = objective.assign_token_weights(
+    weighted = objective.assign_token_weights(
         [
             sequence_group.with_token_field("margins", [[0.5] * len(ids) for ids in sequence_group.completions])
             for sequence_group in random_pairs(2, 4)
         ]
     )
-    shared = objective.loss(model, collate(weighed)).value
-    repeated = objective.loss(model, collate([sequence_group.unshared() for sequence_group in weighed])).value
+    shared = objective.loss(model, collate(weighted)).value
+    repeated = objective.loss(model, collate([sequence_group.unshared() for sequence_group in weighted])).value
     torch.testing.assert_close(shared, repeated, rtol=1e-9, atol=1e-9)
 
 

@@ -1,22 +1,31 @@
-"""Rules that join several options."""
+"""Rules that join several options of a configuration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from llmquest_rl.algorithms.advantages import IN_DEVIATIONS, WITHOUT_GROUP
-from llmquest_rl.algorithms.surrogates import ON_POLICY
+from llmquest_rl.algorithms.advantages import ADVANTAGES, Advantage
+from llmquest_rl.algorithms.cells import SURROGATES
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
+from llmquest_rl.algorithms.kl import KL_ESTIMATORS
+from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
+from llmquest_rl.algorithms.normalization import NORMALIZATIONS, Normalization
 from llmquest_rl.objectives import Objective
 from trainer.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`holds` must be true of every configuration to which it `applies`."""
+    """A condition on several options."""
 
     key: str
-    """The option that a person would change."""
+    """The option to change if the rule is broken."""
     holds: Callable[[Config], bool]
+    """Whether a configuration follows the rule."""
     message: str
+    """The reason, and what to do."""
+    applies_to: Literal["rollout", "dataset", "any"] = "any"
+    """The source of the objective's batches: other configurations may break the rule."""
 
 
 def _objective(config: Config) -> Objective:
@@ -31,17 +40,17 @@ def from_rollouts(config: Config) -> bool:
 
 
 def optimizer_updates(config: Config) -> int:
-    """In the whole run."""
+    """Number of optimizer updates in the whole run."""
     return config.steps * minibatches_per_step(config)
 
 
 def minibatches_per_step(config: Config) -> int:
-    """Optimizer updates that a step's data serves."""
+    """Number of optimizer updates in one step: minibatches times epochs."""
     return config.batch.minibatches_per_step * config.batch.epochs_per_step
 
 
 def _computes_old_logprobs(config: Config) -> bool:
-    """And with them records which experts a mixture chose."""
+    """Whether the learner computes the old policy's log-probs, and records the experts of a mixture with them."""
     return "old_logprobs" in _objective(config).computed_logprobs(minibatches_per_step(config))
 
 
@@ -51,6 +60,24 @@ def _samples_per_step(config: Config) -> int:
 
 def _has_kl_in_loss(config: Config) -> bool:
     return config.algorithm.beta > 0 and config.algorithm.kl_in == "loss"
+
+
+def _learns_from_kl(config: Config) -> bool:
+    """Whether the KL in the loss has an expected gradient."""
+    algorithm = config.algorithm
+    return algorithm.kl_unbiased or not KL_ESTIMATORS[algorithm.kl].only_noise_in_loss
+
+
+def _advantage(config: Config) -> Advantage:
+    return ADVANTAGES[config.algorithm.advantage]
+
+
+def _normalization(config: Config) -> Normalization:
+    return NORMALIZATIONS[config.algorithm.normalization]
+
+
+def _has_ratio(config: Config) -> bool:
+    return SURROGATES[config.algorithm.surrogate].has_ratio
 
 
 def _items_per_step(config: Config) -> int:
@@ -66,138 +93,139 @@ def _longest_item(config: Config) -> int:
 RULES = [
     Rule(
         "data.task",
-        lambda c: not from_rollouts(c) or c.data.task is not None,
+        lambda c: c.data.task is not None,
         "the objective learns from rollouts: name a task, e.g. `data: {task: {name: gsm8k}}`",
+        applies_to="rollout",
     ),
     Rule(
         "data.dataset",
-        lambda c: from_rollouts(c) or c.data.dataset is not None,
+        lambda c: c.data.dataset is not None,
         "the objective learns from given sequences: name a data set, e.g. `data: {dataset: {name: text, path: a.txt}}`",
+        applies_to="dataset",
     ),
     Rule(
         "rewards",
-        lambda c: not from_rollouts(c) or len(c.reward_names) > 0,
+        lambda c: len(c.reward_names) > 0,
         "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`, or one "
         "of `reward_models`",
+        applies_to="rollout",
     ),
     Rule(
         "rewards",
         lambda c: len({reward.name for reward in c.rewards}) == len(c.rewards),
-        "two rewards have the same name; give one of them another `name` and point to it with `function`",
+        "two rewards have the same name: give one of them another `name` and point to the reward with `function`",
     ),
     Rule(
         "reward_models",
         lambda c: len(set(c.reward_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
-        "a reward model has the name of another, or of a reward: each is logged by its name, so give it another one",
+        "a reward model has the name of another one, or of a reward. Metrics are logged by name, so rename one of them",
     ),
     Rule(
         "batch.samples_per_prompt",
-        lambda c: not from_rollouts(c) or c.batch.samples_per_prompt > 1 or c.algorithm.advantage in WITHOUT_GROUP,
-        "this algorithm compares the samples of a group with each other: at least 2, or algorithm.advantage: reward",
+        lambda c: c.batch.samples_per_prompt > 1 or not _advantage(c).compares,
+        "this algorithm compares the samples of a group: take at least 2, or set algorithm.advantage: reward",
+        applies_to="rollout",
     ),
     Rule(
         "batch.prompts_per_step",
-        lambda c: not from_rollouts(c) or _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
-        "this algorithm normalises the advantages of a step: one sample cannot be, so take more prompts or samples",
+        lambda c: _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
+        "this algorithm normalises the advantages of a step, which needs more than one sample: take more prompts or "
+        "samples",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.length_penalty",
-        lambda c: not from_rollouts(c) or c.algorithm.length_penalty != "relative" or c.batch.samples_per_prompt > 1,
-        "`relative` compares the lengths of a group: take at least two samples of a prompt, or soft_overlong",
+        lambda c: c.batch.samples_per_prompt > 1 or not LENGTH_PENALTIES[c.algorithm.length_penalty].compares,
+        "this penalty compares the lengths of a group: take at least 2 samples of a prompt, or soft_overlong",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.normalization",
-        lambda c: (
-            not from_rollouts(c)
-            or c.algorithm.normalization != "valid_groups"
-            or c.algorithm.advantage not in WITHOUT_GROUP
-        ),
-        "valid_groups makes up for groups of equal rewards, which without a comparison have advantages: take another",
+        lambda c: _advantage(c).compares or not _normalization(c).needs_comparison,
+        "it makes up for groups of equal rewards, but without a comparison these groups have advantages: take another "
+        "normalization",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.normalization",
-        lambda c: (
-            not from_rollouts(c)
-            or c.algorithm.normalization != "batch_std"
-            or c.algorithm.advantage not in IN_DEVIATIONS
-        ),
-        "these advantages are in units of their group's deviation already, and batch_std would divide them once more: "
-        "set algorithm.advantage: group_mean",
+        lambda c: not (_normalization(c).in_deviations and _advantage(c).in_deviations),
+        "the advantages are divided by their group's deviation, and this would divide them once more: set "
+        "algorithm.advantage: group_mean",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.top_entropy_fraction",
-        lambda c: not from_rollouts(c) or c.algorithm.top_entropy_fraction == 1 or not c.algorithm.mixes_tokens,
-        "here the loss of a token has the gradients of all tokens of its completion, so leaving out its loss would "
-        "leave its gradient in: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
+        lambda c: c.algorithm.top_entropy_fraction == 1 or not c.algorithm.mixes_tokens,
+        "here the loss of one token has the gradients of all tokens of its completion, so a token without a loss still "
+        "has a gradient: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
         "geometric_clip",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.is_correction",
-        lambda c: not from_rollouts(c) or c.algorithm.is_correction != "token_mask" or not c.algorithm.mixes_tokens,
-        "here the loss of a token has the gradients of all tokens of its completion, so masking it would leave its "
-        "gradient in: take sequence_mask, geometric_mask or reject, or ratio: sequence_token",
+        lambda c: not (CORRECTIONS[c.algorithm.is_correction].masks_tokens and c.algorithm.mixes_tokens),
+        "here the loss of one token has the gradients of all tokens of its completion, so a masked token still has a "
+        "gradient: take sequence_mask, geometric_mask or reject, or ratio: sequence_token",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.dynamic_sampling",
-        lambda c: (
-            not from_rollouts(c) or not c.algorithm.dynamic_sampling or c.algorithm.advantage not in WITHOUT_GROUP
-        ),
-        "this algorithm does not compare within groups, so groups of equal rewards teach it something: set it to false",
+        lambda c: _advantage(c).compares or not c.algorithm.dynamic_sampling,
+        "this algorithm does not compare within groups, so groups of equal rewards have a gradient: set it to false",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.pass_k",
-        lambda c: (
-            not from_rollouts(c)
-            or c.algorithm.advantage != "pass_at_k"
-            or c.algorithm.pass_k < c.batch.samples_per_prompt
-        ),
-        "the best of k is compared over subsets of a group: k must be below batch.samples_per_prompt",
+        lambda c: c.algorithm.advantage != "pass_at_k" or c.algorithm.pass_k < c.batch.samples_per_prompt,
+        "pass_at_k compares the subsets of k samples of a group: k must be below batch.samples_per_prompt",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.surrogate",
-        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or minibatches_per_step(c) == 1,
-        "log_prob has no importance ratio, so a step's data serves one update: set batch.minibatches_per_step and "
+        lambda c: _has_ratio(c) or minibatches_per_step(c) == 1,
+        "it has no importance ratio, so a step's data serves one update: set batch.minibatches_per_step and "
         "batch.epochs_per_step to 1, or take clip or clipped_weight",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.old_policy",
-        lambda c: not from_rollouts(c) or c.algorithm.surrogate not in ON_POLICY or c.algorithm.old_policy == "learner",
-        "log_prob has no importance ratio to the engine, so nothing would make up for its rounding: take learner, with "
-        "a correction by tis_cap, or clip or clipped_weight",
+        lambda c: _has_ratio(c) or c.algorithm.old_policy == "learner",
+        "the surrogate has no importance ratio to the engine, so nothing would correct for the engine's rounding: take "
+        "learner, with a correction by tis_cap, or take the surrogate clip or clipped_weight",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.kl",
-        lambda c: (
-            not from_rollouts(c)
-            or c.algorithm.beta == 0
-            or c.algorithm.kl != "k1"
-            or c.algorithm.kl_in == "reward"
-            or c.algorithm.kl_unbiased
-        ),
-        "the expected gradient of k1 in the loss is 0, it would only add noise: take k2 or k3, or k1 with "
+        lambda c: _learns_from_kl(c) or not _has_kl_in_loss(c),
+        "the expected gradient of k1 in the loss is 0, so it would only add noise: take k2 or k3, or k1 with "
         "kl_unbiased: true or kl_in: reward",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.ref_sync_interval",
-        lambda c: not from_rollouts(c) or c.algorithm.ref_sync_interval is None or c.algorithm.beta > 0,
-        "without a KL no reference model is held: set algorithm.beta above 0",
+        lambda c: c.algorithm.beta > 0 or c.algorithm.ref_sync_interval is None,
+        "without a KL there is no reference model: set algorithm.beta above 0",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.routing_replay",
-        lambda c: not from_rollouts(c) or not c.algorithm.routing_replay or _computes_old_logprobs(c),
-        "there is nothing to replay: experts are recorded with the learner's old log-probs, which it computes where a "
-        "step has several updates (batch.minibatches_per_step or epochs_per_step above 1), with old_policy: learner",
+        lambda c: _computes_old_logprobs(c) or not c.algorithm.routing_replay,
+        "there is nothing to replay. Experts are recorded with the learner's old log-probs, which it computes if "
+        "old_policy is learner and a step has several updates (batch.minibatches_per_step or epochs_per_step above 1)",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.kl_unbiased",
-        lambda c: not from_rollouts(c) or not c.algorithm.kl_unbiased or _has_kl_in_loss(c),
+        lambda c: _has_kl_in_loss(c) or not c.algorithm.kl_unbiased,
         "it weights the KL in the loss, and there is none: set algorithm.beta above 0 and kl_in: loss",
+        applies_to="rollout",
     ),
     Rule(
         "algorithm.kl_unbiased",
-        lambda c: not from_rollouts(c) or not c.algorithm.kl_unbiased or c.algorithm.kl in ("k1", "k3"),
-        "k2 has the KL's gradient without the weight, and neither k2 nor abs has it with one: take k1 or k3, or set "
-        "kl_unbiased: false",
+        lambda c: KL_ESTIMATORS[c.algorithm.kl].exact_if_weighted or not c.algorithm.kl_unbiased,
+        "k2 has the KL's gradient without the weight, and neither k2 nor abs has it with the weight: take k1 or k3, or "
+        "set kl_unbiased: false",
+        applies_to="rollout",
     ),
     Rule(
         "batch.minibatches_per_step",
@@ -207,23 +235,24 @@ RULES = [
     Rule(
         "batch.tokens_per_microbatch",
         lambda c: c.batch.tokens_per_microbatch >= _longest_item(c),
-        "one sequence of the longest allowed length must fit: at least max_prompt_tokens + sampling.max_tokens (RL) or "
-        "tokens_per_sequence (supervised); with objective reward_model a pair, so twice tokens_per_sequence",
+        "one sequence of the maximum length must fit: at least max_prompt_tokens + sampling.max_tokens (RL) or "
+        "tokens_per_sequence (supervised); twice tokens_per_sequence if the objective compares pairs",
     ),
     Rule(
         "rollout.sampling.temperature",
-        lambda c: not from_rollouts(c) or c.rollout.sampling.temperature > 0,
-        "training samples must differ: above 0 (greedy decoding is for `eval.temperature`)",
+        lambda c: c.rollout.sampling.temperature > 0,
+        "training samples must differ: take a value above 0 (greedy decoding is for `eval.temperature`)",
+        applies_to="rollout",
     ),
     Rule(
         "optimizer.warmup_steps",
         lambda c: c.optimizer.warmup_steps < optimizer_updates(c) or c.optimizer.warmup_steps == 0,
-        "the warm-up must end before the run does: fewer than steps x minibatches_per_step x epochs_per_step",
+        "the warm-up must end before the run: take fewer than steps x minibatches_per_step x epochs_per_step",
     ),
     Rule(
         "learner.offload",
         lambda c: c.learner.offload != "optimizer" or c.learner.zero_stage >= 1,
-        "DeepSpeed offloads the optimizer from zero_stage 1 on",
+        "DeepSpeed offloads the optimizer with zero_stage 1, 2 or 3 only",
     ),
     Rule(
         "learner.offload",
@@ -243,16 +272,18 @@ RULES = [
     Rule(
         "eval.reward",
         lambda c: c.eval.reward is None or c.eval.reward in c.reward_names,
-        "no reward has this name; it must be one of `rewards` or `reward_models`, or null for the first",
+        "no reward has this name: take one of `rewards` or `reward_models`, or null for the first of them",
     ),
     Rule(
         "checkpoint.best_metric",
         lambda c: not (c.checkpoint.best_metric or "").startswith("eval/") or c.eval.every > 0,
-        "it is never measured: set eval.every above 0, or best_metric to null",
+        "this metric is never measured: set eval.every above 0, or best_metric to null",
     ),
 ]
 
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """(key, message) of every rule that the configuration breaks."""
-    return [(rule.key, rule.message) for rule in RULES if not rule.holds(config)]
+    source = _objective(config).source
+    applicable = [rule for rule in RULES if rule.applies_to in ("any", source)]
+    return [(rule.key, rule.message) for rule in applicable if not rule.holds(config)]

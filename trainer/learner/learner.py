@@ -111,7 +111,7 @@ class Learner:
         metrics.max("learner/updates", self.updates)
         metrics.max("learner/skipped_updates", self.skipped_updates.total)
         metrics.max("memory/learner_peak_gb", peak_memory_gb(self.device))
-        return over_processes(metrics).to_floats()
+        return over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
 
     def _update_once(
         self, microbatches: list[TokenBatch], sequence_groups: Sequence[SequenceGroup], metrics: Metrics
@@ -190,7 +190,7 @@ class Learner:
         metrics = Metrics()
         for batch in plan[0]:
             metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
-        floats = over_processes(metrics).to_floats()
+        floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
     # --- weights and state ---

@@ -36,9 +36,9 @@ def _weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": KL_ESTIMATORS["k1"],
-    "k2": KL_ESTIMATORS["k2"],
-    "k3": KL_ESTIMATORS["k3"],
+    "k1": KL_ESTIMATORS["k1"].function,
+    "k2": KL_ESTIMATORS["k2"].function,
+    "k3": KL_ESTIMATORS["k3"].function,
     "k3, ratio-weighted": _weighted_k3,
 }
 

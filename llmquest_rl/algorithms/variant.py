@@ -1,0 +1,55 @@
+"""One choice for a cell of an algorithm: a function, the settings that it alone reads, and how both are printed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+
+from pydantic import Field
+
+from llmquest_rl.options import Options
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+"""A factor of 0 or more."""
+PositiveFinite = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+"""A number above 0 in a formula that infinity would make NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant(Generic[Function]):
+    """A function that a cell can name, with its settings.
+
+    The cells extend this class by flags that the rules of a configuration read.
+    """
+
+    function: Callable[..., Any]
+    """The formula. If the variant has settings, they are its last argument, `settings`."""
+    settings: type[Options] | None = None
+    """The settings that the function reads. Every `Algorithm` has their fields; None = there are none."""
+    shows: str = ""
+    """Format string of the settings, printed behind the variant's name in the table of algorithms."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the settings."""
+        return tuple(self.settings.model_fields) if self.settings is not None else ()
+
+    def configured(self, algorithm: Options) -> Function:
+        """The function with its settings taken from `algorithm`."""
+        function: Any = self.function if self.settings is None else partial(self.function, settings=algorithm)
+        return function  # type: ignore[no-any-return]
+
+    def describe(self, name: str, algorithm: Options) -> str:
+        """The variant's name and its settings in `algorithm`, as one table cell."""
+        return name + self.shows.format_map(dict(algorithm))
+
+
+class Row(NamedTuple):
+    """An algorithm of the literature: the cells and settings that define it."""
+
+    paper: str
+    """Its name in the literature, and an arXiv number."""
+    cells: Mapping[str, Any]
+    """Keys of the section `algorithm`; keys that are left out have their defaults."""
