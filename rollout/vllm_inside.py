@@ -26,7 +26,7 @@ ENVIRONMENT = {
 
 
 def quiet_loggers() -> None:
-    """Silence two loggers of vLLM whose messages do not help a user."""
+    """Silence two loggers of vLLM that do not help a user. Call it after the start, which resets their levels."""
     # On an error this one logs the whole state, megabytes in one line. The exception says enough.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # At each reload this one warns of layers without tensors on disk: rotary tables and tied output layers, which are

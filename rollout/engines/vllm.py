@@ -95,7 +95,6 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
         torch.set_num_threads(setup.threads)
         from vllm import LLM
 
-        quiet_loggers()
         brought_group = not torch.distributed.is_initialized()
         llm = LLM(
             str(model_path),
@@ -110,6 +109,7 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
             disable_log_stats=True,
             **_device_options(model_path, config, setup),
         )
+        quiet_loggers()
     return VllmEngine(llm, decoder, model_path, setup, brought_group)
 
 

@@ -1,6 +1,7 @@
 """The vLLM engine on a real model: samples, their log-probs, and live updates."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -195,6 +196,11 @@ def test_sleeping_frees_the_cache_and_waking_changes_nothing(
 def kv_cache_bytes(worker: RolloutWorker) -> int:
     caches = worker.engine._llm.collective_rpc(lambda w: w.model_runner.kv_caches)[0]
     return sum(cache.untyped_storage().nbytes() for cache in caches)
+
+
+def test_loggers_that_flood_or_alarm_stay_silent(vllm_worker: RolloutWorker) -> None:
+    assert not logging.getLogger("vllm.logging_utils.dump_input").isEnabledFor(logging.ERROR)
+    assert not logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").isEnabledFor(logging.WARNING)
 
 
 def test_bad_prompts_are_named(vllm_worker: RolloutWorker, prompts: list[list[int]]) -> None:
