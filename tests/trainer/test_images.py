@@ -57,7 +57,7 @@ def test_two_grpo_steps_with_images(decoder: str, tiny_model: Path, runs: Runs, 
     assert [row["rollout/weight_version"] for row in logged] == [1, 2]
     assert all(row["policy/logp_gap"] < 1e-4 for row in logged), "the engine computes what the learner computes"
     groups = load_rollouts(run / "rollouts", 2)
-    assert all(group.sample.images is not None and len(group.sample.images) == 1 for group in groups)
+    assert all(group.problem.images is not None and len(group.problem.images) == 1 for group in groups)
     before = dict(named_weights(load_model(folder, torch.float32)))
     after = dict(named_weights(load_model(run / "checkpoints" / "step-000002" / "model", torch.float32)))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -92,7 +92,7 @@ def test_a_prompt_that_comes_again_in_a_later_round_is_answered_anew(pairs: Runs
     assert rows(run)[0]["rollout/rounds"] > 1
     answers = defaultdict(list)
     for group in load_rollouts(run / "rollouts", 1):
-        answers[group.sample.id].append([completion.token_ids for completion in group.completions])
+        answers[group.problem.id].append([completion.token_ids for completion in group.completions])
     assert max(map(len, answers.values())) > 1
     assert all(group not in groups[:i] for groups in answers.values() for i, group in enumerate(groups))
 
