@@ -171,7 +171,7 @@ def test_a_file_of_the_form_of_a_built_in_is_a_component_with_its_options(kind: 
     file = tmp_path / "mine.py"
     file.write_text(MODULE)
     open_component(kind, str(file), size=4)
-    assert "size: expected a whole number, found 'large'" in refusal(kind, str(file), size="large")
+    assert "size: expected an integer, found 'large'" in refusal(kind, str(file), size="large")
     assert "sise: unknown key; did you mean size?" in refusal(kind, str(file), sise=4)
 
 

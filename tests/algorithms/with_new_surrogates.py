@@ -74,7 +74,7 @@ def trained(folder: Path, **algorithm: Any) -> tuple[dict[str, Tensor], dict[str
     learner = Learner(make_setup(make_folder(folder), objective=objective))
     try:
         before = whole_weights(learner)
-        metrics = [learner.update((minibatches(step), 1)) for step in range(2)]
+        metrics = [learner.update(minibatches(step), 1) for step in range(2)]
         return before, whole_weights(learner), metrics
     finally:
         learner.close()

@@ -14,7 +14,7 @@ from llmquest_rl.objectives import Objective
 from tests.trainer.learner.learner_cases import make_folder, make_setup, whole_weights
 from trainer.config.load import ConfigError, parse_config
 from trainer.config.rules import from_rollouts
-from trainer.config.sections import component_names
+from trainer.config.sections import OBJECTIVES
 from trainer.learner.learner import Learner
 
 UNLIKELY = '''
@@ -103,7 +103,7 @@ def objective(**options: object) -> Objective:
 
 @pytest.mark.usefixtures("added")
 def test_it_is_found_with_its_options() -> None:
-    assert "unlikely" in component_names("llmquest_rl.objectives")
+    assert "unlikely" in OBJECTIVES.names()
     with pytest.raises(ConfigError, match=r"objective\.strenth: unknown key; did you mean strength"):
         objective(strenth=2.0)
     with pytest.raises(ConfigError, match=r"objective\.strength: expected greater than 0"):
@@ -120,7 +120,7 @@ def test_it_trains(tmp_path: Path) -> None:
         learner = Learner(make_setup(make_folder(tmp_path / "model"), objective=unlikely))
         try:
             weighted = unlikely.assign_token_weights(groups)
-            first, second = (learner.update(([weighted], 1)) for _ in range(2))
+            first, second = (learner.update([weighted], 1) for _ in range(2))
             held_out = learner.evaluate(weighted)
             ends.append(whole_weights(learner))
         finally:

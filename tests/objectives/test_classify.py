@@ -24,7 +24,11 @@ OBJECTIVE = Classify(LABELS)
 
 
 def tiny() -> SequenceClassifier:
-    model = SequenceClassifier(SequenceClassifierConfig(replace(LlamaConfig.tiny(), initializer_range=0.2), LABELS))
+    model = SequenceClassifier(
+        SequenceClassifierConfig(
+            "LlamaForSequenceClassification", replace(LlamaConfig.tiny(), initializer_range=0.2), LABELS
+        )
+    )
     model.init_weights(torch.Generator().manual_seed(0))
     return model
 

@@ -101,7 +101,9 @@ def test_metrics(pairs: Pairs) -> None:
 
 
 def tiny_model() -> SequenceClassifier:
-    model = SequenceClassifier(SequenceClassifierConfig(LlamaConfig.tiny(), ("reward",))).double()
+    model = SequenceClassifier(
+        SequenceClassifierConfig("LlamaForSequenceClassification", LlamaConfig.tiny(), ("reward",))
+    ).double()
     model.init_weights(torch.Generator().manual_seed(0))
     return model
 

@@ -90,7 +90,12 @@ def test_a_key_is_found_by_itself_or_by_its_pattern() -> None:
     assert entry("rollout/unheard_of") is None
 
 
-OPTIONS = ("algorithm.name=dapo", "algorithm.overlong_filter=false", "algorithm.beta=0.05", "batch.updates_per_step=2")
+OPTIONS = (
+    "algorithm.name=dapo",
+    "algorithm.overlong_filter=false",
+    "algorithm.beta=0.05",
+    "batch.minibatches_per_step=2",
+)
 
 
 def test_what_a_run_logs_is_in_the_table(runs: Runs) -> None:
