@@ -52,9 +52,7 @@ class ComponentKind:
 
     def names(self) -> list[str]:
         """The built-in components, sorted. No module is imported."""
-        spec = find_spec(self.package)
-        assert spec is not None and spec.submodule_search_locations is not None, f"{self.package} is a package"
-        found = pkgutil.iter_modules(spec.submodule_search_locations)
+        found = pkgutil.iter_modules(_folders(self.package))
         return sorted(module.name for module in found if not module.name.startswith("_"))
 
     def module(self, name: str) -> ModuleType:
@@ -93,6 +91,15 @@ class ComponentKind:
             ) from error
         except Exception as error:
             raise ComponentError(f"{name!r} cannot be imported: {_failing_line(error)}") from error
+
+
+def _folders(package: str) -> Iterable[str]:
+    """The folders of a package, which is not imported for it."""
+    if package in sys.modules:
+        return sys.modules[package].__path__
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None, f"{package} is a package"
+    return spec.submodule_search_locations
 
 
 def is_users_own(name: str) -> bool:
