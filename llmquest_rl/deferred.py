@@ -17,8 +17,9 @@ else:
 
     class _Deferred(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            value = getattr(importlib.import_module(self.__name__), name)
-            setattr(self, name, value)  # found directly from now on
-            return value
+            return getattr(importlib.import_module(self.__name__), name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(importlib.import_module(self.__name__), name, value)
 
     torch = _Deferred("torch")

@@ -6,7 +6,7 @@ from itertools import count
 from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -51,11 +51,20 @@ def vllm_worker(shared_vllm: RolloutWorker, pretrained: dict[str, Tensor]) -> Ro
 
 
 class WorkerElsewhere:
-    """A rollout worker in a process of its own: a process has room for one vLLM, and that is the shared one."""
+    """A rollout worker in another process, because a process has room for one vLLM at a time.
+
+    Importing vLLM takes longer than building a tiny engine, so a process whose worker was closed serves the next one.
+    """
+
+    idle: ClassVar[list[ProcessPoolExecutor]] = []
 
     def __init__(self, name: str, model_path: Path, setup: EngineSetup) -> None:
-        self.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self.process.submit(_open, name, model_path, setup).result()
+        self.process = self.idle.pop() if self.idle else ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        try:
+            self.process.submit(_open, name, model_path, setup).result()
+        except BaseException:
+            self.process.shutdown()
+            raise
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *args: self.process.submit(_call, method, *args).result()
@@ -66,7 +75,14 @@ class WorkerElsewhere:
 
     def close(self) -> None:
         self.process.submit(_call, "close").result()
-        self.process.shutdown()
+        self.idle.append(self.process)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def idle_processes_end() -> Iterator[None]:
+    yield
+    while WorkerElsewhere.idle:
+        WorkerElsewhere.idle.pop().shutdown()
 
 
 class EngineElsewhere:
