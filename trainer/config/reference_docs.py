@@ -26,7 +26,7 @@ the components.
 
 A recipe is a YAML file. With `inherit: other.yaml` it starts from another recipe; that path is relative to the file.
 Sections merge key by key. A list is replaced as a whole, and so is a component (such as a task) with another `name`. On
-the command line `optimizer.lr=1e-5` overrides a key, and `rewards.0.weight=0.5` a key of a list's item; values are YAML.
+the command line `optimizer.lr=1e-5` overrides a key, and `rewards.0.weight=0.5` a key of a list item. Values are YAML.
 Unknown keys are errors. Every option is checked before any process starts; `llmquest-rl train RECIPE --dry-run` checks
 the data, the model files and the rewards as well.
 
@@ -43,8 +43,8 @@ KINDS: dict[str, ComponentKind] = {
 COMPONENTS = """## Components
 
 Options of the built-in components. They are keys beside `name`, in the section that names the component: `data.task`,
-`data.dataset`, `objective`, `rollout.engine` or an item of `rewards`. [Your own code](data.md#your-own-code-in-a-recipe)
-can take the place of a built-in.
+`data.dataset`, `objective`, `rollout.engine` or an item of `rewards`. Your own code can take the place of a built-in
+([Your own code](data.md#your-own-code-in-a-recipe)).
 """
 
 
