@@ -10,11 +10,10 @@ import torch
 
 from llmquest_rl import objectives
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.objectives import Objective
+from llmquest_rl.objectives import OBJECTIVES, Objective
 from tests.trainer.learner.learner_cases import make_folder, make_setup, whole_weights
 from trainer.config.load import ConfigError, parse_config
 from trainer.config.rules import from_rollouts
-from trainer.config.sections import OBJECTIVES
 from trainer.learner.learner import Learner
 
 UNLIKELY = '''
