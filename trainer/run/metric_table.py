@@ -157,7 +157,9 @@ def _of_objectives() -> dict[str, tuple[str, str]]:
     return table
 
 
-METRICS: dict[str, tuple[str, str]] = _of_objectives() | OF_THE_TRAINER
+METRICS: dict[str, tuple[str, str]] = OF_THE_TRAINER | {
+    key: entry for key, entry in _of_objectives().items() if key not in OF_THE_TRAINER
+}
 """Unit and meaning by name. A word in angle brackets stands for any word without a slash. A share is from 0 to 1."""
 
 
