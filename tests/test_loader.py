@@ -14,13 +14,13 @@ import pytest
 from llmquest_rl.data.datasets import DATASETS
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.loader import ComponentError, ComponentKind, absolute_name, did_you_mean
+from llmquest_rl.objectives import OBJECTIVES
 from llmquest_rl.options import options_class
 from rewards.builtin import REWARDS
 from rewards.config import RewardConfig
 from rewards.load import RewardError, load_reward
 from rollout import ENGINES
 from trainer.config.load import ConfigError, dump, parse_config
-from trainer.config.sections import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"task": TASKS, "dataset": DATASETS, "objective": OBJECTIVES, "engine": ENGINES, "reward": REWARDS}

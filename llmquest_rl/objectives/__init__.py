@@ -1,8 +1,9 @@
 """Objectives: the loss of a batch. An objective `foo` is the file `llmquest_rl/objectives/foo.py`.
 
 The file has `Config(Options)`, the keys beside `name:` in the configuration, and `build(config, algorithm, sampling)`,
-which returns an `Objective`. Nothing else has to know the file: the learner asks an objective for the members of this
-protocol, and never which one it is. May import `llmquest_rl.algorithms`, batches and metrics, but no model.
+which returns an `Objective`. A dictionary `METRICS` may describe the metrics of its loss for docs/metrics.md. Nothing
+else has to know the file: the learner asks an objective for the members of this protocol, and never which one it is.
+May import `llmquest_rl.algorithms`, batches and metrics, but no model.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
+from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+OBJECTIVES = ComponentKind("an objective", __name__, ("build",), can_be_function=False)
+
+Descriptions = Mapping[str, tuple[str, str]]
+"""Unit and meaning of metrics by name; a unit may be empty."""
 
 
 @dataclass(frozen=True, slots=True)

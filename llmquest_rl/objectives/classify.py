@@ -12,12 +12,19 @@ from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.objectives import Loss, Supervised, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+METRICS: Descriptions = {
+    "train/loss": ("nats", "Cross-entropy of a sequence, mean."),
+    "train/accuracy": ("share", "Sequences whose label has the highest score."),
+    "train/sequences": ("count", "Sequences with a label in the loss."),
+}
 
 
 class Config(Options):

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, ClassVar
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Loss, Supervised, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+METRICS: Descriptions = {
+    "train/loss": ("nats", "Loss of a target token, mean."),
+    "train/perplexity": ("", "Exponential of the loss."),
+    "train/tokens": ("tokens", "Target tokens in the loss."),
+}
 
 
 class Config(Options):

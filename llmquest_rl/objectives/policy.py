@@ -19,7 +19,7 @@ from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
-from llmquest_rl.objectives import Loss, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
@@ -28,6 +28,34 @@ if TYPE_CHECKING:
 
 RARE = math.log(0.1)
 """A token counts as rare below this log-prob under the old policy: reasoning forks there (arXiv 2506.13585, 3.1)."""
+
+
+METRICS: Descriptions = {
+    "policy/loss": ("", "Weighted mean of the token losses. It is near 0 while ratios are 1: advantages sum to 0."),
+    "policy/tokens": ("tokens", "Completion tokens in the loss."),
+    "policy/entropy": ("nats", "Entropy of the next-token distribution, mean."),
+    "policy/ratio": ("ratio", "Importance ratio of the current to the old policy, mean."),
+    "policy/ratio_max": ("ratio", "Largest importance ratio."),
+    "policy/clip_frac": (
+        "share",
+        "Tokens that the surrogate clipped. They have no gradient, or another weight with `clipped_weight`.",
+    ),
+    "policy/clip_low_frac": ("share", "Tokens that were clipped at the lower bound."),
+    "policy/clip_high_frac": ("share", "Tokens that were clipped at the upper bound or at `dual_clip`."),
+    "policy/clip_frac_rare": ("share", "Clipped tokens among those with a probability below 0.1 in the old policy."),
+    "policy/clip_frac_common": ("share", "Clipped tokens among the other ones."),
+    "policy/kl": ("nats", "Estimate k3 of KL(policy || reference), mean."),
+    "policy/approx_kl": ("nats", "Estimate k3 of KL(old policy || current policy), mean."),
+    "policy/logp_gap": ("nats", "Absolute difference of the engine's and the learner's log-prob of a token, mean."),
+    "policy/logp_gap_max": ("nats", "Largest such difference."),
+    "policy/logp_gap_k3": ("nats", "Estimate k3 of KL(engine || learner), mean."),
+    "policy/tis_weight": ("ratio", "Importance weight between engine and learner after the bounds, mean."),
+    "policy/tis_square": ("", "Square of that weight, mean."),
+    "policy/tis_capped_share": ("share", "Tokens whose importance weight was cut at a bound, or dropped."),
+    "policy/tis_ess": ("share", "Effective sample size of the importance weights. 1 = engine and learner agree."),
+    "policy/off_policy_share": ("share", "Tokens that `off_policy_delta` left out of the policy loss."),
+    "policy/low_entropy_share": ("share", "Tokens that `top_entropy_fraction` left out of the policy loss."),
+}
 
 
 class Config(Options):

@@ -21,12 +21,23 @@ from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Loss, Supervised, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Supervised, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+METRICS: Descriptions = {
+    "train/loss": ("nats", "Bradley-Terry loss of a pair, mean, without the term that centres the scores."),
+    "train/accuracy": ("share", "Pairs that are ranked correctly."),
+    "train/margin": ("score", "Score of the chosen reply minus that of the rejected one, mean over the pairs."),
+    "train/reward_mean": ("score", "Score of a reply, mean over both replies of every pair."),
+    "train/reward_square": ("score²", "Square of the score of a reply, mean."),
+    "train/reward_std": ("score", "Standard deviation of the scores of replies."),
+    "train/pairs": ("count", "Pairs of replies in the loss."),
+}
 
 
 class Config(Options):

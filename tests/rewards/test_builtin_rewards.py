@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rewards.grade_file import parse_reward
 from rewards.grader import GradeItem, Grader
 from rewards.load import load_reward, read_return
 
-BUILTINS = ["exact_match", "exact_number", "format", "length", "math_verify", "reasoning_gym"]
+BUILTINS = REWARDS.names()
+ROOT = Path(__file__).parents[2]
 EXAMPLES = [
     pytest.param(name, *example, id=f"{name}-{number}")
     for name in BUILTINS
@@ -25,8 +27,11 @@ EXAMPLES = [
 ]
 
 
-def test_the_list_of_builtins_is_the_folder() -> None:
-    assert REWARDS.names() == BUILTINS
+def test_the_rewards_of_the_documentation_are_built_in() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    table = page.partition("## Built-in rewards")[2].partition("Each is one file")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE), "the page has a table"
+    assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == BUILTINS
 
 
 @pytest.mark.parametrize(("name", "completion", "answer", "expected"), EXAMPLES)

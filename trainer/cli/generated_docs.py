@@ -15,7 +15,7 @@ DOCS = Path("docs")
 BEGIN, END = "<!-- begin: table of presets, made by `make docs` -->", "<!-- end: table of presets -->"
 METRICS_INTRODUCTION = """# Metrics
 
-This page is generated from `trainer/run/metric_table.py` by `make docs`.
+This page is generated from `trainer/run/metric_table.py` and the files of the objectives by `make docs`.
 
 A run writes one line for each step to `metrics.jsonl` in its run folder, and gives the same numbers to its trackers.
 A line has the keys that apply to its run and to its step. A key is absent if there is nothing to average: the length of

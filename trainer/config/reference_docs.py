@@ -13,10 +13,11 @@ from pydantic_core import to_jsonable_python
 from llmquest_rl.data.datasets import DATASETS
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.loader import ComponentKind
+from llmquest_rl.objectives import OBJECTIVES
 from rewards.builtin import REWARDS
 from rollout import ENGINES
 from trainer.config.schema import Config
-from trainer.config.sections import OBJECTIVES, Component, section_class
+from trainer.config.sections import Component, section_class
 
 HEAD = ("| key | type | default | meaning |", "|---|---|---|---|")
 INTRODUCTION = """# Configuration reference

@@ -14,10 +14,9 @@ from pydantic.fields import FieldInfo
 from llmquest_rl.data.datasets import DATASETS
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.loader import ComponentKind, absolute_name
+from llmquest_rl.objectives import OBJECTIVES
 from llmquest_rl.options import NoOptions, Options, options_class
 from rollout import ENGINES
-
-OBJECTIVES = ComponentKind("an objective", "llmquest_rl.objectives", ("build",), can_be_function=False)
 
 
 class Component(BaseModel):

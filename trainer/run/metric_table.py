@@ -1,9 +1,12 @@
 """Every metric that a run can log, with its unit and its meaning. docs/metrics.md is made from this table.
 
-A test compares the table with the names in the code, and with the `metrics.jsonl` of whole runs.
+The file of an objective describes the metrics of its loss (`METRICS` there), and this file describes the others. A test
+compares the table with the names in the code, and with the `metrics.jsonl` of whole runs.
 """
 
 import re
+
+from llmquest_rl.objectives import OBJECTIVES, Descriptions
 
 AREAS: dict[str, str] = {
     "reward": "The rewards of the completions that the step sampled.",
@@ -23,7 +26,7 @@ AREAS: dict[str, str] = {
 }
 """The part of a name before the slash, and one sentence on it."""
 
-METRICS: dict[str, tuple[str, str]] = {
+OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     # --- rollouts ---
     "reward/mean": ("reward", "Weighted total reward of a completion, mean over the scored completions."),
     "reward/std": ("reward", "Standard deviation of the total reward over all scored completions of the step."),
@@ -68,48 +71,6 @@ METRICS: dict[str, tuple[str, str]] = {
         "groups",
         "Dynamic sampling: groups that the step lacked when `batch.max_rounds` ended the search.",
     ),
-    # --- losses ---
-    "policy/loss": ("", "Weighted mean of the token losses. It is near 0 while ratios are 1: advantages sum to 0."),
-    "policy/tokens": ("tokens", "Completion tokens in the loss."),
-    "policy/entropy": ("nats", "Entropy of the next-token distribution, mean."),
-    "policy/ratio": ("ratio", "Importance ratio of the current to the old policy, mean."),
-    "policy/ratio_max": ("ratio", "Largest importance ratio."),
-    "policy/clip_frac": (
-        "share",
-        "Tokens that the surrogate clipped. They have no gradient, or another weight with `clipped_weight`.",
-    ),
-    "policy/clip_low_frac": ("share", "Tokens that were clipped at the lower bound."),
-    "policy/clip_high_frac": ("share", "Tokens that were clipped at the upper bound or at `dual_clip`."),
-    "policy/clip_frac_rare": ("share", "Clipped tokens among those with a probability below 0.1 in the old policy."),
-    "policy/clip_frac_common": ("share", "Clipped tokens among the other ones."),
-    "policy/kl": ("nats", "Estimate k3 of KL(policy || reference), mean."),
-    "policy/approx_kl": ("nats", "Estimate k3 of KL(old policy || current policy), mean."),
-    "policy/logp_gap": ("nats", "Absolute difference of the engine's and the learner's log-prob of a token, mean."),
-    "policy/logp_gap_max": ("nats", "Largest such difference."),
-    "policy/logp_gap_k3": ("nats", "Estimate k3 of KL(engine || learner), mean."),
-    "policy/tis_weight": ("ratio", "Importance weight between engine and learner after the bounds, mean."),
-    "policy/tis_square": ("", "Square of that weight, mean."),
-    "policy/tis_capped_share": ("share", "Tokens whose importance weight was cut at a bound, or dropped."),
-    "policy/tis_ess": ("share", "Effective sample size of the importance weights. 1 = engine and learner agree."),
-    "policy/off_policy_share": ("share", "Tokens that `off_policy_delta` left out of the policy loss."),
-    "policy/low_entropy_share": ("share", "Tokens that `top_entropy_fraction` left out of the policy loss."),
-    "train/loss": (
-        "nats",
-        "`next_token`: loss of a target token, mean. `classify`: cross-entropy of a sequence, mean. `reward_model`: "
-        "Bradley-Terry loss of a pair, mean, without the term that centres the scores.",
-    ),
-    "train/perplexity": ("", "Exponential of the next-token loss."),
-    "train/tokens": ("tokens", "Target tokens in the loss."),
-    "train/accuracy": (
-        "share",
-        "`classify`: sequences whose label has the highest score. `reward_model`: pairs that are ranked correctly.",
-    ),
-    "train/sequences": ("count", "Sequences with a label in the loss."),
-    "train/margin": ("score", "Score of the chosen reply minus that of the rejected one, mean over the pairs."),
-    "train/reward_mean": ("score", "Score of a reply, mean over both replies of every pair."),
-    "train/reward_square": ("score²", "Square of the score of a reply, mean."),
-    "train/reward_std": ("score", "Standard deviation of the scores of replies."),
-    "train/pairs": ("count", "Pairs of replies in the loss."),
     # --- held-out data ---
     "eval/accuracy": (
         "share",
@@ -127,15 +88,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/problems": ("count", "Held-out problems with a scored completion."),
     "eval/unscored": ("count", "Held-out completions that could not be graded."),
     "eval/completion_tokens": ("tokens", "Length of a held-out completion, mean."),
-    "eval/loss": ("nats", "As `train/loss`."),
-    "eval/perplexity": ("", "As `train/perplexity`."),
-    "eval/tokens": ("tokens", "As `train/tokens`."),
-    "eval/sequences": ("count", "As `train/sequences`."),
-    "eval/margin": ("score", "As `train/margin`."),
-    "eval/reward_mean": ("score", "As `train/reward_mean`."),
-    "eval/reward_square": ("score²", "As `train/reward_square`."),
-    "eval/reward_std": ("score", "As `train/reward_std`."),
-    "eval/pairs": ("count", "As `train/pairs`."),
     "eval/<name>": ("nats", "As `aux/<name>`: `balance`, `router_z` or `mtp`."),
     # --- models and learners ---
     "aux/<name>": (
@@ -179,6 +131,34 @@ METRICS: dict[str, tuple[str, str]] = {
     "system/memory_used_gb": ("GB", "Memory that is in use on the machine."),
     "system/cpu_share": ("share", "Use of the machine's processors since the last step."),
     "tracking/non_finite_count": ("count", "Metrics of this step that were NaN or infinite. They are written as null."),
+}
+"""Metrics that no objective describes."""
+
+
+def _of_objectives() -> dict[str, tuple[str, str]]:
+    """The metrics of the built-in objectives, and the same numbers on held-out data.
+
+    If several objectives log one name, its meaning lists what each of them logs.
+    """
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for objective in OBJECTIVES.names():
+        described: Descriptions = getattr(OBJECTIVES.module(objective), "METRICS", {})
+        for key, entry in described.items():
+            found.setdefault(key, {})[objective] = entry
+    table = {}
+    for key, by_objective in found.items():
+        area, _, rest = key.partition("/")
+        unit = next(iter(by_objective.values()))[0]
+        meanings = [meaning for _, meaning in by_objective.values()]
+        named = [f"`{objective}`: {meaning}" for objective, (_, meaning) in by_objective.items()]
+        table[key] = (unit, " ".join(named if len(named) > 1 else meanings))
+        if area == "train":
+            table[f"eval/{rest}"] = (unit, f"As `{key}`.")
+    return table
+
+
+METRICS: dict[str, tuple[str, str]] = OF_THE_TRAINER | {
+    key: entry for key, entry in _of_objectives().items() if key not in OF_THE_TRAINER
 }
 """Unit and meaning by name. A word in angle brackets stands for any word without a slash. A share is from 0 to 1."""
 

@@ -25,6 +25,9 @@ PANELS = {
     "eval/loss": "validation loss",
 }
 """Title by metric. Without `--metric`, a plot shows those of these metrics that the runs have."""
+OF_ANY_OBJECTIVE = ("train/", "eval/")
+"""Areas of the metrics that a plot shows of runs that have none of these."""
+MAX_PANELS = 4
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """The palette of Okabe and Ito, which colour-blind people can tell apart, with grey instead of its yellow."""
@@ -66,7 +69,8 @@ def plot_runs(
 
     Args:
         runs: run folders, or other references that `RunFolder.open` accepts.
-        metrics: keys of `metrics.jsonl`; empty = those of `PANELS` that any of the runs has.
+        metrics: keys of `metrics.jsonl`; empty = those of `PANELS` that any of the runs has, or, if there is none
+            because the objective logs other ones, the first of its metrics.
         out: a .png or .svg file; None = `plot.png` in the folder of the first run.
         group_seeds: draw runs that differ only in their seed as one line, their mean, with a band from the lowest to
             the highest.
@@ -116,6 +120,7 @@ def _load(reference: Path | str) -> Run:
 def _choose(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
     present = {key for run in runs for row in run.rows for key, value in row.items() if value is not None} - {"step"}
     chosen = list(metrics) or [key for key in PANELS if key in present]
+    chosen = chosen or [key for key in sorted(present) if key.startswith(OF_ANY_OBJECTIVE)][:MAX_PANELS]
     for key in chosen:
         if key not in present:
             raise ValueError(f"no run has the metric {key!r}{did_you_mean(key, sorted(present))}")

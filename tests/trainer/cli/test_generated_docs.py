@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmquest_rl.objectives import OBJECTIVES
 from tests.trainer.conftest import Runs
 from trainer.cli.generated_docs import BEGIN, END, generated, with_block
 from trainer.run.metric_table import AREAS, METRICS, entry
@@ -31,7 +32,7 @@ def test_a_page_without_markers_is_an_error() -> None:
 
 
 def texts() -> set[str]:
-    """Every string of the code but docstrings, with `<>` for what an f-string fills in."""
+    """Every string of the code but docstrings and descriptions, with `<>` for what an f-string fills in."""
     found = set()
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         if path.name == "metric_table.py":
@@ -39,7 +40,8 @@ def texts() -> set[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-        left_out = docstrings | pieces
+        described = {id(part) for node in tree.body if is_description(node) for part in ast.walk(node)}
+        left_out = docstrings | pieces | described
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
                 found.add(node.value)
@@ -47,6 +49,11 @@ def texts() -> set[str]:
                 parts = (str(part.value) if isinstance(part, ast.Constant) else "<>" for part in node.values)
                 found.add("".join(parts))
     return found
+
+
+def is_description(node: ast.stmt) -> bool:
+    """Whether a statement is the table `METRICS` of an objective."""
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "METRICS"
 
 
 def written(name: str) -> str:
@@ -74,6 +81,11 @@ def test_the_table_has_no_metric_that_the_code_does_not_log() -> None:
         return name in found or is_maximum or (takes_any_rest and rest in rests)
 
     assert {name for name in METRICS if not is_logged(written(name))} == set()
+
+
+def test_objectives_that_log_the_same_name_agree_on_its_unit() -> None:
+    tables = [OBJECTIVES.module(name).METRICS for name in OBJECTIVES.names()]
+    assert all(METRICS[key][0] == unit for table in tables for key, (unit, _) in table.items())
 
 
 def test_every_entry_is_complete() -> None:
