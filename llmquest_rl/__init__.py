@@ -1,1 +1,1 @@
-"""The library room: models, algorithms, objectives and data in plain PyTorch; no Ray, vLLM or DeepSpeed."""
+"""The library: models, algorithms, objectives and data in plain PyTorch; no Ray, vLLM or DeepSpeed."""

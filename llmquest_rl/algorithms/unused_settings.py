@@ -46,14 +46,14 @@ READERS: dict[str, _Reader] = {**_SHARED, **dict(_of_variants())}
 
 
 def check_read(algorithm: Algorithm, row: Algorithm) -> None:
-    """Check that every setting beside a row's name is read.
+    """Check that the chosen variants read every setting that the user gave in addition to a row's name.
 
     Args:
         algorithm: the row with the user's settings.
-        row: the row as it is.
+        row: the row without the user's settings.
 
     Raises:
-        ValueError: a setting differs from the row's, but nothing reads it. (null asks for nothing.)
+        ValueError: a setting differs from the row's, but nothing reads it. null is accepted, because it has no effect.
     """
     for setting, reader in READERS.items():
         value = getattr(algorithm, setting)

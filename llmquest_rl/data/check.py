@@ -1,4 +1,4 @@
-"""The data checks of a dry run: whether the data loads and renders, and how long its sequences are."""
+"""The data checks of a dry run: they load and render a few rows, and measure the lengths of sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """The summary of at least one length."""
+        """Summarise one or more lengths."""
         return cls(min(lengths), sum(lengths) / len(lengths), max(lengths))
 
 

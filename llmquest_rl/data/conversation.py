@@ -17,7 +17,7 @@ Piece = tuple[list[int], bool]
 
 
 def check_row(row: Mapping[str, Any]) -> str | None:
-    """The reason why a row is unusable, or None. It needs `messages` with a reply, or `prompt` and `completion`."""
+    """The reason why a row is unusable, or None. A row needs `messages` with a reply, or `prompt` and `completion`."""
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:

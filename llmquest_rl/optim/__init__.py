@@ -1,4 +1,4 @@
 """Additions to torch's optimizers: learning-rate schedules, and the choice of parameters that decay.
 
-The room imports torch alone; the learner imports it.
+This package imports torch alone; the learner imports it.
 """

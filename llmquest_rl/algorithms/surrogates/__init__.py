@@ -1,8 +1,8 @@
 """Surrogates: the loss of each token. A surrogate `foo` is the file `llmquest_rl/algorithms/surrogates/foo.py`.
 
 The file has a function `loss(tokens)`, or `loss(tokens, settings)` with a class of its own settings, and ends with
-`SURROGATE = Surrogate(loss, ...)`. May import `log_ratios` and `variant`; nothing else has to know the file.
-All tensors here are [targets].
+`SURROGATE = Surrogate(loss, ...)`. It may import `log_ratios` and `variant`, and no other file changes.
+All tensors here are `[targets]`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Bool: the tokens that a bound cut."""
+    """Masks of the tokens that a bound cut, bool."""
 
     low: Tensor
     """Tokens that the lower bound cut."""
@@ -47,11 +47,11 @@ class Bounds(Options):
     """Settings of surrogates that bound the ratio, its logarithm, or a divergence."""
 
     clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """The ratio counts down to 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere);
-    `geometric_clip`: the log-ratio down to -clip_low; `binary_tv`, `binary_kl`: up to this divergence."""
+    """The ratio is bounded below by 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere).
+    `geometric_clip`: the log-ratio is bounded by -clip_low. `binary_tv`, `binary_kl`: it bounds the divergence."""
     clip_high: NonNegativeFloat = 0.2
-    """The ratio counts up to 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere);
-    `geometric_clip`: the log-ratio up to clip_high; `binary_tv`, `binary_kl`: up to this divergence."""
+    """The ratio is bounded above by 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere).
+    `geometric_clip`: the log-ratio is bounded by clip_high. `binary_tv`, `binary_kl`: it bounds the divergence."""
 
 
 SHOW_BOUNDS = " {clip_low:g} / {clip_high:g}"
@@ -62,7 +62,7 @@ SurrogateFunction: TypeAlias = "Callable[[Tokens], Tensor]"
 
 @dataclass(frozen=True, slots=True)
 class Surrogate(Variant[SurrogateFunction]):
-    """A loss of tokens [targets], with a gradient, and its properties."""
+    """A loss of tokens `[targets]`, with a gradient, and its properties."""
 
     cuts: Callable[[Tokens, Any], Cuts] | None = None
     """The tokens that the bounds cut, for the metrics `policy/clip_*`; None = the surrogate has no bound."""
@@ -73,7 +73,7 @@ class Surrogate(Variant[SurrogateFunction]):
     mixes_tokens: bool = False
     """Whether the loss of a token has gradients of the other tokens of its sequence, even if the ratio is its own."""
     rows: Mapping[str, Row] = field(default_factory=dict)
-    """Rows of the table of algorithms that come with this surrogate, by name, beside those of `presets.py`."""
+    """Rows of the table of algorithms that come with this surrogate, by name, in addition to those of `presets.py`."""
 
 
 def by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:

@@ -17,7 +17,7 @@ class Settings(Bounds):
     """Bounds of the ratio."""
 
     dual_clip: PositiveFloat | None = None
-    """`clip`: the ratio counts up to this where the advantage is negative; above 1 + clip_high. null = no limit."""
+    """`clip`: upper bound of the ratio where the advantage is negative, above 1 + clip_high; null = no bound."""
 
     @model_validator(mode="after")
     def _dual_clip_is_above_the_upper_bound(self) -> Self:
