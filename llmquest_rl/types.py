@@ -1,4 +1,4 @@
-"""The data that travels between packages: Problem, Request, Completion, Score, Group. No torch: graders start fast.
+"""The data that packages exchange: Problem, Request, Completion, Score, Group. No torch: graders start fast.
 
 A task gives a `Problem`. A rollout worker answers a `Request` with `Completion`s, and graders give each a `Score`. The
 problem with its completions and scores is a `Group`, from which the learner's batch is packed (`llmquest_rl.batch`).

@@ -1,4 +1,4 @@
-"""For every test: no network, few threads, and the caches that tests share."""
+"""Settings of every test: no network, few threads, and the caches that tests share."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""Processes start fast: each kind imports what it uses, and nothing heavy beside.
+"""Processes start fast: each kind of process imports only the heavy packages that it uses.
 
-A process of its own for each entry, because what one test has imported stays.
+Each case runs in a separate process, because an import stays in effect.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Components found by name: every kind, a user's own files and modules, and what each mistake is told."""
+"""Components found by name: every kind, a user's own files and modules, and the message for each mistake."""
 
 import os
 import pickle

@@ -1,7 +1,7 @@
 """A new loss is one file: its formula, its settings and its row of the table of algorithms.
 
-The tables of the package are made when it is imported, so the file lies in a temporary folder of the package's path and
-everything runs in a process of its own.
+The tables of the package are made when it is imported, so the file is in a temporary folder on the package's path and
+the test runs in a separate process.
 """
 
 import json

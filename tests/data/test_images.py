@@ -1,4 +1,4 @@
-"""Raw images become what transformers makes of them, stand where prompts mark them, and are read when needed."""
+"""Raw images give the same pixels as in transformers, replace the marks in prompts, and are read only when needed."""
 
 import io
 import json

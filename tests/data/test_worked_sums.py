@@ -1,4 +1,4 @@
-"""Worked sums: columns and answers agree, errors come as often as asked for, held-out problems stay out."""
+"""Worked sums: columns and answers agree, errors have the configured frequency, held-out problems stay out."""
 
 import random
 import re

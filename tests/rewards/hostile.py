@@ -1,4 +1,4 @@
-"""Reward functions that do what rewards must not, and some that do what they may. Imported by worker processes."""
+"""Reward functions, imported by worker processes, that break the rules, and some that are unusual but allowed."""
 
 import asyncio
 import ctypes

@@ -1,4 +1,5 @@
-"""Every architecture through the real loop and the real learner, in step with its engine, whatever is shared out."""
+"""Every architecture through the real loop and the real learner, in agreement with its engine,
+and with its parameters divided between processes."""
 
 import json
 import shutil

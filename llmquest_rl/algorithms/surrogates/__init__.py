@@ -47,11 +47,13 @@ class Bounds(Options):
     """Settings of surrogates that bound the ratio, its logarithm, or a divergence."""
 
     clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """The ratio is bounded below by 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere).
-    `geometric_clip`: the log-ratio is bounded by -clip_low. `binary_tv`, `binary_kl`: it bounds the divergence."""
+    """Lower bound. Ratios are clipped at 1 - clip_low where the advantage is negative (`clipped_weight`: everywhere).
+    `geometric_clip` clips log-ratios at -clip_low. `binary_tv` and `binary_kl` cut tokens whose divergence is larger
+    than this."""
     clip_high: NonNegativeFloat = 0.2
-    """The ratio is bounded above by 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere).
-    `geometric_clip`: the log-ratio is bounded by clip_high. `binary_tv`, `binary_kl`: it bounds the divergence."""
+    """Upper bound. Ratios are clipped at 1 + clip_high where the advantage is positive (`clipped_weight`: everywhere).
+    `geometric_clip` clips log-ratios at clip_high. `binary_tv` and `binary_kl` cut tokens whose divergence is larger
+    than this."""
 
 
 SHOW_BOUNDS = " {clip_low:g} / {clip_high:g}"

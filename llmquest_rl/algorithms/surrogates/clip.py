@@ -17,7 +17,7 @@ class Settings(Bounds):
     """Bounds of the ratio."""
 
     dual_clip: PositiveFloat | None = None
-    """`clip`: upper bound of the ratio where the advantage is negative, above 1 + clip_high; null = no bound."""
+    """`clip`: ratios are clipped at this where the advantage is negative; above 1 + clip_high. null = no limit."""
 
     @model_validator(mode="after")
     def _dual_clip_is_above_the_upper_bound(self) -> Self:

@@ -1,4 +1,4 @@
-"""The cluster seam on real Ray: order, restarts, time limits that name who is missing, placement that does not fit."""
+"""The cluster interface on real Ray: order, restarts, time limits that name missing workers, impossible placements."""
 
 import shutil
 import subprocess

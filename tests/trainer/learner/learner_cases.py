@@ -1,6 +1,6 @@
-"""What the learner's tests train on, and the process that a group of several learners is made of.
+"""Training cases for the learner's tests, and the program of one process in a group of learners.
 
-python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
+python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go next to it)
 """
 
 import json

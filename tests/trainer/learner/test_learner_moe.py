@@ -1,5 +1,5 @@
-"""A mixture of experts in the learner: routers are balanced once for each update, alike on every process and in every
-ZeRO stage, and what must stay float32 stays float32."""
+"""A mixture of experts in the learner: routers are balanced once for each update, equally on every process and in
+every ZeRO stage, and float32 weights stay float32."""
 
 import json
 from collections.abc import Iterator

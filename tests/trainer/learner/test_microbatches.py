@@ -1,4 +1,4 @@
-"""Groups that are larger than a microbatch may be: cut into their completions, with the same result."""
+"""Groups that are too large for a microbatch are cut into their completions, with the same result."""
 
 from collections.abc import Iterator
 from contextlib import closing

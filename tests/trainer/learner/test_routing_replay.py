@@ -1,4 +1,4 @@
-"""Routing replay in the learner and in a whole run: what the updates of one step do with the recorded experts."""
+"""Routing replay in the learner and in a whole run: the updates of one step use the recorded experts."""
 
 import json
 from collections.abc import Callable, Iterator
