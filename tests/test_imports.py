@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
-"""What torch imports for `torch.compile`, in one to two seconds."""
+"""Modules that torch imports for `torch.compile`, in one to two seconds."""
 SERVERS = ("ray", "vllm", "deepspeed", "accelerate")
 READ_ALL = """
 from pathlib import Path
@@ -53,7 +53,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),
     "reward model": ("import trainer.sources.reward_model_worker", ("transformers", "datasets", *COMPILER, *SERVERS)),
 }
-"""For each kind of process: what it begins with, and the modules that must not be imported by then."""
+"""The first code of each kind of process, and the modules that this code must not import."""
 
 
 @pytest.mark.parametrize("kind", ENTRIES)

@@ -339,7 +339,7 @@ class _Checks(Options):
 def test_two_settings_of_one_name_are_an_error(
     settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One would hide the other: a variant's setting beside a shared one, beside another variant's, and a validator."""
+    """Of two declarations of one name, one would hide the other: a shared setting, another variant's, a validator."""
     assert settings_of_variants(SharedSettings)
     monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
     with pytest.raises(TypeError, match=f"both declare '{name}'"):

@@ -130,7 +130,7 @@ EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "mixtral")
 
 @dataclass
 class Served:
-    """How vLLM served one model in float32."""
+    """The record of vLLM serving one model in float32."""
 
     kernels: set[str]
     """vLLM's names of the kernels for attention and experts."""
@@ -141,7 +141,7 @@ class Served:
 
 
 def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tuple[str, list[Served]]:
-    """Serve models with vLLM, one after the other, in a process that reports another instruction set.
+    """Serve models with vLLM, one at a time, in a process that reports another instruction set.
 
     Args:
         answers: functions of `torch.cpu`, and the answers that they give to vLLM.

@@ -75,7 +75,7 @@ def whole_weights(learner: Learner) -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    """What every process of a group is told."""
+    """The instructions for every process of a group."""
 
     setups: list[LearnerSetup]
     world_size: int
@@ -85,7 +85,7 @@ class Case:
     groups: int = 5
     save_to: Path | None = None
     draw: Callable[..., list[list[SequenceGroup]]] = minibatches
-    """As `minibatches`: a function of a module, which each process imports."""
+    """Makes minibatches as `minibatches` does. It is a function of a module, because each process imports it."""
 
 
 def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[str, float]:

@@ -22,7 +22,7 @@ BATCHES: list[TokenBatch] = []
 
 
 class Watched(Policy):
-    """Keeps what it is asked to compute."""
+    """Keeps the batches whose loss it computes."""
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         BATCHES.append(batch)
