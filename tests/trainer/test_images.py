@@ -87,7 +87,7 @@ def test_a_run_with_images_resumes_bit_for_bit(
 
 
 def test_captions_are_learnt(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
-    """The caption is the colour of the shape. Without the picture, the loss cannot be lower than the entropy of the colour
+    """The caption is the colour of the shape. Without the picture, the loss is at least the entropy of the colour,
     divided by the tokens of its name."""
     folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
     task = {"name": "shapes", "ask": "colour", "size": 16, "template": "{question}="}

@@ -141,7 +141,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 
 def test_ctrl_c_at_a_terminal_costs_no_completion_its_score(runs: Runs) -> None:
-    """The signal also reaches the graders' processes. The step in progress is finished and saved; the run can resume."""
+    """The signal also reaches the graders' processes. The step in progress is finished and saved, and can resume."""
     runs.values |= {"steps": 1000, "rewards": [{"function": f"{REWARDS}:slow_low_characters"}]}
     command = runs.command("checkpoint.every=0", "eval.every=0")
     deadline = time.monotonic() + 120
