@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
-from llmquest_rl.data.tokenizer import PromptRenderer
 from llmquest_rl.types import Problem
 
 
@@ -30,11 +29,9 @@ class DataCheck:
     lengths: Lengths
     counters: dict[str, int]
     """Number of rows left out, by cause."""
-    example: str = ""
-    """The first prompt as the model sees it, with its special tokens."""
 
 
-def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Problem], DataCheck]:
+def check_task(stream: PromptStream, rows: int = 10) -> tuple[list[Problem], DataCheck]:
     """Look at the next problems of the stream and render held-out ones, too; the stream's position does not change.
 
     Raises:
@@ -46,7 +43,7 @@ def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -
     counters = stream.counters
     stream.load_state_dict(state)
     lengths = Lengths.of([len(problem.prompt_ids) for problem in problems])
-    return problems, DataCheck(lengths, counters, renderer.decode(problems[0].prompt_ids))
+    return problems, DataCheck(lengths, counters)
 
 
 def check_dataset(stream: SequenceGroupStream, rows: int = 10) -> tuple[list[SequenceGroup], DataCheck]:
