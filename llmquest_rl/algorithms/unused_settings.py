@@ -59,6 +59,6 @@ def check_read(algorithm: Algorithm, row: Algorithm) -> None:
         value = getattr(algorithm, setting)
         if value not in (None, getattr(row, setting)) and not reader.holds(algorithm):
             raise ValueError(
-                f"{setting} is read with {reader.condition}, so here {setting}: {value} would change nothing; "
-                f"leave it out"
+                f"{setting} is read only with {reader.condition}, so here {setting}: {value} would change nothing: "
+                "leave it out"
             )

@@ -67,7 +67,7 @@ def test_its_row_and_its_settings_are_configured_like_any_other(result: dict[str
 
 def test_mistakes_in_its_settings_are_told(result: dict[str, Any]) -> None:
     [unread], [unknown], [wrong] = result["unread"], result["unknown"], result["wrong"]
-    assert "pull is read with surrogate: tilted, so here pull: 0.3 would change nothing" in unread
+    assert "pull is read only with surrogate: tilted, so here pull: 0.3 would change nothing" in unread
     assert "algorithm.pul: unknown key; did you mean pull" in unknown
     assert "algorithm.slope: expected greater than 0" in wrong
 

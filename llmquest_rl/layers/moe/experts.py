@@ -55,7 +55,7 @@ def sort_by_expert(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
         capacity: Maximum pairs per expert; None = all.
 
     Returns:
-        The expert of each pair `[P]`, ascending, and the index of each pair in the flattened `[T, k]` `[P]`.
+        The expert of each pair `[P]`, ascending, and its index in the flattened `[T, k]`, also `[P]`.
     """
     sorted_experts, order = experts.flatten().sort(stable=True)
     if capacity is not None:
@@ -134,7 +134,7 @@ def combine_pairs(rows: Tensor, order: Tensor, shape: torch.Size, row_of_pair: T
 
     Args:
         rows: Results of the pairs `[P, D]`.
-        order: Index of each pair in the flattened `[T, k]` `[P]`, as `sort_by_expert` returns it.
+        order: Index `[P]` of each pair in the flattened `[T, k]`, as `sort_by_expert` returns it.
         shape: (T, k).
         row_of_pair: Row of each pair in `rows` `[P]`; None = `rows` are in the order of `order`.
 
