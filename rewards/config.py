@@ -19,9 +19,11 @@ class RewardConfig(Options):
     model_config = ConfigDict(extra="allow")
 
     name: str
-    """The label in logs, unique in the list. Default: the function's name. Without `function`, a built-in reward."""
+    """The label in logs, unique in the list. With `function` it may be left out: it is then the function's name.
+    Without `function` it is the name of a built-in reward."""
     function: str
-    """A built-in reward (`exact_number`), `module:function` or `path/file.py:function`. Default: `name`."""
+    """A built-in reward (`exact_number`), `module:function` or `path/file.py:function`. It may be left out if `name` is
+    a built-in."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of this reward in the total; 0 = the reward is only logged."""
 

@@ -59,7 +59,7 @@ class PassK(Options):
     """Settings of `pass_at_k`."""
 
     pass_k: PositiveInt = 4
-    """`pass_at_k`: the k, fewer than the samples of a group."""
+    """`pass_at_k`: the number k of completions, smaller than `batch.samples_per_prompt`."""
 
 
 def pass_at_k(rewards: Tensor, lengths: Tensor, settings: PassK) -> Tensor:

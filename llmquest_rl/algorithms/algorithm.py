@@ -29,20 +29,25 @@ class SharedSettings(Options):
     """The cells, and the settings that do not belong to a single variant."""
 
     advantage: str = _cell(
-        "advantage", "group_mean_std", "Comparison of a sample with its group. `reward` does not compare."
+        "advantage",
+        "group_mean_std",
+        "Advantage of a completion: a comparison of its reward with the rewards of its group. `reward` is the reward "
+        "itself, without a comparison.",
     )
     phantom_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """A reward that joins the group's mean and deviation without a completion, best the largest that there is: groups
-    in which all are wrong then have negative advantages (NGRPO, arXiv 2509.18851, advantage calibration). null = none;
-    for `group_mean_std`, `group_mean` and `leave_one_out`."""
+    """An additional reward, without a completion, that counts in the mean and standard deviation of every group. Set it
+    to the largest possible reward: a group in which all completions are wrong then has negative advantages (NGRPO,
+    arXiv 2509.18851, advantage calibration). Only `group_mean_std`, `group_mean` and `leave_one_out` use it; null =
+    none."""
     normalization: str = _cell(
         "normalization",
         "none",
-        "Normalisation of the advantages of a whole step. `whiten` gives them mean 0 and deviation 1 over its tokens, "
-        "`batch_std` divides by the deviation of its rewards, `valid_groups` makes up for groups of equal rewards.",
+        "Normalisation of the advantages of a whole step. `whiten` gives them mean 0 and standard deviation 1 over its "
+        "tokens. `batch_std` divides them by the standard deviation of its rewards. `valid_groups` scales them up to "
+        "make up for groups of equal rewards.",
     )
     advantage_limit: PositiveFloat | None = None
-    """Advantages are clipped to +- this, after the step's normalisation and the two weights; null = no limit."""
+    """Advantages are clipped to +- this value, after `normalization` and the two weights below; null = no limit."""
     positive_weight: Weight = 1.0
     """Factor of advantages above 0 (0.1 with `reward` and rewards of +-1: W-REINFORCE, arXiv 2506.01347)."""
     negative_weight: Weight = 1.0
@@ -51,7 +56,7 @@ class SharedSettings(Options):
         "length_penalty",
         "none",
         "Penalty for a completion's length, added to its reward before the comparison. `soft_overlong` is DAPO's; "
-        "`relative` compares with the lengths of the group (Kimi k1.5).",
+        "`relative` compares a length with the others of its group (Kimi k1.5).",
     )
     overlong_filter: bool = False
     """Completions that were cut at the token limit count in the group's baseline, but are left out of the loss."""
@@ -68,39 +73,39 @@ class SharedSettings(Options):
     old_policy: Literal["learner", "engine"] = "learner"
     """Old policy of the ratio. `learner`: the learner computes log-probs before a step's first update, and
     `is_correction` corrects for the engine's rounding. `engine`: the engine's log-probs are used, which saves a
-    forward pass and needs no correction; rounding and stale weights (`rollout.weight_sync_interval`) then count in the
-    ratio."""
+    forward pass and needs no correction. The ratio then includes the engine's rounding and the drift since stale
+    weights (`rollout.weight_sync_interval`)."""
     routing_replay: bool = False
     """Mixtures of experts: all updates of a step send each token to the experts that it went to when the learner
-    computed the old policy's log-probs, with weights from the current router (Routing Replay, arXiv 2507.18071, section
-    5.3). Without it, changed choices make ratios of tokens jump; `moe/changed_share` measures them."""
+    computed the old policy's log-probs. The current router weighs them (Routing Replay, arXiv 2507.18071, section 5.3).
+    Without it, tokens change experts between updates, so their ratios jump; `moe/changed_share` measures this."""
     surrogate: str = _cell("surrogate", "clip", "Loss of each token. `log_prob` has no ratio.")
-    aggregation: str = _cell("aggregation", "sequence_mean", "Weights with which token losses become one number.")
+    aggregation: str = _cell("aggregation", "sequence_mean", "Weights that sum token losses to one number.")
     kl: str = _cell("kl", "k3", "Estimator of the KL to the reference model.")
     kl_in: Literal["loss", "reward"] = "loss"
-    """Place of the KL. `loss`: a term of the loss. `reward`: from each advantage the KL of its token and all later ones
-    is subtracted, without gradient and after the group comparison; only `k1` has the KL's gradient there."""
+    """Place of the KL. `loss`: a term of the loss. `reward`: after the group comparison, each token's advantage is
+    reduced by the KL of this token and all later ones, without gradient; only `k1` has the KL's gradient there."""
     kl_unbiased: bool = False
-    """`k1` and `k3` in the loss: weighted with the token's ratio, so that their gradient is the KL's (DeepSeek-V3.2,
+    """Multiply `k1` or `k3` in the loss by the token's ratio, so that its gradient is the KL's (DeepSeek-V3.2,
     arXiv 2512.02556, equation 7)."""
     beta: Weight = 0.0
-    """Weight of the KL; 0 = none, and no reference model is held."""
+    """Weight of the KL; 0 = no KL, and no reference model in memory."""
     ref_sync_interval: PositiveInt | None = None
-    """Steps after which the reference becomes the current model, again and again (DeepSeekMath, algorithm 1); null =
-    it stays the initial model."""
+    """Steps between two updates of the reference model to the current model (DeepSeekMath, algorithm 1); null = the
+    reference stays the initial model."""
     entropy_bonus: Weight = 0.0
-    """Weight of the policy's entropy, which is subtracted from the loss with the same weights of tokens."""
+    """Weight of the policy's entropy. It is subtracted from the loss, summed over tokens as `aggregation` says."""
     top_entropy_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of each completion's tokens that stay in the policy loss: those with the largest entropy (0.2:
     arXiv 2506.01939)."""
     off_policy_delta: PositiveFloat | None = None
-    """Completions whose mean log(pi_engine / pi) is above this are left out where their advantage is negative
-    (DeepSeek-V3.2, arXiv 2512.02556, equation 9); null = none."""
+    """Completions with a negative advantage are left out of the policy loss if their mean log(pi_engine / pi) is above
+    this value (DeepSeek-V3.2, arXiv 2512.02556, equation 9); null = none are."""
     is_correction: str = _cell(
         "is_correction",
         "token_truncate",
-        "Correction for the engine's rounding: a factor of each token's policy loss, made of pi_old / pi_engine, both "
-        "before the step.",
+        "Correction for the engine's rounding: a factor of each token's policy loss, computed from "
+        "pi_old / pi_engine before the step.",
     )
     tis_floor: NonNegativeFloat = 0.0
     """Lower bound of the correction."""

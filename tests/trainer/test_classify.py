@@ -215,7 +215,7 @@ def test_two_processes_are_one(
         (["objective.name=next_token"], "gives each sequence a label, but the objective has no labels"),
         (
             ["data.dataset={name: sft, task: {name: arithmetic}}", "data.chat_template=none"],
-            "a classifier needs one, .* take a data set of labels",
+            "a classifier needs one target, .* use a data set of labels",
         ),
         (["objective.labels=[vowel, consonant]"], "unknown label 'other': expected one of vowel, consonant"),
     ],

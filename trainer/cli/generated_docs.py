@@ -15,11 +15,11 @@ DOCS = Path("docs")
 BEGIN, END = "<!-- begin: table of presets, made by `make docs` -->", "<!-- end: table of presets -->"
 METRICS_INTRODUCTION = """# Metrics
 
-Made from `trainer/run/metric_table.py` by `make docs`.
+This page is generated from `trainer/run/metric_table.py` by `make docs`.
 
 A run writes one line for each step to `metrics.jsonl` in its run folder, and gives the same numbers to its trackers.
-A line has the keys that apply to its run and to its step. A key is absent where there is nothing to average: the length
-of correct completions, for example, where no completion is correct. A share lies between 0 and 1. Entropies and
+A line has the keys that apply to its run and to its step. A key is absent if there is nothing to average: the length of
+correct completions, for example, if no completion is correct. A share lies between 0 and 1. Entropies and
 differences of log-probs are in nats.
 """
 

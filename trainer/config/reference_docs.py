@@ -18,15 +18,17 @@ from rollout import ENGINES
 from trainer.config.schema import Config
 from trainer.config.sections import OBJECTIVES, Component, section_class
 
+HEAD = ("| key | type | default | meaning |", "|---|---|---|---|")
 INTRODUCTION = """# Configuration reference
 
 This page is generated from the code by `make docs`. The texts are the docstrings of `trainer/config/schema.py` and of
 the components.
 
-A recipe is a YAML file. It may have one `inherit: other.yaml`, relative to itself. Sections merge key by key; lists and
-components with another `name` are replaced as a whole. On the command line `a.b.c=value` overrides a key, and
-`rewards.0.weight=0.5` a key of a list's item; values are YAML. Unknown keys are errors. Every option is checked before
-any process starts; `llmquest-rl train CONFIG --dry-run` checks the data, the model files and the rewards as well.
+A recipe is a YAML file. With `inherit: other.yaml` it starts from another recipe; that path is relative to the file.
+Sections merge key by key. A list is replaced as a whole, and so is a component (such as a task) with another `name`. On
+the command line `optimizer.lr=1e-5` overrides a key, and `rewards.0.weight=0.5` a key of a list item. Values are YAML.
+Unknown keys are errors. Every option is checked before any process starts; `llmquest-rl train RECIPE --dry-run` checks
+the data, the model files and the rewards as well.
 
 The run folder holds the resolved configuration with every value as `config.yaml`. That file is a recipe, too.
 """
@@ -38,16 +40,22 @@ KINDS: dict[str, ComponentKind] = {
     "rewards: [{{name: {}}}]": REWARDS,
 }
 """Kinds of components, by how a component is named in YAML."""
+COMPONENTS = """## Components
+
+Options of the built-in components. They are keys beside `name`, in the section that names the component: `data.task`,
+`data.dataset`, `objective`, `rollout.engine` or an item of `rewards`. Your own code can take the place of a built-in
+([Your own code](data.md#your-own-code-in-a-recipe)).
+"""
 
 
 def reference() -> str:
     """The complete Markdown document."""
-    lines = [INTRODUCTION, "## The run", "", *_table(Config, scalars_only=True)]
+    lines = [INTRODUCTION, "## The run", "", *HEAD, *_rows(Config, top=True)]
     for key, field in Config.model_fields.items():
         model = section_class(field)
         if model is not None:
             lines += _section(key, model)
-    lines += _components()
+    lines += ["", COMPONENTS.rstrip(), *_components()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -55,7 +63,7 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
     """The lines of a section and of its subsections."""
     if issubclass(model, Component):
         return
-    yield from ("", f"## {path}", "", _sentence(model), "", *_table(model))
+    yield from ("", f"## {path}", "", _sentence(model), "", *HEAD, *_rows(model))
     for key, field in model.model_fields.items():
         inner = section_class(field)
         if inner is not None:
@@ -73,17 +81,35 @@ def _component(title: str, module: ModuleType) -> Iterator[str]:
     yield from ("", f"### `{title}`", "", (module.__doc__ or "").partition("\n")[0], "")
     options: type[BaseModel] | None = getattr(module, "Config", None)
     if options is not None and options.model_fields:
-        yield from _table(options)
+        yield from (*HEAD, *_rows(options, nested=True))
 
 
-def _table(model: type[BaseModel], scalars_only: bool = False) -> Iterator[str]:
-    yield from ("| key | type | default | meaning |", "|---|---|---|---|")
+def _rows(
+    model: type[BaseModel],
+    top: bool = False,
+    nested: bool = False,
+    prefix: str = "",
+    defaults: BaseModel | None = None,
+) -> Iterator[str]:
+    """The rows of a section's table.
+
+    Args:
+        model: class of the section.
+        top: leave out sections that have a heading of their own.
+        nested: add the keys of subsections, for components, whose subsections have no heading.
+        prefix: dotted path in front of every key.
+        defaults: a section whose values are the defaults, in place of those of the class.
+    """
     for key, field in model.model_fields.items():
         inner = section_class(field)
-        if scalars_only and inner is not None:
+        if top and inner is not None and not issubclass(inner, Component):
             continue
         meaning = field.description or (_sentence(inner) if inner is not None else "")
-        yield f"| `{key}` | {_type(field.annotation)} | {_default(field)} | {_cell(meaning)} |"
+        default = _default_value(field) if defaults is None else getattr(defaults, key)
+        yield f"| `{prefix}{key}` | {_type(field.annotation)} | {_default(default)} | {_cell(meaning)} |"
+        if nested and inner is not None:
+            one = default if isinstance(default, inner) else None
+            yield from _rows(inner, nested=True, prefix=f"{prefix}{key}{'.' if one else '.0.'}", defaults=one)
 
 
 def _sentence(model: type[BaseModel]) -> str:
@@ -107,13 +133,18 @@ def _type(annotation: Any) -> str:
     return plain.get(annotation, "any")
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default_value(field: FieldInfo) -> Any:
+    return ... if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _default(value: Any) -> str:
+    if value is ...:
         return "required"
-    if section_class(field) is not None:
-        return "null" if field.default is None else "see there"
-    shown = json.dumps(to_jsonable_python(field.get_default(call_default_factory=True)), ensure_ascii=False)
-    return f"`{_cell(shown)}`"
+    if isinstance(value, Component):
+        return f"`{{name: {value.name}}}`"
+    if isinstance(value, BaseModel):
+        return "see below"
+    return f"`{_cell(json.dumps(to_jsonable_python(value), ensure_ascii=False))}`"
 
 
 def _cell(text: str) -> str:

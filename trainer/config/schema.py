@@ -52,10 +52,10 @@ class DataConfig(Options):
     dataset: DatasetSection | None = None
     """Source of training sequences. Supervised objectives need it."""
     system_prompt: str | None = None
-    """System message in front of every prompt; null = the chat template's default."""
+    """System message in front of every prompt; null = none, or the one that the chat template adds by itself."""
     chat_template: str | None = None
-    """A Jinja chat template or a file that holds one; `none` = no template, prompts stay plain text; null = the
-    tokenizer's own."""
+    """A Jinja chat template, or a file with one. `none` = no template: prompts stay plain text. null = the tokenizer's
+    own template."""
     max_prompt_tokens: PositiveInt = 512
     """Maximum prompt length in tokens, chat template included."""
     long_prompts: Literal["drop", "error"] = "drop"
@@ -79,7 +79,7 @@ class BatchConfig(Options):
     (`rollout.weight_sync_interval`); otherwise they are dropped."""
     max_rounds: PositiveInt = 10
     """RL with `algorithm.dynamic_sampling`: maximum sampling rounds in a step. After them the step trains on the usable
-    groups that it has, with a warning; without any the run stops and shows the rewards and some completions."""
+    groups that it has, with a warning. If it has none, the run stops and shows the rewards and some completions."""
     sequences_per_step: PositiveInt = 16
     """Supervised: packed sequences (or pairs of replies) in each step, over all learners."""
     tokens_per_sequence: PositiveInt = 512
@@ -121,11 +121,12 @@ class RolloutConfig(Options):
     the worker that did not answer."""
     max_logprob_gap: PositiveFloat | None = 0.5
     """Maximum mean absolute difference between the log-probs of engine and learner, in nats per token. The run stops
-    above it, because the two then do not have the same weights. null = never stop."""
+    above it, because engine and learner then do not have the same weights. null = never stop."""
     weight_sync_interval: PositiveInt = 1
-    """Steps between two syncs of the learners' weights to the rollout workers. Above 1 the steps in between sample from
-    stale weights, as asynchronous training does, which also raises the difference that `max_logprob_gap` limits;
-    `algorithm.old_policy: engine` takes ratios to the policy that sampled. A resumed run starts with fresh weights."""
+    """Steps between two syncs of the learners' weights to the rollout workers. With more than 1, the steps in between
+    sample from stale weights, as asynchronous training does. This also raises the difference that `max_logprob_gap`
+    limits. `algorithm.old_policy: engine` takes ratios to the policy that sampled. A resumed run starts with fresh
+    weights."""
     sleep: bool = False
     """Free the engine's memory while the learners train, for rollout workers and learners that share a GPU."""
     save: bool = False
@@ -221,14 +222,14 @@ class ClusterConfig(Options):
     """`ray` starts a local Ray cluster or joins the one at RAY_ADDRESS; `inline` runs everything in one process, for
     debuggers, notebooks and small models."""
     gpus_per_rollout_worker: NonNegativeFloat = 0.0
-    """GPUs for each rollout worker; a fraction means that it shares one."""
+    """GPUs for each rollout worker; with a fraction it shares a GPU with others."""
     gpus_per_learner: NonNegativeFloat = 0.0
-    """GPUs for each learner process; a fraction shares one with a rollout worker."""
+    """GPUs for each learner process; with a fraction it shares a GPU, e.g. with a rollout worker."""
     gpus_per_reward_model: NonNegativeFloat = 0.0
-    """GPUs for each process of a reward model; a fraction shares one with a rollout worker."""
+    """GPUs for each process of a reward model; with a fraction it shares a GPU, e.g. with a rollout worker."""
     cpus_per_rollout_worker: PositiveFloat | None = None
-    """CPU cores of each rollout worker. null reserves one and uses all cores of the machine, divided equally among the
-    workers: sampling and learning take turns."""
+    """CPU cores of each rollout worker. null reserves one in Ray, but uses all cores of the machine, divided equally
+    among the workers, because sampling and learning take turns."""
     cpus_per_learner: PositiveFloat | None = None
     """CPU cores of each learner process; null as for rollout workers."""
     cpus_per_reward_model: PositiveFloat | None = None

@@ -6,7 +6,7 @@ A test compares the table with the names in the code, and with the `metrics.json
 import re
 
 AREAS: dict[str, str] = {
-    "reward": "The rewards of the completions that the step samples.",
+    "reward": "The rewards of the completions that the step sampled.",
     "rollout": "Sampling: its volume, its speed and the weights that it uses.",
     "policy": "The policy-gradient loss. Means are over the completion tokens in the loss, of all updates of the step.",
     "train": "The supervised objectives: next token, classification and reward model.",
@@ -19,7 +19,7 @@ AREAS: dict[str, str] = {
     "checkpoint": "Checkpoints.",
     "memory": "Memory of the learner processes.",
     "system": "The machine that runs the driver process.",
-    "tracking": "The record itself.",
+    "tracking": "The log of metrics itself.",
 }
 """The part of a name before the slash, and one sentence on it."""
 

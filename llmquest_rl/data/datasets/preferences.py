@@ -38,7 +38,7 @@ class Columns(Options):
     rejected: str = "rejected"
     """The worse reply, or the conversation that ends with it."""
     margin: str = "margin"
-    """The number by which the two scores should differ at least; a table without this column has no margins."""
+    """The minimum difference of the two scores; a data set without this column has no margins."""
 
 
 class Config(Location):

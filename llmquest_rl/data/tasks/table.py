@@ -117,7 +117,7 @@ def _problem(config: Config, record: dict[str, Any]) -> str | None:
     if answer is None or answer == "":
         return f"there is no gold answer (column {config.columns.answer!r})"
     if config.answer_after is not None and config.answer_after not in str(answer):
-        return f"the gold answer has no {config.answer_after!r}"
+        return f"the gold answer has no {config.answer_after!r}; if none of them has it, set `answer_after` to null"
     return None
 
 
