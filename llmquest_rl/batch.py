@@ -31,7 +31,7 @@ class SequenceGroup:
     token_fields: dict[str, list[list[float]]] = field(default_factory=dict)
     """Values by name, one float per token of each completion: `weights`, `advantages`, `rollout_logprobs`, …"""
     mask: list[list[bool]] | None = None
-    """Whether each completion token is a target; None = all are."""
+    """True for each completion token that is a target; None = all are."""
     images: Tensor | None = None
     """The images of the prompt `[n, channels, height, width]`, in order; None = text only."""
 

@@ -56,7 +56,7 @@ class ComponentKind:
         return sorted(module.name for module in found if not module.name.startswith("_"))
 
     def module(self, name: str) -> ModuleType:
-        """The module that a name points to, or in which the function is that it points to.
+        """The module that a name points to, or the module of the function that it points to.
 
         Raises:
             ComponentError: there is no such module, it cannot be imported, or it lacks a function.
@@ -94,7 +94,7 @@ class ComponentKind:
 
 
 def _folders(package: str) -> Iterable[str]:
-    """The folders of a package, which is not imported for it."""
+    """The folders of a package. The package is not imported."""
     if package in sys.modules:
         return sys.modules[package].__path__
     spec = find_spec(package)
@@ -154,7 +154,7 @@ def _import_users(location: str) -> ModuleType:
     is_file = location.endswith(".py")
     if not is_file and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    importlib.invalidate_caches()  # the file may be younger than what Python remembers of its folder
+    importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its folder
     try:
         return importlib.import_module(module_name(Path(location).expanduser()) if is_file else location)
     except ModuleNotFoundError as error:

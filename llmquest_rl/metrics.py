@@ -23,7 +23,7 @@ Number: TypeAlias = "float | Tensor"
 
 
 Derived = tuple[tuple[str, ...], Callable[..., float]]
-"""Names of merged metrics, and the function of their values that is a metric of its own."""
+"""Names of merged metrics, and a function that computes another metric from their values."""
 
 
 def ratio(part: float, whole: float) -> float:
@@ -100,7 +100,7 @@ class Metrics:
         """The values for a line of the log, by name.
 
         Args:
-            derived: metrics beside `DERIVED` that are computed from merged ones, by name.
+            derived: further metrics that are computed from merged ones, by name, in addition to `DERIVED`.
         """
         plain = self.fetched().entries.items()
         floats = {

@@ -1,4 +1,4 @@
-"""For every test: no network, few threads, and the caches that tests share."""
+"""Settings of every test: no network, few threads, and the caches that tests share."""
 
 import os
 
@@ -18,9 +18,9 @@ import pytest
 import torch
 
 ONE_VLLM = {"test_vllm.py", "test_engines_agree.py", "test_worker.py"}
-"""Files whose tests share one running vLLM: they go to the same worker. Any other file is a group of its own."""
+"""Files whose tests share one running vLLM, so they go to the same test worker. Any other file is its own group."""
 COST = {"slow": 10.0, "ray": 10.0}
-"""How much longer a test with this mark takes than one without."""
+"""Duration of a test with this mark, relative to a test without."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

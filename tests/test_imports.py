@@ -1,6 +1,6 @@
-"""Processes start fast: each kind imports what it uses, and nothing heavy beside.
+"""Processes start fast: each kind of process imports only the heavy packages that it uses.
 
-A process of its own for each entry, because what one test has imported stays.
+Each case runs in a separate process, because an import stays in effect.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
-"""What torch imports for `torch.compile`, in one to two seconds."""
+"""Modules that torch imports for `torch.compile`, in one to two seconds."""
 SERVERS = ("ray", "vllm", "deepspeed", "accelerate")
 READ_ALL = """
 from pathlib import Path
@@ -53,7 +53,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),
     "reward model": ("import trainer.sources.reward_model_worker", ("transformers", "datasets", *COMPILER, *SERVERS)),
 }
-"""For each kind of process: what it begins with, and the modules that must not be imported by then."""
+"""The first code of each kind of process, and the modules that this code must not import."""
 
 
 @pytest.mark.parametrize("kind", ENTRIES)

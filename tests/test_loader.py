@@ -1,4 +1,4 @@
-"""Components found by name: every kind, a user's own files and modules, and what each mistake is told."""
+"""Components found by name: every kind, a user's own files and modules, and the message for each mistake."""
 
 import os
 import pickle
@@ -42,7 +42,7 @@ def reward(completion): return 1.0
 
 
 def open_component(kind: str, name: str, **options: Any) -> None:
-    """As a run opens it: a section of a configuration, or the entry of a reward that a grader process loads.
+    """Open a component as a run does: from a section of a configuration, or as a grader process loads a reward.
 
     Raises:
         ConfigError: the configuration is refused.

@@ -1,4 +1,4 @@
-"""Metrics that merge."""
+"""Merging of metrics."""
 
 import pytest
 import torch

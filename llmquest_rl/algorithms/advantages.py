@@ -1,8 +1,8 @@
 """Advantages: how much better a completion is than the others of its group.
 
-Each function takes the rewards of one group [samples] and the lengths of its completions in tokens [samples], and
-returns advantages [samples]. The caller sets the advantages of a group without a difference to 0, unless the advantage
-does not compare.
+Each function takes the rewards of one group `[samples]` and the lengths of its completions in tokens `[samples]`, and
+returns advantages `[samples]`. If all rewards of a group are equal, the caller sets its advantages to 0, unless the
+function does not compare the samples (`Advantage.compares`).
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ class PassK(Options):
 
 
 def pass_at_k(rewards: Tensor, lengths: Tensor, settings: PassK) -> Tensor:
-    """The worth of a sample to the best of k, minus the mean over all k-subsets, in units of their deviation.
+    """The value of a sample for pass@k, minus the mean over all k-subsets, in units of their deviation.
 
-    A sample is worth the mean, over all k-subsets that hold it, of their best reward. For rewards of 0 and 1 these are
+    The value of a sample is the mean best reward of the k-subsets that hold it. For rewards of 0 and 1 these are
     equations 14 and 15 of arXiv 2508.10751; the best of any rewards is as in arXiv 2505.15201. With ascending rewards,
     the j-th is the best of C(j - 1, k - 1) subsets, of which C(j - 2, k - 2) hold a given earlier sample.
     """
     n, k = len(rewards), settings.pass_k
     ascending, order = rewards.sort(stable=True)
-    # One subset only, or the worst best is the best of all: nothing differs, and rounding must not say otherwise.
+    # There is one subset only, or all subsets have the same best reward: the exact result is 0, without rounding.
     if k >= n or ascending[k - 1] == ascending[-1]:
         return torch.zeros_like(rewards)
     chosen = _shares([comb(j, k - 1) for j in range(n)], comb(n, k), rewards)
@@ -98,7 +98,7 @@ AdvantageFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 @dataclass(frozen=True, slots=True)
 class Advantage(Variant[AdvantageFunction]):
-    """Advantages of one group [samples], and their properties."""
+    """Advantages of one group `[samples]`, and their properties."""
 
     compares: bool = True
     """Whether the samples of a group are compared with each other: a group of one, or of equal rewards, has

@@ -3,7 +3,7 @@
 The loss is then the plain sum of weight x token loss, so the gradient does not depend on the microbatches, the packing
 or the number of processes. Each function takes the lengths in tokens of the sequences of every group of the update, and
 the maximum completion length; it returns the weight of every token of each sequence, in the same shape. Sequences
-without tokens count nowhere.
+without tokens are not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,15 +35,15 @@ def token_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
 def prompt_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
     """Mean over the tokens of each group, then over groups.
 
-    This is DAPO's equation 8 to the letter, which stands within an expectation over prompts. ScaleRL, arXiv 2510.13786,
-    found it best.
+    This is DAPO's equation 8 taken literally, within its expectation over prompts. It was the best choice in ScaleRL,
+    arXiv 2510.13786.
     """
     groups = max(sum(any(group) for group in lengths), 1)
     return [[1 / (max(sum(group), 1) * groups)] * len(group) for group in lengths]
 
 
 def max_tokens_mean(lengths: Lengths, max_tokens: int) -> list[list[float]]:
-    """1 / (N L_max): long and short sequences weigh the same by token (Dr. GRPO, arXiv 2503.20783, listing 1)."""
+    """1 / (N L_max): a token weighs the same in long and short sequences (Dr. GRPO, arXiv 2503.20783, listing 1)."""
     return _constant(lengths, 1 / (_num_sequences(lengths) * max_tokens))
 
 

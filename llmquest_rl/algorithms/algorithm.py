@@ -140,7 +140,7 @@ class SharedSettings(Options):
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether the loss of a token has gradients of others in its sequence: leaving it out does not remove them."""
+        """Whether the loss of a token has gradients of other tokens: masking those does not remove their gradients."""
         surrogate = SURROGATES[self.surrogate]
         return surrogate.mixes_tokens or (RATIOS[self.ratio].of_sequences and not surrogate.own_gradient)
 

@@ -33,11 +33,11 @@ CELLS: dict[str, Mapping[str, Variant[Any]]] = {
     "kl": KL_ESTIMATORS,
     "is_correction": CORRECTIONS,
 }
-"""Cell to its variants by name."""
+"""The variants of each cell by name."""
 
 
 def settings_of_variants(shared: type[Options]) -> list[type[Options]]:
-    """The settings of all variants, for an algorithm to inherit from beside `shared`.
+    """The settings classes of all variants, from which an algorithm inherits together with `shared`.
 
     Raises:
         TypeError: two of these classes, or one of them and `shared`, declare a setting or a validator of the same name.

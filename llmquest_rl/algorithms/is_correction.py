@@ -1,8 +1,8 @@
 """Corrections for an engine whose log-probs differ from the learner's for the same weights.
 
-Each function takes log(pi_old / pi_engine) of the sampled tokens [targets], the sequence of each target [targets] and
-two bounds of a ratio. It returns the factor of each token's policy loss [targets], and which factors were cut
-[targets]. A ratio that equals a bound is kept.
+Each function takes log(pi_old / pi_engine) of the sampled tokens `[targets]`, the sequence of each target `[targets]`
+and two bounds of a ratio. It returns the factor of each token's policy loss `[targets]`, and a mask of the factors that
+were cut `[targets]`. A ratio that equals a bound is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Correction(NamedTuple):
-    """Factors of the policy loss [targets]."""
+    """Factors of the policy loss `[targets]`."""
 
     weights: Tensor
     """The factors, without gradient."""
@@ -49,7 +49,7 @@ def sequence_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float
 
 
 def geometric_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
-    """1, and 0 for sequences whose mean log-ratio is outside the logarithms of the bounds.
+    """1, but 0 for sequences whose mean log-ratio is outside the logarithms of the bounds.
 
     Geometric sequence masking: Y. Li and J. Liu, "Trust Region Optimization via Sequence Masking", 2025. It has no bias
     against long sequences. The ratio is that of a mean token, so the bounds should be close to 1.
@@ -58,7 +58,7 @@ def geometric_mask(log_gap: Tensor, sequence_ids: Tensor, low: float, high: floa
 
 
 def reject(log_gap: Tensor, sequence_ids: Tensor, low: float, high: float) -> Correction:
-    """1, and 0 for the whole sequence if the ratio of any of its tokens is outside the bounds (the criterion of the
+    """1, but 0 for the whole sequence if the ratio of any of its tokens is outside the bounds (the criterion of the
     largest gap in arXiv 2512.23075)."""
     outside = (~_inside(bounded_exp(log_gap), low, high)).to(log_gap.dtype)
     return _keep(sequence_sum(outside, sequence_ids) == 0)

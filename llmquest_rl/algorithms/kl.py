@@ -1,7 +1,7 @@
 """Estimators of KL(policy || reference) for each token, from samples of the policy.
 
-Each function takes log-probs of the policy [targets] and of the reference [targets], and returns the estimate [targets]
-in nats. The names are those of J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy.
+Each function takes log-probs of the policy `[targets]` and of the reference `[targets]`, and returns the estimate
+`[targets]` in nats. The names are those of J. Schulman, "Approximating KL divergence" (2020); r is reference / policy.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log r)^2 / 2: biased in value, but its gradient is the KL's."""
+    """(log r)^2 / 2: its value is biased, but its expected gradient is the KL's."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """r - 1 - log r: unbiased, never negative (DeepSeekMath, arXiv 2402.03300, equation 4).
 
-    Its value is the KL's, its gradient in a loss is not, unless it is weighted with the ratio.
+    Its expected value is the KL, but its expected gradient in a loss is the KL's only if it is weighted with the ratio.
     """
     log_ratio = (ref_logprobs - logprobs).clamp(max=LOG_LIMIT)
     return log_ratio.expm1() - log_ratio
@@ -54,7 +54,7 @@ class KLEstimator(Variant[KLEstimatorFunction]):
     only_noise_in_loss: bool = False
     """Whether its expected gradient in a loss is 0."""
     exact_if_weighted: bool = False
-    """Whether its gradient in a loss is the KL's if it is weighted with the ratio, and only then."""
+    """Whether its expected gradient in a loss is the KL's only if it is weighted with the ratio."""
 
 
 KL_ESTIMATORS: dict[str, KLEstimator] = {

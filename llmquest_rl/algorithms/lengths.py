@@ -1,7 +1,7 @@
 """Length penalties: an amount that depends on a completion's length and is added to its reward.
 
-Each function takes the rewards of one group [samples], the lengths in tokens [samples] and the maximum completion
-length, and returns the amounts [samples].
+Each function takes the rewards of one group `[samples]`, the lengths in tokens `[samples]` and the maximum completion
+length, and returns the amounts `[samples]`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Arithmetic of log-ratios of probabilities: exponentials that stay finite, and sums over the tokens of a sequence.
 
-All tensors are [targets]. `sequence_ids` are those of a packed batch, in which the targets of a sequence stand together
+All tensors are `[targets]`. `sequence_ids` are those of a packed batch, in which the targets of a sequence are adjacent
 and in order. A value of a sequence is repeated for each of its targets.
 """
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 LOG_LIMIT = 20.0
-"""Log-ratios count up to +-20: e^20 is 4.9e8, beyond any bound of a surrogate, and the product of three is finite in
-float32. Outside, the gradient is 0."""
+"""Log-ratios are clamped to +-20: e^20 is 4.9e8, beyond any bound of a surrogate, and the product of three is finite in
+float32. The gradient of a clamped log-ratio is 0."""
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -42,6 +42,6 @@ def sum_to_end(values: Tensor, sequence_ids: Tensor) -> Tensor:
 
 
 def _totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Sum over each sequence [sequences]."""
+    """Sum over the targets of each sequence `[sequences]`."""
     sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     return values.new_zeros(sequences).index_add(0, sequence_ids, values)

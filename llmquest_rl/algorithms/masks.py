@@ -1,4 +1,4 @@
-"""Tokens that the policy loss leaves out. Shapes are [targets]; masks are True where a token is kept."""
+"""Tokens that the policy loss leaves out. Shapes are `[targets]`; masks are True where a token is kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Normalisation of the advantages of a whole step, after they were estimated group by group.
 
-Each function takes, for every group of the step, advantages [samples], rewards [samples] and lengths in tokens
-[samples], and returns the advantages of every group [samples].
+Each function takes, for every group of the step, advantages `[samples]`, rewards `[samples]` and lengths in tokens
+`[samples]`, and returns the advantages of every group `[samples]`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def batch_std(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tens
 
 
 def valid_groups(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
-    """Advantages times all samples / samples of groups whose rewards differ.
+    """Advantages times the number of samples over the number of samples in groups whose rewards differ.
 
-    This is alpha = B / (B - M) of GPG, arXiv 2504.02546.
-    Groups without a difference add nothing to the gradient, but they count in its mean. The factor makes up for that.
+    This is alpha = B / (B - M) of GPG, arXiv 2504.02546. Groups of equal rewards add nothing to the gradient, but they
+    count in its mean. The factor compensates for that.
     """
     samples = sum(len(group) for group in rewards)
     valid = sum(len(group) for group in rewards if bool((group != group[0]).any()))
@@ -68,7 +68,7 @@ class Normalization(Variant[NormalizationFunction]):
     needs_comparison: bool = False
     """Whether it assumes that groups of equal rewards have no advantages."""
     in_deviations: bool = False
-    """Whether it divides by a deviation of rewards: not for advantages that are in such units already."""
+    """Whether it divides by a deviation of rewards, which must not be done twice (`Advantage.in_deviations`)."""
 
 
 NORMALIZATIONS: dict[str, Normalization] = {

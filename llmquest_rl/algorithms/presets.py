@@ -8,7 +8,7 @@ from llmquest_rl.algorithms.algorithm import Algorithm
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.variant import Row
 
-__all__ = ["PAPERS", "PRESETS", "ROWS", "Algorithm", "resolve"]
+__all__ = ["PRESETS", "ROWS", "Algorithm", "resolve"]
 
 LITERATURE: dict[str, Row] = {
     "grpo": Row(
@@ -235,16 +235,14 @@ LITERATURE: dict[str, Row] = {
         },
     ),
 }
-"""Name to row. docs/algorithms/ says where a paper also changes other parts of a run."""
+"""The rows by name. docs/algorithms/ says where a paper also changes other parts of a run."""
 
 ROWS: dict[str, Row] = LITERATURE | {
     name: row for surrogate in SURROGATES.values() for name, row in surrogate.rows.items()
 }
-"""The rows above, and those that stand in the file of their surrogate."""
+"""The rows above, and those that are defined in the file of their surrogate."""
 PRESETS: dict[str, Mapping[str, Any]] = {name: row.cells for name, row in ROWS.items()}
-"""Name to cells and settings."""
-PAPERS: dict[str, str] = {name: row.paper for name, row in ROWS.items()}
-"""Name to paper."""
+"""Cells and settings of each row by name."""
 
 
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Algorithm:

@@ -1,7 +1,7 @@
 """Importance ratios: the probability of the sampled tokens under the current policy over that under the old policy.
 
-Each function takes log-probs of the current policy [targets], of the old policy [targets], and the number of the
-sequence that each target belongs to [targets]. It returns the ratio [targets], through which the gradient flows.
+Each function takes log-probs of the current policy `[targets]`, of the old policy `[targets]`, and the number of the
+sequence that each target belongs to `[targets]`. It returns the ratio `[targets]`, through which the gradient flows.
 """
 
 from __future__ import annotations

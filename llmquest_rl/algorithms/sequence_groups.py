@@ -26,9 +26,9 @@ class _Compared(NamedTuple):
     group: Group
     completions: list[Completion]
     rewards: Tensor
-    """Float64 [samples]."""
+    """Float64 `[samples]`."""
     lengths: Tensor
-    """Float64 [samples], in tokens."""
+    """Float64 `[samples]`, in tokens."""
 
 
 def make_sequence_groups(
@@ -112,7 +112,7 @@ def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int,
 
 
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
-    """Advantages [samples] of each group."""
+    """Advantages `[samples]` of each group."""
     estimated = [_group_advantages(part.rewards, part.lengths, algorithm) for part in compared]
     rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
     normalized = NORMALIZATIONS[algorithm.normalization].configured(algorithm)(estimated, rewards, lengths)

@@ -46,19 +46,19 @@ READERS: dict[str, _Reader] = {**_SHARED, **dict(_of_variants())}
 
 
 def check_read(algorithm: Algorithm, row: Algorithm) -> None:
-    """Check that every setting beside a row's name is read.
+    """Check that the chosen variants read every setting that the user gave in addition to a row's name.
 
     Args:
         algorithm: the row with the user's settings.
-        row: the row as it is.
+        row: the row without the user's settings.
 
     Raises:
-        ValueError: a setting differs from the row's, but nothing reads it. (null asks for nothing.)
+        ValueError: a setting differs from the row's, but nothing reads it. null is accepted, because it has no effect.
     """
     for setting, reader in READERS.items():
         value = getattr(algorithm, setting)
         if value not in (None, getattr(row, setting)) and not reader.holds(algorithm):
             raise ValueError(
-                f"{setting} is read with {reader.condition}, so here {setting}: {value} would change nothing; "
-                f"leave it out"
+                f"{setting} is read only with {reader.condition}, so here {setting}: {value} would change nothing: "
+                "leave it out"
             )

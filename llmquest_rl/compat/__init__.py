@@ -1,4 +1,4 @@
-"""Work-arounds for packages of others.
+"""Workarounds for defects of other packages.
 
-Imports nothing of ours.
+This package imports no other file of this repository.
 """

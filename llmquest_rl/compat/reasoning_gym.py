@@ -1,7 +1,7 @@
-"""Imports reasoning-gym, also where `pycosat` is missing.
+"""Imports reasoning-gym, even if its dependency `pycosat` is missing.
 
 reasoning-gym imports `pycosat` (a C extension without wheels) for one of its puzzles, `zebra_puzzles`, and cannot be
-imported without it. Here a substitute takes its place; using it is an error that says what to install.
+imported without it. A substitute takes its place here: its use is an error that says what to install.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def _itersolve(*_: object) -> Iterator[list[int]]:
-    raise ImportError("reasoning-gym's `zebra_puzzles` needs the SAT solver `pycosat`, which needs a C compiler")
+    raise ImportError("reasoning-gym's `zebra_puzzles` needs `pycosat`: install a C compiler and `pip install pycosat`")
 
 
 def import_reasoning_gym() -> ModuleType:

@@ -1,4 +1,5 @@
 """The data of a run: tasks (prompts with gold answers), supervised data sets, and the resumable streams of both.
 
-May import `llmquest_rl.batch`, `types`, `options`, `loader` and `compat`; no models, algorithms or objectives.
+This package may import `llmquest_rl.batch`, `types`, `options`, `loader` and `compat`, but no models, algorithms or
+objectives.
 """

@@ -1,11 +1,10 @@
-"""The data checks of a dry run: whether the data loads and renders, and how long its sequences are."""
+"""The data checks of a dry run: they load and render a few rows, and measure the lengths of sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
-from llmquest_rl.data.tokenizer import PromptRenderer
 from llmquest_rl.types import Problem
 
 
@@ -19,7 +18,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """The summary of at least one length."""
+        """Summarise one or more lengths."""
         return cls(min(lengths), sum(lengths) / len(lengths), max(lengths))
 
 
@@ -30,11 +29,9 @@ class DataCheck:
     lengths: Lengths
     counters: dict[str, int]
     """Number of rows left out, by cause."""
-    example: str = ""
-    """The first prompt as the model sees it, with its special tokens."""
 
 
-def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -> tuple[list[Problem], DataCheck]:
+def check_task(stream: PromptStream, rows: int = 10) -> tuple[list[Problem], DataCheck]:
     """Look at the next problems of the stream and render held-out ones, too; the stream's position does not change.
 
     Raises:
@@ -46,7 +43,7 @@ def check_task(stream: PromptStream, renderer: PromptRenderer, rows: int = 10) -
     counters = stream.counters
     stream.load_state_dict(state)
     lengths = Lengths.of([len(problem.prompt_ids) for problem in problems])
-    return problems, DataCheck(lengths, counters, renderer.decode(problems[0].prompt_ids))
+    return problems, DataCheck(lengths, counters)
 
 
 def check_dataset(stream: SequenceGroupStream, rows: int = 10) -> tuple[list[SequenceGroup], DataCheck]:

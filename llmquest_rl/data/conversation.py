@@ -4,7 +4,7 @@ A conversation is tokenised piece by piece, with a cut before and after every re
 exactly those that the model sees at generation.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmquest_rl.batch import SequenceGroup
@@ -17,7 +17,7 @@ Piece = tuple[list[int], bool]
 
 
 def check_row(row: Mapping[str, Any]) -> str | None:
-    """The reason why a row is unusable, or None. It needs `messages` with a reply, or `prompt` and `completion`."""
+    """The reason why a row is unusable, or None. A row needs `messages` with a reply, or `prompt` and `completion`."""
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
@@ -122,10 +122,3 @@ def _split_after_eos(ids: list[int], eos: int | None) -> Iterator[Piece]:
     yield ids[:end], True
     if end < len(ids):
         yield ids[end:], False
-
-
-def targets(group: SequenceGroup) -> Iterable[int]:
-    """The token ids that the loss covers, for checks and displays."""
-    for i, completion in enumerate(group.completions):
-        mask = group.mask[i] if group.mask is not None else [True] * len(completion)
-        yield from (t for j, (t, keep) in enumerate(zip(completion, mask, strict=True)) if keep and (j or group.prompt))

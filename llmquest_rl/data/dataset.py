@@ -41,7 +41,7 @@ class DatasetContext:
     seed: int
     malformed: MalformedRows
     long_rows: Literal["drop", "error"] = "drop"
-    """The treatment of a row with more tokens than that: `data.long_prompts`."""
+    """The treatment of a row with more than `tokens_per_sequence` tokens: `data.long_prompts`."""
     labels: tuple[str, ...] = ()
     """The objective's classes; () = it has none."""
     images: ImageReader | None = None

@@ -1,8 +1,8 @@
 """Turns raw images into a model's input: float32 pixels of its size and number of channels, normalised for it.
 
 A raw image is the path of a file, the file's bytes, the Hub's `{"bytes": ..., "path": ...}`, an image of PIL, or uint8
-pixels [height, width, channels] or [channels, height, width]. It is read when a step needs it. The arithmetic equals
-transformers' `ViTImageProcessorPil`.
+pixels `[height, width, channels]` or `[channels, height, width]`. It is read when a step needs it. The arithmetic
+equals transformers' `ViTImageProcessorPil`.
 """
 
 import io
@@ -139,7 +139,7 @@ def _opened(image: RawImage) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(_channels_last(image))
     raise TypeError(
-        f"a {type(image).__name__} is neither a path, bytes, a dict of either, an image of PIL nor an array"
+        f"a {type(image).__name__} is not an image: expected a path, bytes, a dict of either, a PIL image or an array"
     )
 
 

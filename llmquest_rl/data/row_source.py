@@ -30,7 +30,8 @@ class Location(Options):
     validation_split: str | None = None
     """Hub only: the split to validate on."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the distinct questions set aside if neither is given; a seeded hash of the question chooses them."""
+    """Share of the distinct questions set aside without `validation_path` and `validation_split`; a seeded hash of the
+    question chooses them."""
 
     def sides(self, path: str, read: Callable[[str, str], Iterator[PlacedFields]]) -> Sides:
         """Rows to train on, and rows to validate on or their share.

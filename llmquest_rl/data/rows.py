@@ -70,7 +70,7 @@ class ListedRows:
 
 @dataclass(slots=True)
 class MalformedRows:
-    """Applies `data.malformed_rows` and counts what it drops. One for each task or data set."""
+    """Applies `data.malformed_rows` and counts the rows that it drops. Each task or data set has its own."""
 
     policy: MalformedPolicy = "error"
     count: int = 0
@@ -116,7 +116,7 @@ def rank(seed: int, key: Hashable) -> bytes:
 
 
 def held_out_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
-    """Choose a share of the distinct keys to hold out: at least one, and never all.
+    """Choose a share of the distinct keys to hold out: at least one, but not all.
 
     Raises:
         DataError: there are fewer than two distinct keys, so they cannot be split.

@@ -1,6 +1,5 @@
 """Tokenizers and chat templates. Completions are never tokenised again: training uses the ids that were sampled."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,28 +34,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return read_tokenizer(Path(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} has no readable tokenizer (tokenizer.json, tokenizer_config.json): {error}") from error
-
-
-def eos_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """All token ids that end a sequence, sorted, from the tokenizer, config.json and generation_config.json.
-
-    Chat models often have several (end of turn, end of text); an engine must stop at each.
-
-    Raises:
-        DataError: there is none.
-    """
-    ids = {tokenizer.eos_token_id}
-    for name in ("config.json", "generation_config.json"):
-        file = Path(path) / name
-        listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        ids |= set(listed) if isinstance(listed, list) else {listed}
-    found = sorted(i for i in ids if isinstance(i, int))
-    if not found:
-        raise DataError(
-            f"{path} names no end-of-sequence token, so completions would never end: "
-            "add `eos_token` to tokenizer_config.json"
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Reading the tokenizer of a model folder, without transformers' model code where that decides nothing."""
+"""Reads the tokenizer of a model folder, without importing transformers' model code if the result does not need it."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def names_general_class(folder: Path) -> bool:
-    """Whether a folder asks for the general class, and its model is none for which `AutoTokenizer` overrules it."""
+    """Return whether a folder names the general class, and `AutoTokenizer` would not replace it for this model type."""
     if not (folder / "tokenizer.json").is_file():
         return False
     settings, model = _read(folder / "tokenizer_config.json"), _read(folder / "config.json")
@@ -45,6 +45,6 @@ def names_general_class(folder: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none, or another value."""
+    """Return the object in a JSON file; empty if the file is missing or holds another value."""
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found if isinstance(found, dict) else {}

@@ -40,9 +40,9 @@ class RunningPrompt:
     limit: int
     """Maximum tokens per completion."""
     keys: list[int]
-    """Random stream of each completion [n]."""
+    """Random stream of each completion `[n]`."""
     images: Tensor | None = None
-    """Images of the prompt [images, channels, height, width]; None = text only."""
+    """Images of the prompt `[images, channels, height, width]`; None = text only."""
     slot: int = -1
     """Slot in the prompt cache; -1 = not computed yet."""
     joined: int = 0
@@ -50,7 +50,7 @@ class RunningPrompt:
     ended: int = 0
     """Completions that have ended."""
     state: Tensor | None = None
-    """Final hidden state of the last prompt token [1, size], which predicts the first token of each completion."""
+    """Final hidden state of the last prompt token `[1, size]`, which predicts the first token of each completion."""
 
 
 @dataclass(slots=True, eq=False)
@@ -207,7 +207,7 @@ class RunningBatch:
         return tokens, logprobs
 
     def _next_states(self) -> Tensor:
-        """Compute the hidden states [rows, size] that predict the next token of each row."""
+        """Compute the hidden states `[rows, size]` that predict the next token of each row."""
         running = [row for row in self.rows if row.tokens]
         first = [self._prompt_state(row.prompt) for row in self.rows[len(running) :]]
         return torch.cat(([self._decode(running)] if running else []) + first)

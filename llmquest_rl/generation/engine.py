@@ -78,7 +78,7 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete each request `n` times: [requests][n].
+        """Complete each request `n` times: `[requests][n]`.
 
         Raises:
             ValueError: A prompt is empty, contains an unknown token, fills the context or does not fit into the cache;
@@ -118,7 +118,7 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """Compute the log-prob of each token given those before it, at temperature 1: [sequences][len - 1].
+        """Compute the log-prob of each token given those before it, at temperature 1: `[sequences][len - 1]`.
 
         It runs packed forwards without a cache.
 

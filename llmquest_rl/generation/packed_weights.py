@@ -53,7 +53,7 @@ class PackedLinear(_PackedWeight, nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """Transform `input` [rows, in_features] to [rows, out_features]."""
+        """Transform `input` `[rows, in_features]` to `[rows, out_features]`."""
         return _packed_linear(input, self._packed, self.bias)
 
 

@@ -23,7 +23,7 @@ def fake_quantize_model(model: nn.Module, bits: int) -> None:
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    """Round `weight` [..., rows, columns] to the quantisation grid of each row; returns the same shape."""
+    """Round `weight` `[..., rows, columns]` to the quantisation grid of each row; returns the same shape."""
     largest = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(weight.dtype).tiny)
     nearest: Tensor = (weight / scale).round().clamp(-largest, largest) * scale

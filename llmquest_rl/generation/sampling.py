@@ -1,7 +1,7 @@
 """Token sampling: temperature, min-p, top-k, top-p, and one random number per token.
 
 The order of the filters and the tokens that they keep are those of vLLM (temperature, min-p, top-k, top-p), so both
-engines sample from the same distribution. Logits have the shape [batch, vocab], values per sequence [batch].
+engines sample from the same distribution. Logits have the shape `[batch, vocab]`, values per sequence `[batch]`.
 """
 
 import math
@@ -18,7 +18,7 @@ _MIX_2 = -0x6B2FB644ECCEEE15
 
 
 def processed_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Compute the logits [batch, vocab] of the distribution to sample from, in float32; -inf for dropped tokens.
+    """Compute the logits `[batch, vocab]` of the distribution to sample from, in float32; -inf for dropped tokens.
 
     With temperature 0 the logits are unchanged: greedy decoding reports log-probs at temperature 1.
     """
@@ -68,13 +68,13 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
     of (seed, completion, position) alone.
 
     Args:
-        logits: Logits [batch, vocab], any float dtype.
+        logits: Logits `[batch, vocab]`, any float dtype.
         sampling: Temperature and filters.
-        uniforms: Uniform numbers in [0, 1), float64 [batch]; ignored at temperature 0.
+        uniforms: Uniform numbers in [0, 1), float64 `[batch]`; ignored at temperature 0.
 
     Returns:
-        Token ids [batch], and their log-probs under the distribution sampled from, float32 [batch]. If the logits of a
-        row contain NaN or +inf, its log-prob is NaN and its token is meaningless.
+        Token ids `[batch]`, and their log-probs under the distribution sampled from, float32 `[batch]`. If the logits
+        of a row contain NaN or +inf, its log-prob is NaN and its token is meaningless.
     """
     scores = processed_logits(logits, sampling)
     top = scores.amax(-1, keepdim=True)
@@ -93,13 +93,13 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
 
 
 def stream_keys(seed: int, n: int) -> Tensor:
-    """Keys of the random streams of a request's completions, long [n]; each depends on (seed, completion) only."""
+    """Keys of the random streams of a request's completions, long `[n]`; each depends on (seed, completion) only."""
     signed = (seed + 2**63) % 2**64 - 2**63
     return _mix(_mix(torch.tensor([signed])) + torch.arange(n) * _GOLDEN)
 
 
 def stream_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """Random number at `positions` [batch] of the streams `keys` [batch]: float64 [batch] in [0, 1).
+    """Random number at `positions` `[batch]` of the streams `keys` `[batch]`: float64 `[batch]` in [0, 1).
 
     SplitMix64 is a counter-based generator here: it has no state, and gives the same numbers on every device.
     """

@@ -1,5 +1,5 @@
 """Building blocks that several architectures share exactly; each model file wires its own blocks.
 
-`attention/`, `moe/` and `recurrent/` hold the larger mechanisms, the files beside them norms, linear layers, rotary
-positions and the output layer. This package imports `llmquest_rl.batch` and torch, never a model.
+The larger mechanisms are in `attention/`, `moe/` and `recurrent/`. The other files hold norms, feed-forward and linear
+layers, rotary positions and the output layer. This package may import torch and `llmquest_rl.batch`, but no model.
 """

@@ -19,7 +19,7 @@ class FusedEmbedding(nn.Embedding):
 
     @contextmanager
     def with_features(self, features: Tensor | None) -> Iterator[None]:
-        """Inside the context, token id `num_embeddings + i` stands for row i of `features` [rows, D]."""
+        """Use row i of `features` `[rows, D]` for token id `num_embeddings + i`; None = there are no such tokens."""
         self._features = features
         try:
             yield
@@ -27,7 +27,7 @@ class FusedEmbedding(nn.Embedding):
             self._features = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up embeddings [T, D] of `tokens` [T]."""
+        """Look up embeddings `[T, D]` of `tokens` `[T]`."""
         if self._features is None:
             return super().forward(tokens)
         rows = (tokens >= self.num_embeddings).nonzero().squeeze(-1)

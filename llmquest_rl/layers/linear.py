@@ -33,7 +33,7 @@ class Linear(nn.Linear):
     """Linear layer `y = x W^T + b`, computed by oneDNN where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Transform `input` [..., in_features] to [..., out_features]."""
+        """Transform `input` `[..., in_features]` to `[..., out_features]`."""
         if not onednn_is_faster(input.numel() * self.out_features, input, self.weight):
             return super().forward(input)
         out: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -50,7 +50,7 @@ def onednn_is_faster(multiplications: int, *operands: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `x W^T + b` by oneDNN, without gradient: [..., in] to [..., out].
+    """Compute `x W^T + b` by oneDNN, without gradient: `[..., in]` to `[..., out]`.
 
     Operands may be views, and the weight may be in oneDNN's blocked layout.
     """
@@ -59,7 +59,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Compute `left @ right` by oneDNN, without gradient: [..., n] and [n, m] to [..., m]."""
+    """Compute `left @ right` by oneDNN, without gradient: `[..., n]` and `[n, m]` to `[..., m]`."""
     return onednn_linear(left, right.t())
 
 
@@ -72,7 +72,7 @@ def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute `gradient^T x` from rows [R, out] and [R, in]: [out, in], written to `out` if given."""
+    """Compute `gradient^T x` from rows `[R, out]` and `[R, in]`: `[out, in]`, written to `out` if given."""
     whole = onednn_rows(len(x), gradient.shape[1] * x.shape[1], x)
     if not whole:
         return torch.mm(gradient.t(), x, out=out)

@@ -1,4 +1,4 @@
-"""The output layer, which computes log-probabilities of given tokens without a [tokens, vocab] tensor.
+"""The output layer, which computes log-probabilities of given tokens without a `[tokens, vocab]` tensor.
 
 The vocabulary is processed in chunks of columns that fit into a fast cache, in buffers that all chunks share. Each
 weight is read once. Backward computes the probabilities of each chunk again: that costs one more matrix product, but
@@ -21,7 +21,7 @@ MIN_CHUNK_COLUMNS = 256
 
 
 class LMHead(nn.Module):
-    """Output projection with a weight [vocab, size], its own or the tied embedding's, and no bias.
+    """Output projection with a weight `[vocab, size]`, its own or the tied embedding's, and no bias.
 
     With a soft cap s the logits are `s * tanh(products / s)` (Gemma 2, arXiv:2408.00118, section 2).
     """
@@ -32,14 +32,14 @@ class LMHead(nn.Module):
         self.softcap = softcap
 
     def logits(self, states: Tensor) -> Tensor:
-        """Compute logits [n, vocab] of `states` [n, size]. Use it for few rows: `forward` avoids this tensor.
+        """Compute logits `[n, vocab]` of `states` `[n, size]`. Use it for few rows: `forward` avoids this tensor.
 
         The logits are in the model's dtype, with a soft cap in float32.
         """
         return self.apply_softcap(states @ self.weight.t())
 
     def apply_softcap(self, products: Tensor) -> Tensor:
-        """Turn `products` [n, vocab] of states and weight into logits [n, vocab]."""
+        """Turn `products` `[n, vocab]` of states and weight into logits `[n, vocab]`."""
         return products if self.softcap is None else (products.float() / self.softcap).tanh() * self.softcap
 
     def forward(
@@ -50,13 +50,13 @@ class LMHead(nn.Module):
         Matrix products are in the weight's dtype, everything else is float32.
 
         Args:
-            states: Final hidden states [n, size].
-            targets: Token ids [n].
+            states: Final hidden states `[n, size]`.
+            targets: Token ids `[n]`.
             temperature: Divides the logits before the softmax.
             entropy: True: also compute the entropy, in nats.
 
         Returns:
-            Log-probs [n] and entropies [n] (None without `entropy`), float32.
+            Log-probs `[n]` and entropies `[n]` (None without `entropy`), float32.
         """
         inputs = (states, self.weight, targets, temperature, self.softcap, entropy)
         logprobs, entropies = _ChunkedLogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -135,13 +135,13 @@ class _VocabChunk(NamedTuple):
 
     columns: slice
     products: Tensor
-    """Products [n, columns] in the dtype of the weight; with float32 the same tensor as `logits`."""
+    """Products `[n, columns]` in the dtype of the weight; with float32 the same tensor as `logits`."""
     logits: Tensor
-    """Logits [n, columns], float32, capped and divided by the temperature; may be overwritten."""
+    """Logits `[n, columns]`, float32, capped and divided by the temperature; may be overwritten."""
     rows: Tensor
-    """Rows whose target is among the columns, long [hits]."""
+    """Rows whose target is among the columns, long `[hits]`."""
     targets: Tensor
-    """The targets of these rows, counted from the first column, long [hits]."""
+    """The targets of these rows, counted from the first column, long `[hits]`."""
 
 
 def _vocab_chunks(
@@ -172,7 +172,7 @@ def _vocab_chunks(
 
 
 def _logit_gradient(logprobs: Tensor, chunk: _VocabChunk) -> Tensor:
-    """Compute softmax - onehot [n, columns], in place of the log-probs."""
+    """Compute -d logprob / d logits = softmax - onehot `[n, columns]`, in place of `logprobs` `[n, columns]`."""
     logit_gradient = logprobs.exp_()
     logit_gradient[chunk.rows, chunk.targets] -= 1.0
     return logit_gradient
@@ -181,7 +181,7 @@ def _logit_gradient(logprobs: Tensor, chunk: _VocabChunk) -> Tensor:
 def _logit_gradient_with_entropy(
     logprobs: Tensor, chunk: _VocabChunk, logprob_grad: Tensor, entropy_grad: Tensor, entropies: Tensor
 ) -> Tensor:
-    """Compute the same with the gradient of the entropy H: -dH / d logit = p (log p + H)."""
+    """Compute the negative gradient `[n, columns]` of log-probs and entropies H: -dH / d logits = p (log p + H)."""
     factors = logprobs.add(entropies[:, None]).mul_(entropy_grad[:, None]).add_(logprob_grad[:, None])
     logit_gradient = logprobs.exp_().mul_(factors)
     logit_gradient[chunk.rows, chunk.targets] -= logprob_grad[chunk.rows]
@@ -189,7 +189,7 @@ def _logit_gradient_with_entropy(
 
 
 def _softcap_gradient(logits: Tensor, temperature: float, softcap: float | None, buffer: Tensor) -> Tensor | None:
-    """Compute d logits / d products [n, columns] in `buffer`; None = no soft cap, so 1 everywhere."""
+    """Compute d logits / d products `[n, columns]` in `buffer`; None = no soft cap, so 1 everywhere."""
     if softcap is None:
         return None
     return torch.mul(logits, temperature / softcap, out=buffer.resize_(logits.shape)).square_().neg_().add_(1.0)

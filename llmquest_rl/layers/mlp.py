@@ -25,7 +25,7 @@ def check_activation(name: str, field: str) -> None:
     """Check that an activation is implemented.
 
     Raises:
-        ValueError: It is not. The message gives the `field` of config.json.
+        ValueError: The activation is not implemented. The message names the `field` of config.json.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"{field} {name!r} is not implemented: expected one of {', '.join(ACTIVATIONS)}")
@@ -45,7 +45,7 @@ class GatedMLP(nn.Module):
         self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform `x` [tokens, size]; returns [tokens, size]."""
+        """Transform `x` `[tokens, size]`; returns `[tokens, size]`."""
         out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return out
 
@@ -60,6 +60,6 @@ class MLP(nn.Module):
         self.down = Linear(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform `x` [tokens, size]; returns [tokens, size]."""
+        """Transform `x` `[tokens, size]`; returns `[tokens, size]`."""
         out: Tensor = self.down(self.activation(self.up(x)))
         return out

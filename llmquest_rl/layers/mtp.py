@@ -24,15 +24,15 @@ class MTPDepth(NamedTuple):
     layout: Layout
     """One segment per completion with a target."""
     rows: Tensor
-    """Rows of the input states among the states of the previous module (of the model, for k = 1), long [tokens]."""
+    """Rows of the input states among the states of the previous module (of the model, for k = 1), long `[tokens]`."""
     tokens: Tensor
-    """Ids of the tokens k ahead of `rows`, whose embeddings are the other input, long [tokens]."""
+    """Ids of the tokens k ahead of `rows`, whose embeddings are the other input, long `[tokens]`."""
     positions: Tensor
-    """Position ids of `rows`, long [tokens]."""
+    """Position ids of `rows`, long `[tokens]`."""
     sources: Tensor
-    """Row of the module's output state that predicts each target, long [targets]."""
+    """Row of the module's output state that predicts each target, long `[targets]`."""
     targets: Tensor
-    """Token ids to predict, k + 1 tokens ahead of their sources, long [targets]."""
+    """Token ids to predict, k + 1 tokens ahead of their sources, long `[targets]`."""
 
 
 def mtp_depths(batch: TokenBatch, num_modules: int) -> Iterator[MTPDepth]:
@@ -72,7 +72,7 @@ def _last_sources(batch: TokenBatch) -> list[int]:
 
 
 def _rows(layout: Layout, starts: list[int], last: int) -> Tensor:
-    """Packed rows of the sequence that ends in row `last`, those of its parent first: long [tokens]."""
+    """Packed rows of the sequence that ends in row `last`, those of its parent first: long `[tokens]`."""
     segment = bisect_right(starts, last) - 1
     parent = layout.parents[segment]
     own = torch.arange(starts[segment], last + 1)

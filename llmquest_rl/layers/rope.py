@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of the angles of one batch of positions, each [tokens, 1, rotated dimensions / 2]."""
+    """Cosine and sine of the angles of one batch of positions, each `[tokens, 1, rotated dimensions / 2]`."""
 
     cos: Tensor
     sin: Tensor
@@ -27,7 +27,7 @@ class Frequencies(NamedTuple):
     """The frequencies of a rotary embedding."""
 
     inv_freq: Tensor
-    """Radians per position [rotated dimensions / 2], float32."""
+    """Radians per position `[rotated dimensions / 2]`, float32."""
     attention_factor: float = 1.0
     """Multiplies cosine and sine, and so the scores by its square."""
 
@@ -64,7 +64,7 @@ class RoPE:
             raise ValueError(f"rope_type {kind!r} needs {missing} in the rope parameters of config.json") from missing
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """Compute cosine and sine for `positions` [tokens] in float32 and round them to `dtype`."""
+        """Compute cosine and sine for `positions` `[tokens]` in float32 and round them to `dtype`."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
@@ -72,7 +72,7 @@ class RoPE:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate heads `x` [tokens, heads, head_dim] whose pairs are half the rotated dimensions apart.
+    """Rotate heads `x` `[tokens, heads, head_dim]` whose pairs are half the rotated dimensions apart.
 
     `[x1 | x2 | rest]` becomes `[x1 cos - x2 sin | x2 cos + x1 sin | rest]`.
     """
@@ -83,10 +83,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_interleaved(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate heads `x` [tokens, heads, rotated dimensions] whose pairs are neighbouring dimensions.
+    """Rotate heads `x` `[tokens, heads, rotated dimensions]` whose pairs are neighbouring dimensions.
 
-    In the result the pairs are half the dimensions apart. This holds for queries and keys alike, so the scores do not
-    change.
+    In the result the pairs are half the dimensions apart. Queries and keys change in the same way, so
+    the scores do not.
     """
     cos, sin = rotary
     x1, x2 = x[..., 0::2], x[..., 1::2]
@@ -135,7 +135,7 @@ def rope_parameters(
 
 
 def _fill_lengths(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Fill in context lengths from outside of the parameters, and the factor that follows from them if it is absent."""
+    """Fill in context lengths from other fields of the file, and the factor that follows from them if it is absent."""
     original, longest = "original_max_position_embeddings", values.get("max_position_embeddings")
     if values.get(original) is not None:
         merged[original] = values[original]
@@ -204,4 +204,4 @@ ROPE_TYPES: dict[str, Callable[[Tensor, Mapping[str, Any]], Frequencies]] = {
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""Frequencies of each `rope_type`, as a function of the unscaled positions per radian [rotated dimensions / 2]."""
+"""Frequencies of each `rope_type`, as a function of the unscaled positions per radian `[rotated dimensions / 2]`."""

@@ -28,7 +28,7 @@ def architectures() -> dict[str, HFMap]:
 
 
 def find_architecture(config: Mapping[str, Any], source: Path) -> HFMap:
-    """The map for the content of a config.json.
+    """Return the map of the architecture that a config.json names.
 
     Args:
         config: The content.

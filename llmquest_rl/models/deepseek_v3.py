@@ -224,7 +224,7 @@ def _fit(config: DeepseekV3Config, keys: Collection[str]) -> DeepseekV3Config:
 def _vllm_problems(config: DeepseekV3Config) -> Iterator[str]:
     """See `VllmLimits.problems`."""
     if config.rms_norm_eps > 1e-5:
-        yield f"rms_norm_eps is {config.rms_norm_eps}, which it takes for the latents' norms, too (theirs is 1e-6)"
+        yield f"rms_norm_eps is {config.rms_norm_eps}, which vLLM also uses for the latents' norms (theirs is 1e-6)"
 
 
 HF = HFMap(

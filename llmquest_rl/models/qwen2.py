@@ -214,7 +214,7 @@ def _vllm_problems(config: Qwen2Config) -> Iterator[str]:
     if {SLIDING, FULL} <= set(config.layer_types):
         yield "layer_types mixes full and sliding attention"
     if config.head_dim * config.num_heads != config.hidden_size:
-        yield f"head_dim is {config.head_dim}, and it computes hidden_size / num_attention_heads only"
+        yield f"head_dim is {config.head_dim}, but vLLM supports only hidden_size / num_attention_heads"
 
 
 HF = HFMap(

@@ -139,23 +139,23 @@ class MixtureOfExperts(nn.Module):
 class Block(nn.Module):
     """One layer: attention of either type and feed-forward, each with a norm before it and a residual around it."""
 
-    def __init__(self, config: Qwen3NextConfig, layer: int, kind: str, is_sparse: bool) -> None:
+    def __init__(self, config: Qwen3NextConfig, layer: int, kind: str, has_experts: bool) -> None:
         super().__init__()
         self.mixer_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_linear, self.is_sparse = kind == LINEAR, is_sparse
+        self.is_linear, self.has_experts = kind == LINEAR, has_experts
         if self.is_linear:
             self.delta_net = GatedDeltaNet(config, layer)
         else:
             self.attention = GatedAttention(config, layer)
         self.mlp_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config) if is_sparse else GatedMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MixtureOfExperts(config) if has_experts else GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> tuple[Tensor, Routing | None]:
         """Map `x` `[T, D]` to the same shape; also return the routing of its tokens, None for a dense layer."""
         normed = self.mixer_norm(x)
         x = x + (self.delta_net(normed, context) if self.is_linear else self.attention(normed, rotary, context))
         normed = self.mlp_norm(x)
-        added, routing = self.mlp(normed) if self.is_sparse else (self.mlp(normed), None)
+        added, routing = self.mlp(normed) if self.has_experts else (self.mlp(normed), None)
         return x + added, routing
 
 
@@ -172,7 +172,7 @@ class MTPModule(nn.Module):
         self.hidden_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.projection = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
-        self.blocks = nn.ModuleList(Block(config, layer, FULL, is_sparse=True) for layer in layers)
+        self.blocks = nn.ModuleList(Block(config, layer, FULL, has_experts=True) for layer in layers)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.requires_grad_(False)
 
@@ -184,7 +184,7 @@ class Qwen3Next(CausalLM):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, layer, kind, config.is_sparse(layer)) for layer, kind in enumerate(config.layer_types)
+            Block(config, layer, kind, config.has_experts(layer)) for layer, kind in enumerate(config.layer_types)
         )
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(config.hidden_size, config.vocab_size, self.embedding.weight if config.tied else None)

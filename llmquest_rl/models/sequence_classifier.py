@@ -81,7 +81,7 @@ class SequenceClassifier(ClassifierModel):
     def __init__(self, config: SequenceClassifierConfig) -> None:
         super().__init__(config)
         decoder = config.decoder.model(config.text)
-        assert isinstance(decoder, CausalLM), "decoders() holds no other"
+        assert isinstance(decoder, CausalLM), "every entry of decoders() is a language model"
         decoder.head = nn.Identity()  # type: ignore[assignment]
         self.decoder = decoder
         self.score = Linear(config.text.hidden_size, len(config.labels), bias=False)

@@ -14,9 +14,9 @@ class VllmLimits:
     """
 
     required: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that config.json must write out: transformers takes this value for granted, vLLM takes another one."""
+    """Fields that config.json must contain, each with transformers' default value, because vLLM has another default."""
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that vLLM passes over or refuses, and the one value that it computes. A missing field has this value."""
+    """Fields that vLLM ignores or restricts, with the only value that it computes; a missing field has this value."""
     problems: Callable[[Any], Iterable[str]] | None = None
     """Other differences: a function of the model's configuration (such as a `Qwen2Config`) that yields a sentence about
     each one. The caller puts "vLLM cannot serve ...:" before them."""

@@ -129,12 +129,12 @@ class VLM(CausalLM):
     def __init__(self, config: VLMConfig) -> None:
         super().__init__(config)
         decoder = config.language.model(config.text)
-        assert isinstance(decoder, CausalLM), "VLMConfig takes no other"
+        assert isinstance(decoder, CausalLM), "VLMConfig accepts language models only"
         self.vision = ViT(config.vision)
         self.adapter = ADAPTERS[config.adapter](config.vision.hidden_size, config.text.hidden_size)
         self.decoder = decoder
         embedding = decoder.get_submodule("embedding")
-        assert isinstance(embedding, nn.Embedding), "every decoder has one"
+        assert isinstance(embedding, nn.Embedding), "every decoder has an `nn.Embedding` named `embedding`"
         self.decoder.embedding = FusedEmbedding(embedding)
         self._freeze(config.frozen)
 
@@ -143,13 +143,13 @@ class VLM(CausalLM):
         for pattern in patterns:
             names = [name for name in weights if fnmatch(name, pattern)]
             if not names:
-                raise ValueError(f"frozen: {pattern!r} matches no weight; they begin vision., adapter. or decoder.")
+                raise ValueError(f"frozen: {pattern!r} matches no weight; names begin vision., adapter. or decoder.")
             for name in names:
                 weights[name].requires_grad_(False)
 
     @property
     def head(self) -> LMHead:  # type: ignore[override]
-        """The decoder's output layer. It is no module of this class: its weight would then have two names."""
+        """The decoder's output layer. It is not registered as a module, or its weight would have two names."""
         return self.decoder.head
 
     @property

@@ -82,7 +82,7 @@ Form = Renamed | Transposed | Experts
 
 @dataclass(frozen=True)
 class HFMap:
-    """An architecture: its classes, the names of its weights on disk, and what can be made of it.
+    """An architecture: its classes, the names of its weights on disk, its classifier, and its limits in vLLM.
 
     The file of each architecture ends with one, named `HF`; `architectures` finds it there.
     """

@@ -1,9 +1,9 @@
 """Objectives: the loss of a batch. An objective `foo` is the file `llmquest_rl/objectives/foo.py`.
 
-The file has `Config(Options)`, the keys beside `name:` in the configuration, and `build(config, algorithm, sampling)`,
-which returns an `Objective`. A dictionary `METRICS` may describe the metrics of its loss for docs/metrics.md. Nothing
-else has to know the file: the learner asks an objective for the members of this protocol, and never which one it is.
-May import `llmquest_rl.algorithms`, batches and metrics, but no model.
+The file has `Config(Options)`, the keys next to `name:` in the configuration, and `build(config, algorithm, sampling)`,
+which returns an `Objective`. A dictionary `METRICS` may describe the metrics of its loss for docs/metrics.md. No other
+file changes, because the learner uses only the members of this protocol. This package may import
+`llmquest_rl.algorithms`, batches and metrics, but no model.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Objective(Protocol):
 
     @property
     def routing_replay(self) -> bool:
-        """Whether a mixture's updates use the experts that were recorded with `old_logprobs` (`TokenBatch.experts`)."""
+        """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:

@@ -92,12 +92,12 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     section 7).
 
     Args:
-        scores: [targets, labels].
-        targets: Long [targets], each the number of the right label.
+        scores: Logits `[targets, labels]`.
+        targets: Long `[targets]`, each the number of the right label.
         smoothing: 0 to 1.
 
     Returns:
-        [targets], in nats.
+        Losses `[targets]`, in nats.
     """
     return torch.nn.functional.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
 

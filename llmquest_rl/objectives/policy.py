@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RARE = math.log(0.1)
-"""A token counts as rare below this log-prob under the old policy: reasoning forks there (arXiv 2506.13585, 3.1)."""
+"""A token is rare if its log-prob under the old policy is lower: reasoning branches there (arXiv 2506.13585, 3.1)."""
 
 
 METRICS: Descriptions = {
@@ -128,12 +128,12 @@ class Policy:
     def token_losses(
         self, logprobs: Tensor, batch: TokenBatch, entropies: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Compute the unweighted loss of each token [targets], and metrics over the tokens with a weight.
+        """Compute the unweighted loss of each token `[targets]`, and metrics over the tokens with a weight.
 
         Args:
-            logprobs: log-probs of the targets under the current policy [targets], with gradient.
+            logprobs: log-probs of the targets under the current policy `[targets]`, with gradient.
             batch: the microbatch.
-            entropies: entropy of the distribution of each target in nats [targets]; required if `needs_entropy`.
+            entropies: entropy of the distribution of each target in nats `[targets]`; required if `needs_entropy`.
         """
         algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
         old = self._old(logprobs, batch)
@@ -155,13 +155,13 @@ class Policy:
         return losses, metrics
 
     def _old(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """Log-probs [targets] of the policy that the ratio is taken to."""
+        """Log-probs `[targets]` of the old policy, the denominator of the ratio."""
         if self.algorithm.old_policy == "engine":
             return batch.token_fields["rollout_logprobs"]
         return batch.token_fields.get("old_logprobs", logprobs.detach())
 
     def _advantages(self, old: Tensor, batch: TokenBatch) -> Tensor:
-        """Advantages [targets] of the batch, minus the KL in the reward, summed from each token to the end."""
+        """Advantages `[targets]` of the batch, minus the KL in the reward, summed from each token to the end."""
         algorithm, advantages = self.algorithm, batch.token_fields["advantages"]
         if algorithm.beta == 0 or algorithm.kl_in == "loss":
             return advantages
@@ -169,7 +169,7 @@ class Policy:
         return advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
 
     def _correction(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
-        """Correction factor [targets] for the engine's rounding; 1 if the ratio is taken to the engine."""
+        """Correction factor `[targets]` for the engine's rounding; 1 if the old policy is the engine's."""
         algorithm, rollout = self.algorithm, batch.token_fields["rollout_logprobs"]
         counted = batch.token_fields["weights"] != 0
         ours = logprobs if algorithm.old_policy == "engine" else old
@@ -188,7 +188,7 @@ class Policy:
     def _masks(
         self, logprobs: Tensor, advantages: Tensor, entropies: Tensor | None, batch: TokenBatch, metrics: Metrics
     ) -> list[Tensor]:
-        """Masks [targets] of the tokens that the policy loss keeps, one for each setting that leaves some out."""
+        """Masks `[targets]` of the tokens that the policy loss keeps, one for each setting that leaves some out."""
         algorithm, ids, masks = self.algorithm, batch.sequence_ids, {}
         if algorithm.off_policy_delta is not None:
             rollout = batch.token_fields["rollout_logprobs"]
@@ -202,7 +202,7 @@ class Policy:
         return list(masks.values())
 
     def _kl(self, logprobs: Tensor, old: Tensor, batch: TokenBatch, metrics: Metrics) -> Tensor:
-        """The KL's term of the loss [targets]; 0 if the KL is in the reward."""
+        """The KL's term of the loss `[targets]`; 0 if the KL is in the reward."""
         algorithm, reference = self.algorithm, batch.token_fields["ref_logprobs"]
         counted = batch.token_fields["weights"] != 0
         metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())

@@ -64,10 +64,10 @@ class RewardModel(Supervised):
     needs_whole_group: bool = True
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
-        """Each score gets half of its pair's weight; pairs without a margin get the margin 0.
+        """Give each score half of its pair's weight, and pairs without a margin the margin 0.
 
         Raises:
-            ValueError: a group is no pair.
+            ValueError: a group is not a pair.
         """
         if not all(map(_is_pair, groups)):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Makes users' files importable: `/home/me/task.py` is the module `llmquest_rl.user_files.%2Fhome%2Fme%2Ftask%2Epy`.
 
-The module's name holds the whole path, so a Ray actor can unpickle an object whose class stands in a user's file: to
-import the class, it imports this package, which finds the file. Only `llmquest_rl.loader` imports this package.
+The module's name holds the whole path, so a Ray actor can unpickle an object whose class is defined in a user's file:
+to import the class, it imports this package, which finds the file. Only `llmquest_rl.loader` imports this package.
 """
 
 import sys

@@ -18,7 +18,7 @@ from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, KLEstimator, k2
 from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
-from llmquest_rl.algorithms.presets import PAPERS, PRESETS, Algorithm, resolve
+from llmquest_rl.algorithms.presets import PRESETS, ROWS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.options import Options
@@ -280,11 +280,11 @@ def test_ratios_beyond_all_bounds_stay_finite(gap: float) -> None:
 def test_presets_resolve(name: str) -> None:
     algorithm = resolve(name)
     assert all(getattr(algorithm, cell) == value for cell, value in PRESETS[name].items())
-    assert "arXiv" in PAPERS[name]
+    assert "arXiv" in ROWS[name].paper
 
 
 def test_every_row_has_a_paper_and_is_a_row_of_its_own() -> None:
-    assert list(PAPERS) == list(PRESETS)
+    assert all(row.paper for row in ROWS.values())
     assert len({resolve(name).model_dump_json() for name in PRESETS}) == len(PRESETS)
 
 
@@ -339,7 +339,7 @@ class _Checks(Options):
 def test_two_settings_of_one_name_are_an_error(
     settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One would hide the other: a variant's setting beside a shared one, beside another variant's, and a validator."""
+    """Of two declarations of one name, one would hide the other: a shared setting, another variant's, a validator."""
     assert settings_of_variants(SharedSettings)
     monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
     with pytest.raises(TypeError, match=f"both declare '{name}'"):

@@ -1,8 +1,7 @@
 """Every preset from rewards, lengths and log-probs to its loss, written from its paper with the numbers in place.
 
-Nothing here reads a row: `ROWS` has an equation for each name, so a cell that a row should not name, or a number that
-is not the paper's, shows. The package does all that it does to a step: `make_sequence_groups`,
-`token_weights`, `token_losses`.
+The expected values do not come from a row: `ROWS` here has an equation for each name, so a wrong cell or a wrong number
+in a row fails. The package computes a whole step: `make_sequence_groups`, `token_weights`, `token_losses`.
 
 Slopes are complex steps: row k of a completion's `new` has an imaginary step in token k, and the imaginary part of its
 loss, over that step, is the gradient in that token. NumPy orders complex numbers by their real parts; `.real` stops a

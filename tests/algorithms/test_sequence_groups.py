@@ -1,4 +1,4 @@
-"""Graded groups to sequence groups: who counts, and with which weight."""
+"""Sequence groups from graded groups: the completions that count, and the weights of their tokens."""
 
 import math
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""Our loss and its gradient beside those of TRL's GRPOTrainer, on the same float32 tensors.
+"""Our loss and its gradient compared with those of TRL's GRPOTrainer, on the same float32 tensors.
 
-TRL's own `_compute_loss` runs, with its inputs put in place: the log-probs, and the factors of its correction for the
-engine. TRL is in requirements/benchmark.txt; without it nothing here runs.
+TRL's own `_compute_loss` runs on prepared inputs: the log-probs, and the factors of its correction for the engine.
+TRL is in requirements/benchmark.txt; without it these tests are skipped.
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Raw images become what transformers makes of them, stand where prompts mark them, and are read when needed."""
+"""Raw images give the same pixels as in transformers, replace the marks in prompts, and are read only when needed."""
 
 import io
 import json
@@ -373,7 +373,7 @@ def test_shapes_are_drawn_as_they_are_asked_about(ask: Any) -> None:
 
 
 def test_counted_shapes_are_in_the_picture() -> None:
-    """With one kind of shape every blob is one: they do not touch."""
+    """With one kind of shape the number of blobs is the answer, because shapes do not touch."""
     config = shapes.Config(shapes=("square",), colours=("white",), most=9, held_out=4, size=48)
     task = shapes.load(config, 0, MalformedRows())
     for row in map(task.train.row, range(50)):

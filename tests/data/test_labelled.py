@@ -1,4 +1,4 @@
-"""Data sets of labels: what is judged, and the label as the target of its last token."""
+"""Data sets of labels: the input of the classifier, and the label as the target of its last token."""
 
 from collections.abc import Callable
 from typing import Any

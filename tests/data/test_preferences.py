@@ -1,4 +1,4 @@
-"""Pairs: the three forms of rows, what is judged, and what is refused."""
+"""Preference pairs: the three forms of rows, the tokens that are scored, and the rows that are refused."""
 
 import json
 from collections.abc import Callable

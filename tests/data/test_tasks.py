@@ -1,4 +1,4 @@
-"""Tasks: what they read or make, and that no question is on both sides."""
+"""Tasks: the problems that they read or generate, and splits without a common question."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rendering prompts: templates, plain text, end tokens."""
+"""Rendering prompts: templates and plain text."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto import tokenization_auto
 
 from llmquest_rl.data.rows import DataError
-from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, eos_ids, load_tokenizer, prompt_renderer
+from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, load_tokenizer, prompt_renderer
 from llmquest_rl.data.tokenizer_files import GENERAL, OVERRULED, names_general_class, read_tokenizer
 
 TURNS = [
@@ -54,13 +54,6 @@ def test_a_tokenizer_without_a_template_needs_a_decision(model_path: Path) -> No
         plain.prompt_ids(TURNS)
     with pytest.raises(DataError, match="system_prompt needs a chat template"):
         prompt_renderer(bare, system_prompt="Be brief.", chat_template="none")
-
-
-def test_every_end_token_is_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert eos_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id]
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
-    assert eos_ids(tmp_path, tokenizer) == sorted({0, 5, tokenizer.eos_token_id})
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Worked sums: columns and answers agree, errors come as often as asked for, held-out problems stay out."""
+"""Worked sums: columns and answers agree, errors have the configured frequency, held-out problems stay out."""
 
 import random
 import re
@@ -24,7 +24,7 @@ def test_a_worked_reply_is_what_a_person_would_write() -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_the_answer_follows_from_the_columns(seed: int) -> None:
-    """Also after an error: every column is consistent with the carry before it, and the answer with the columns."""
+    """Every column is consistent with the carry before it, and the answer with the columns, also after an error."""
     rng = random.Random(seed)
     left, right = (str(rng.randint(100, 999)) for _ in range(2))
     text = reply(left, right, rng, Config(direct_share=0.0, error_rate=0.3))

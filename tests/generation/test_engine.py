@@ -1,4 +1,4 @@
-"""Continuous batching: the same completions however they are batched, and exactly the model's own log-probs."""
+"""Continuous batching: the same completions in any batch, and exactly the model's own log-probs."""
 
 import random
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ class Case:
     kv_heads: int = 2
     size: int = 8
     value_size: int | None = 8
-    """None: the keys are the values."""
+    """None = the keys serve as values."""
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False

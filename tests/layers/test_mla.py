@@ -1,4 +1,4 @@
-"""Latent attention: the two ways through its formula agree, and a cache holds the latents alone."""
+"""Latent attention: the two forms of its formula agree, and a cache holds only the latents."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Every architecture beside transformers: logits, gradients, and the bytes on disk, on random checkpoints that
+"""Every architecture compared with transformers: logits, gradients, and the bytes on disk, on random checkpoints that
 transformers wrote itself; and the logits of SmolLM2."""
 
 import json

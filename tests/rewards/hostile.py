@@ -1,4 +1,4 @@
-"""Reward functions that do what rewards must not, and some that do what they may. Imported by worker processes."""
+"""Reward functions, imported by worker processes, that break the rules, and some that are unusual but allowed."""
 
 import asyncio
 import ctypes
@@ -47,7 +47,7 @@ DEEDS: dict[str, Any] = {
 
 
 def reward(completion: str) -> float:
-    """Does what the completion says; 1 for what is no deed."""
+    """Run the deed that the completion names; return 1 if it names none."""
     return DEEDS[completion]() if completion in DEEDS else 1.0
 
 
@@ -58,7 +58,7 @@ async def slow(completion: str) -> float:
 
 
 def typed(completion: str) -> Any:
-    """Returns what may be returned."""
+    """Return each type that a reward may return."""
     import numpy as np
 
     return {

@@ -1,4 +1,4 @@
-"""The built-in rewards: each against the table in its own file, and what tables cannot say."""
+"""The built-in rewards: each against the examples in its own file, and cases that need more than an example."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Whatever one reward does to one item costs that item a named failure, and nothing else."""
+"""The fault of one reward on one item gives that item a named failure, and has no other effect."""
 
 import os
 import signal

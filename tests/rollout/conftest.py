@@ -1,4 +1,4 @@
-"""One real vLLM for all tests of this folder: it starts once in a process, and every test pushes what it needs."""
+"""One real vLLM for all tests of this folder: it starts once per process, and each test pushes its own weights."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor

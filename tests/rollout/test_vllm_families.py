@@ -130,7 +130,7 @@ EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "mixtral")
 
 @dataclass
 class Served:
-    """How vLLM served one model in float32."""
+    """The record of vLLM serving one model in float32."""
 
     kernels: set[str]
     """vLLM's names of the kernels for attention and experts."""
@@ -141,7 +141,7 @@ class Served:
 
 
 def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tuple[str, list[Served]]:
-    """Serve models with vLLM, one after the other, in a process that reports another instruction set.
+    """Serve models with vLLM, one at a time, in a process that reports another instruction set.
 
     Args:
         answers: functions of `torch.cpu`, and the answers that they give to vLLM.
@@ -198,7 +198,7 @@ def test_float32_has_the_same_kernels_with_every_instruction_set(instructions: s
         ("gpt2", {"n_head": 4}, "heads of size 16"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false"),
         ("gpt2", {"n_positions": 95}, "supports 95 positions"),
-        ("qwen2", {"head_dim": 64}, "head_dim is 64, and it computes hidden_size"),
+        ("qwen2", {"head_dim": 64}, "head_dim is 64, but vLLM supports only hidden_size"),
         (
             "qwen2",
             {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1},

@@ -1,7 +1,7 @@
 """A very small model of every architecture that vLLM serves, also on a CPU, as values of config.json.
 
-What vLLM's kernels for CPUs fix: heads of 32 numbers at least, a latent of 512 + 64, and for linear attention heads of
-64, a convolution of 4 and bfloat16.
+vLLM's kernels for CPUs require heads of at least 32 numbers and a latent of 512 + 64; for linear attention they require
+heads of 64, a convolution of 4 and bfloat16.
 """
 
 from typing import Any

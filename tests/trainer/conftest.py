@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 REWARDS = ROOT / "tests" / "trainer" / "sources" / "reward_cases.py"
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 MARK = "LLMQUEST_TEST_RUN"
-"""An environment variable with a value of its own in every command: what the command left running carries it."""
+"""An environment variable with a different value in each command, which marks processes left running."""
 TASK = {"name": "arithmetic", "held_out": 4, "template": "{question}="}
 MEASURED = ("time/", "system/", "memory/")
 """Areas of metrics that are measurements: they may differ between equal runs."""
@@ -73,7 +73,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Runs:
-    """Starts runs of the tiny model below a folder of its own."""
+    """Starts runs of the tiny model in a temporary folder."""
 
     folder: Path
     values: dict[str, Any]
@@ -92,7 +92,7 @@ class Runs:
         return train(self.config(*overrides), resume, replay)
 
     def command(self, *arguments: str | Path) -> "Command":
-        """`llmquest-rl train` in a process of its own."""
+        """Start `llmquest-rl train` in a new process."""
         mark = f"{self.folder}-{len(self.commands)}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark}
         line = [sys.executable, "-m", "trainer.cli.main", "train", str(self.write()), *map(str, arguments)]
@@ -117,16 +117,16 @@ class Command:
     seen: set[psutil.Process] = field(default_factory=set)
 
     def wait(self, timeout_s: float = 120) -> tuple[int, str]:
-        """Its exit code and what it printed."""
+        """Wait for the end of the process; return its exit code and its output."""
         code = self.process.wait(timeout_s)
         return code, self.output.read_text()
 
     def interrupt(self) -> None:
-        """What a terminal does on Ctrl-C: a signal to every process of the group."""
+        """Signal every process of the group, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def left(self) -> list[psutil.Process]:
-        """Processes that it started and that still run: its descendants now or before, and whoever has its mark."""
+        """Running processes that the command started: present and earlier descendants, and processes with its mark."""
         if self.process.poll() is None:
             self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
         self.seen |= {process for process in psutil.process_iter() if _environment(process).get(MARK) == self.mark}

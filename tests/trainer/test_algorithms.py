@@ -1,4 +1,4 @@
-"""Every row of the algorithm table in a whole run: it starts, it learns, and it tells what it did."""
+"""Every row of the algorithm table in a whole run: it starts, it learns, and it logs its metrics."""
 
 import math
 

@@ -49,7 +49,7 @@ def letters(runs: Runs, count: int = 200, length: int = 6) -> Runs:
 
 
 def pictures(runs: Runs, folder: Path) -> Runs:
-    """Which colour a shape has, for a Vision Transformer whose folder has no tokenizer."""
+    """Runs that classify the colour of a shape with a Vision Transformer, whose folder has no tokenizer."""
     tiny_folder(folder, "ViTForImageClassification")
     runs.values["model"] = {"path": str(folder), "init": "random", "dtype": "float32"}
     runs.values["objective"] = {"name": "classify", "labels": ["red", "green", "blue", "yellow"]}
@@ -80,7 +80,7 @@ def test_two_steps_from_a_decoders_folder(decoder: str, tiny_model: Path, runs: 
 
 
 def test_what_the_end_of_a_text_says_is_learned(runs: Runs) -> None:
-    """On held-out texts; at random every class is right less than 60 % of the time."""
+    """The texts are held out; a random guess is right less than 60 % of the time for every class."""
     run = letters(runs, 500).train("steps=150", "eval.every=50", "batch.sequences_per_step=32", "checkpoint.every=0")
     logged = rows(run)
     assert logged[0]["train/accuracy"] < 0.7
@@ -148,7 +148,7 @@ def test_a_run_resumed_at_every_step_changes_nothing(
 
 
 def test_an_exported_classifier_goes_on_where_it_ended(runs: Runs) -> None:
-    """Its head is kept, and random weights can be had of the same folder."""
+    """Training goes on with the exported head, and the same folder also serves for random weights."""
     once = ("steps=1", "optimizer.warmup_steps=0")
     run = letters(runs).train(*once)
     exported = run / "checkpoints" / "step-000001" / "model"
@@ -174,7 +174,7 @@ def texts_with_labels(seed: int, groups: int) -> list[list[SequenceGroup]]:
 
 
 def images_with_labels(seed: int, groups: int) -> list[list[SequenceGroup]]:
-    """The same of random images for the tiny Vision Transformer."""
+    """Minibatches of random images with labels, for the tiny Vision Transformer."""
     generator = torch.Generator().manual_seed(seed)
     shape = ViTConfig.tiny().image_format
 
@@ -194,7 +194,7 @@ def images_with_labels(seed: int, groups: int) -> list[list[SequenceGroup]]:
 def test_two_processes_are_one(
     architecture: str, draw: Callable[..., list[list[SequenceGroup]]], tmp_path: Path
 ) -> None:
-    """With all parameters shared out, and a second minibatch that leaves one process without work."""
+    """All parameters are divided between the processes, and the second minibatch leaves one process without work."""
     setup = make_setup(tiny_folder(tmp_path, architecture), objective=CLASSIFY, tokens_per_microbatch=25)
     case = Case([], 1, 0, draw=draw)
     learner = Learner(setup)

@@ -1,4 +1,5 @@
-"""Every architecture through the real loop and the real learner, in step with its engine, whatever is shared out."""
+"""Every architecture through the real loop and the real learner, in agreement with its engine,
+and with its parameters divided between processes."""
 
 import json
 import shutil
@@ -79,7 +80,7 @@ def test_parameters_shared_out_between_processes_change_nothing(architecture: st
 @pytest.mark.slow
 @pytest.mark.ray
 def test_grpo_with_vllm(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
-    """vLLM samples with what the learner has just trained: experts, the router's bias, latent projections."""
+    """vLLM samples with the weights that the learner has just trained: experts, router bias, latent projections."""
     pytest.importorskip("vllm")
     folder = tiny_of("DeepseekV3ForCausalLM", tiny_model, tmp_path / "family")
     run = runs.train(f"model.path={folder}", "rollout.engine.name=vllm", "cluster.kind=ray", "steps=3")

@@ -63,7 +63,7 @@ def test_steps_without_a_difference_in_reward_can_be_taken(runs: Runs) -> None:
 
 
 def test_with_a_kl_steps_without_a_difference_in_reward_are_updates(runs: Runs) -> None:
-    """They have no advantages, and a KL all the same, as such groups beside others have."""
+    """Groups of equal rewards have no advantages, but the KL counts, even if a step has no other groups."""
     reward(runs, "constant")
     run = runs.train("algorithm.beta=0.1")
     assert [row["learner/updates"] for row in rows(run)] == [1, 2, 3]

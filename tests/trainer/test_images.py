@@ -39,7 +39,7 @@ PICTURES = (
 
 
 def vlm_of(decoder: str, tokenizer: Path, folder: Path) -> Path:
-    """A random model of 5 vision tokens before the text of the tiny tokenizer, whose `~` stands for them."""
+    """A random model with 5 vision tokens per image; `~` of the tiny tokenizer is the image token."""
     language = tiny_of(decoder, tokenizer, folder / "language")
     vision = folder / "vision"
     vision.mkdir()
@@ -87,8 +87,8 @@ def test_a_run_with_images_resumes_bit_for_bit(
 
 
 def test_captions_are_learnt(tiny_model: Path, runs: Runs, tmp_path: Path) -> None:
-    """The colour of the shape in a picture, which nothing but the picture says: a model that does not look at it cannot
-    do better than the entropy of the colour, shared out among the tokens of its name."""
+    """The caption is the colour of the shape. Without the picture, the loss is at least the entropy of the colour,
+    divided by the tokens of its name."""
     folder = vlm_of("LlamaForCausalLM", tiny_model, tmp_path / "family")
     task = {"name": "shapes", "ask": "colour", "size": 16, "template": "{question}="}
     runs.values["objective"] = {"name": "next_token"}
@@ -117,7 +117,7 @@ def mixed(seed: int, groups: int) -> list[list[SequenceGroup]]:
 
 
 def test_processes_with_and_without_images_are_one(tmp_path: Path) -> None:
-    """Of one group the second process has nothing, of two it has text alone; of five, both have some of each."""
+    """With one group the second process has no work, with two only text; with five, both have images and text."""
     folder = tiny_folder(tmp_path / "model", "VisionLanguageForCausalLM")
     setup = make_setup(folder, tokens_per_microbatch=60)
     learners = [LearnerConfig.model_validate({"processes": 2, "zero_stage": n, "timeout_s": 60}) for n in (0, 2, 3)]

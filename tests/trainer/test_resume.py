@@ -19,7 +19,7 @@ HARD = ("batch.minibatches_per_step=2", "batch.epochs_per_step=2", "algorithm.be
 
 
 def supervised(runs: Runs) -> Runs:
-    """The same model on text."""
+    """Runs that train the same model on text."""
     generator = random.Random(0)
     for i in range(10):
         words = generator.choices(["sun", "moon", "river", "stone", "bird", "tree"], k=100)
@@ -141,7 +141,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 
 def test_ctrl_c_at_a_terminal_costs_no_completion_its_score(runs: Runs) -> None:
-    """It reaches the graders' processes too; what was under way is finished, saved, and can be continued."""
+    """The signal also reaches the graders' processes. The step in progress is finished and saved, and can resume."""
     runs.values |= {"steps": 1000, "rewards": [{"function": f"{REWARDS}:slow_low_characters"}]}
     command = runs.command("checkpoint.every=0", "eval.every=0")
     deadline = time.monotonic() + 120

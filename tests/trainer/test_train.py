@@ -1,4 +1,4 @@
-"""Whole runs in one process: what they leave, and what can be done with it."""
+"""Whole runs in one process: the files that they leave, and how these files are used."""
 
 import json
 from pathlib import Path

@@ -67,7 +67,7 @@ def _engine(components: RunComponents) -> CheckResult:
 
 def _prompts(components: RunComponents) -> CheckResult:
     data = components.config.data
-    _, check = check_task(components.prompts, components.renderer, MEASURED_ROWS)
+    _, check = check_task(components.prompts, MEASURED_ROWS)
     held_out = len(components.prompts.held_out(data.eval_size))
     text = f"{_describe(check)} (limit: {data.max_prompt_tokens}); {held_out} held out"
     return CheckResult("prompts", text, passed=held_out > 0 or data.eval_size == 0)
@@ -92,7 +92,7 @@ def _gold_answers(components: RunComponents) -> CheckResult:
     config = components.config
     if not config.rewards:
         return CheckResult("rewards", "none: only reward models score completions")
-    problems, _ = check_task(components.prompts, components.renderer, GRADED_ROWS)
+    problems, _ = check_task(components.prompts, GRADED_ROWS)
     with Grader(config.rewards, config.graders) as grader:
         grader.check(problems[0].columns)
         scores = grader.grade(

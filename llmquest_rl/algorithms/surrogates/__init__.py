@@ -1,8 +1,8 @@
 """Surrogates: the loss of each token. A surrogate `foo` is the file `llmquest_rl/algorithms/surrogates/foo.py`.
 
 The file has a function `loss(tokens)`, or `loss(tokens, settings)` with a class of its own settings, and ends with
-`SURROGATE = Surrogate(loss, ...)`. May import `log_ratios` and `variant`; nothing else has to know the file.
-All tensors here are [targets].
+`SURROGATE = Surrogate(loss, ...)`. It may import `log_ratios` and `variant`, and no other file changes.
+All tensors here are `[targets]`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Bool: the tokens that a bound cut."""
+    """Masks of the tokens that a bound cut, bool."""
 
     low: Tensor
     """Tokens that the lower bound cut."""
@@ -64,7 +64,7 @@ SurrogateFunction: TypeAlias = "Callable[[Tokens], Tensor]"
 
 @dataclass(frozen=True, slots=True)
 class Surrogate(Variant[SurrogateFunction]):
-    """A loss of tokens [targets], with a gradient, and its properties."""
+    """A loss of tokens `[targets]`, with a gradient, and its properties."""
 
     cuts: Callable[[Tokens, Any], Cuts] | None = None
     """The tokens that the bounds cut, for the metrics `policy/clip_*`; None = the surrogate has no bound."""
@@ -75,7 +75,7 @@ class Surrogate(Variant[SurrogateFunction]):
     mixes_tokens: bool = False
     """Whether the loss of a token has gradients of the other tokens of its sequence, even if the ratio is its own."""
     rows: Mapping[str, Row] = field(default_factory=dict)
-    """Rows of the table of algorithms that come with this surrogate, by name, beside those of `presets.py`."""
+    """Rows of the table of algorithms that come with this surrogate, by name, in addition to those of `presets.py`."""
 
 
 def by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:

@@ -17,7 +17,7 @@ def loss(tokens: Tokens, settings: Bounds) -> Tensor:
 
 
 def cuts(tokens: Tokens, settings: Bounds) -> Cuts:
-    """Tokens whose weight was cut: they keep a gradient, a smaller (larger) one."""
+    """Tokens whose weight was raised (lowered) to a bound: they keep a gradient."""
     return Cuts(tokens.ratio < 1 - settings.clip_low, tokens.ratio > 1 + settings.clip_high)
 
 

@@ -16,7 +16,7 @@ def loss(tokens: Tokens, settings: Bounds) -> Tensor:
     """-A exp(mean of c over the sequence), c = min(log r, high) where A > 0, max(log r, -low) elsewhere (GMPO, arXiv
     2507.20673, its objective).
 
-    Tokens are clipped one by one, before the mean: a token that is cut loses its own gradient and no other's.
+    Tokens are clipped one by one, before the mean: a token that is cut loses its gradient, and no other token does.
     """
     low, high = settings.clip_low, settings.clip_high
     log_ratio = tokens.ratio.log()

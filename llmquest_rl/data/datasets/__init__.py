@@ -1,6 +1,6 @@
 """Supervised data sets by name: each file has `class Config(Options)` and `load(config, context) -> SupervisedData`.
 
-May import the other files of `llmquest_rl.data`.
+A data set may import the other files of `llmquest_rl.data`.
 """
 
 from llmquest_rl.loader import ComponentKind

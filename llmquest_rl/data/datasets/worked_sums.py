@@ -42,7 +42,7 @@ class Config(Options):
     """Probability that a worked reply pauses (`.`) before its answer, and again after each pause. The lengths of such
     replies are independent of the answer."""
     pause_after_error: BelowOne = 0.0
-    """The same probability in replies with a wrong column, as by a writer who hesitates."""
+    """Probability of each pause in replies with a wrong column, as by a writer who hesitates."""
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:

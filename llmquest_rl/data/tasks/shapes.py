@@ -30,7 +30,7 @@ COLOURS: dict[Colour, RGB] = {
 }
 """Colours of the shapes; the background is black."""
 SMALLEST_CELL = 8
-"""Pixels; in a smaller cell the shapes cannot be told apart."""
+"""Smallest width of a cell in pixels: in a smaller cell the shapes cannot be distinguished."""
 
 
 class Config(Options):

@@ -38,7 +38,8 @@ class Config(Options):
     held_out_split: str | None = None
     """Hub only: the split to evaluate on."""
     held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the distinct questions set aside if neither is given; a seeded hash of the question chooses them."""
+    """Share of the distinct questions set aside without `held_out_path` and `held_out_split`; a seeded hash of the
+    question chooses them."""
     columns: Columns = Columns()
     """The column mapping."""
     template: str = "{prompt}"

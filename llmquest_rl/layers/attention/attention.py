@@ -44,29 +44,29 @@ class AttentionContext(Protocol):
         sinks: Tensor | None = None,
         cache_entry: Tensor | None = None,
     ) -> Tensor:
-        """Attention output [tokens, heads, value_dim].
+        """Attention output `[tokens, heads, value_dim]`.
 
         Args:
             layer: Index of the calling layer; a cache stores keys and values under it.
-            q: Queries [tokens, heads, head_dim], with positions already applied.
-            k: Keys [tokens, kv_heads, head_dim]; query head h reads kv head `h // (heads / kv_heads)`.
-            v: Values [tokens, kv_heads, value_dim]; None = the keys serve as values.
+            q: Queries `[tokens, heads, head_dim]`, with positions already applied.
+            k: Keys `[tokens, kv_heads, head_dim]`; query head h reads kv head `h // (heads / kv_heads)`.
+            v: Values `[tokens, kv_heads, value_dim]`; None = the keys serve as values.
             scale: Multiplies the scores before the softmax.
             window: A token attends to the last `window` positions, itself included; None = all.
             softcap: Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv:2408.00118, 2).
-            sinks: Logits [heads]: one extra logit in each head's softmax, without a value (gpt-oss, arXiv:2508.10925).
-            cache_entry: Tensor [tokens, 1, size] that a cache stores instead of keys and values (DeepSeek-V2,
+            sinks: Logits `[heads]`: one extra logit without a value in each head's softmax (gpt-oss, arXiv:2508.10925).
+            cache_entry: Tensor `[tokens, 1, size]` that a cache stores instead of keys and values (DeepSeek-V2,
                 arXiv:2405.04434, 2.1). During decoding the layer passes it as `k` with `v=None`, and projects its
                 queries onto it.
         """
         ...
 
     def load_state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """The recurrent state of each row, as tensors [rows, ...]; None = all sequences start with this batch."""
+        """The recurrent state of each row, as tensors `[rows, ...]`; None = all sequences start with this batch."""
         ...
 
     def store_state(self, layer: int, state: tuple[Tensor, ...]) -> None:
-        """Store the state after the last token of each segment, as tensors [segments, ...]."""
+        """Store the state after the last token of each segment, as tensors `[segments, ...]`."""
         ...
 
 
@@ -80,7 +80,7 @@ class PackedAttention:
     is_decoding = False
 
     def __init__(self, layout: Layout, device: torch.device | str) -> None:
-        assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "parents have no parents"
+        assert all(parent < 0 or layout.parents[parent] < 0 for parent in layout.parents), "a parent has no parent"
         device = torch.device(device)
         self.layout = layout
         self._longest = 1 + int(layout.positions().max()) if layout.num_tokens else 0
@@ -102,7 +102,7 @@ class PackedAttention:
         cache_entry: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionContext.attend`. `layer` and `cache_entry` have no effect, because nothing is cached."""
-        assert window is None or window > 0, "a token sees itself at least"
+        assert window is None or window > 0, f"window is {window}: a token attends at least to itself"
         values = k if v is None else v
         if not self.layout.num_tokens:  # the sum keeps the inputs in the graph, so that they get zero gradients
             return values.new_empty(0, q.shape[1], values.shape[2]) + (q.sum() + k.sum() + values.sum())

@@ -27,7 +27,7 @@ from llmquest_rl.layers.attention.scores import ScoreOptions
 
 
 class _CacheIndex(NamedTuple):
-    """The packed tokens to cache, and their places in the cache. All tensors are [cached tokens], long."""
+    """The packed tokens to cache, and their places in the cache. All tensors are `[cached tokens]`, long."""
 
     rows: Tensor
     """Packed row of each token."""
@@ -102,13 +102,13 @@ class _WindowView:
     prompt_buckets: list[SlotBucket]
     completion_buckets: list[SlotBucket]
     longest_prompt: int
-    """Number of tokens read of the prompt of which most are visible."""
+    """Number of cached tokens that are read of each prompt: as many as are visible of any prompt."""
     completion_capacity: int
     """Tokens that a completion's slot holds in these layers."""
     new: Tensor
-    """Offset of each sequence's new token in its slot [n]."""
+    """Offset of each sequence's new token in its slot `[n]`."""
     masked: Tensor
-    """True for tokens that are not visible: bool [n, 1, 1, longest prompt + longest completion]."""
+    """True for tokens that are not visible: bool `[n, 1, 1, longest prompt + longest completion]`."""
 
 
 class DecodeContext:
@@ -128,10 +128,10 @@ class DecodeContext:
 
         Args:
             prompts: Cache of the prompts.
-            prompt_lengths: Tokens of each prompt [G], in slot order.
+            prompt_lengths: Tokens of each prompt `[G]`, in slot order.
             completions: Cache of the completions, sequence i in slot i.
-            completion_lengths: Cached tokens of each completion [n], without the new one.
-            parents: Prompt slot of each sequence [n].
+            completion_lengths: Cached tokens of each completion `[n]`, without the new one.
+            parents: Prompt slot of each sequence `[n]`.
         """
         self.layout = Layout((1,) * len(parents), (-1,) * len(parents))
         self._prompts, self._completions = prompts, completions
@@ -215,7 +215,7 @@ class DecodeContext:
         )
 
     def _scores(self, layer: int, queries: Tensor, view: _WindowView) -> Tensor:
-        """Scores [n, K, R, longest prompt + longest completion]; values at masked places are arbitrary."""
+        """Scores `[n, K, R, longest prompt + longest completion]`; values at masked places are arbitrary."""
         split = view.longest_prompt
         scores = queries.new_empty(*queries.shape[:3], view.masked.shape[-1])
         self._completions.scores(layer, queries, view.completion_buckets, scores[..., split:])
@@ -225,7 +225,7 @@ class DecodeContext:
         return scores
 
     def _weighted_values(self, layer: int, weights: Tensor, view: _WindowView) -> Tensor:
-        """Values weighted by `weights` [n, K, R, longest prompt + longest completion]: [n, K, R, Cv]."""
+        """Values weighted by `weights` `[n, K, R, longest prompt + longest completion]`: `[n, K, R, Cv]`."""
         split = view.longest_prompt
         output = self._completions.weighted_values(layer, weights[..., split:], view.completion_buckets)
         shared = self._prompts.weighted_values(layer, self._group_by_prompt(weights[..., :split]), view.prompt_buckets)
@@ -233,21 +233,21 @@ class DecodeContext:
         return output
 
     def _group_by_prompt(self, x: Tensor) -> Tensor:
-        """Reshape [n, K, R, c] to [G, K, width * R, c]: the sequences of a prompt side by side, padded with zeros."""
+        """Reshape `[n, K, R, c]` to `[G, K, width * R, c]`: a prompt's sequences side by side, padded with zeros."""
         flat = x.new_zeros(len(self._prompt_lengths) * self._width, *x.shape[1:])
         flat[self._cells] = x
         table = flat.view(len(self._prompt_lengths), self._width, *x.shape[1:])
         return table.transpose(1, 2).flatten(2, 3)
 
     def _ungroup(self, x: Tensor, repeats: int) -> Tensor:
-        """Invert `_group_by_prompt`: [G, K, width * R, c] to [n, K, R, c]."""
+        """Invert `_group_by_prompt`: `[G, K, width * R, c]` to `[n, K, R, c]`."""
         groups, heads, _, size = x.shape
         flat = x.view(groups, heads, self._width, repeats, size).transpose(1, 2).flatten(0, 1)
         return flat[self._cells]
 
 
 def _table_cells(parents: Sequence[int]) -> tuple[Tensor, int]:
-    """Each sequence's cell [n] in a flattened [prompts, width] table, and the width: the most sequences per prompt."""
+    """Each sequence's cell `[n]` in a flattened `[prompts, width]`; its width is the most sequences of a prompt."""
     counts: dict[int, int] = {}
     ranks = []
     for parent in parents:

@@ -3,9 +3,9 @@
 Slots `0 .. n-1` are in use, without holes. So a batched matrix product over all sequences reads a view of one tensor,
 and nothing is gathered or copied. A layer's storage is allocated on the layer's first write, in one of these shapes:
 
-* keys and values: two tensors [slots, K, capacity, C] and [slots, K, capacity, Cv];
-* keys that serve as values (latent attention): one tensor [slots, 1, capacity, L];
-* recurrent states: tensors [slots, ...] of any shape.
+* keys and values: two tensors `[slots, K, capacity, C]` and `[slots, K, capacity, Cv]`;
+* keys that serve as values (latent attention): one tensor `[slots, 1, capacity, L]`;
+* recurrent states: tensors `[slots, ...]` of any shape.
 
 A layer with a window has a smaller capacity than the cache. Keys and values are float32 for any dtype of the model:
 batched products round their results to the dtype of their inputs, and bfloat16 scores would cost the log-probs two
@@ -63,12 +63,12 @@ class SlotCache:
         return sum(tensor.nbytes for tensors in entries for tensor in tensors)
 
     def write(self, layer: int, slots: Tensor, offsets: Tensor, entries: Sequence[Tensor], capacity: int) -> None:
-        """Store (keys, values) or the one tensor that is both, [tokens, K, C] each.
+        """Store (keys, values) or the one tensor that is both, `[tokens, K, C]` each.
 
         Args:
             layer: Index of the layer.
-            slots: Slot of each token [tokens].
-            offsets: Index of each token in its slot [tokens], below `capacity`.
+            slots: Slot of each token `[tokens]`.
+            offsets: Index of each token in its slot `[tokens]`, below `capacity`.
             entries: Keys and values, or the one tensor.
             capacity: Tokens that the layer stores in each slot; the same at every call.
         """
@@ -80,7 +80,7 @@ class SlotCache:
             tensor[slots, :, offsets] = x.float()
 
     def write_states(self, layer: int, slots: Tensor | slice, states: Sequence[Tensor]) -> None:
-        """Store recurrent states [len(slots), ...], one tensor for each state of the layer."""
+        """Store recurrent states `[len(slots), ...]`, one tensor for each state of the layer."""
         if layer not in self._states:
             shapes = [(self.slots, *x.shape[1:]) for x in states]
             self._states[layer] = tuple(
@@ -90,7 +90,7 @@ class SlotCache:
             tensor[slots] = x
 
     def states(self, layer: int) -> tuple[Tensor, ...]:
-        """The states of all slots [slots, ...]."""
+        """The states of all slots `[slots, ...]`."""
         return self._states[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -103,7 +103,7 @@ class SlotCache:
                 tensor[target] = tensor[source]
 
     def scores(self, layer: int, q: Tensor, buckets: Sequence[SlotBucket], out: Tensor) -> None:
-        """Dot products of `q` [slots in use, K, rows, C] with the keys, into `out` [slots in use, K, rows, longest]."""
+        """Write the scores of `q` `[used slots, K, rows, C]` on the keys to `out` `[used slots, K, rows, longest]`."""
         keys = self._tokens[layer][0]
         for bucket in buckets:
             rows = slice(bucket.start, bucket.stop)
@@ -112,7 +112,7 @@ class SlotCache:
             out[rows, ..., : bucket.length] = products.view(shape)
 
     def weighted_values(self, layer: int, weights: Tensor, buckets: Sequence[SlotBucket]) -> Tensor:
-        """Values weighted by `weights` [slots in use, K, rows, longest]: [slots in use, K, rows, Cv]."""
+        """Sum values `[used slots, K, rows, Cv]` with `weights` `[used slots, K, rows, longest]`."""
         values = self._tokens[layer][-1]
         parts = []
         for bucket in buckets:

@@ -42,11 +42,11 @@ class ChunkBucket:
 
     batch: int
     num_queries: int
-    """batch * width, padding included."""
+    """Number of queries with padding: batch * width."""
     num_keys: int
-    """batch * (prefix + width), padding included."""
+    """Number of keys with padding: batch * (prefix + width)."""
     mask: Tensor | None
-    """Additive mask [width, prefix + width]; None = plain causal attention, a fast path of the kernel."""
+    """Additive mask `[width, prefix + width]`; None = plain causal attention, a fast path of the kernel."""
 
 
 class BucketPlan:
@@ -75,7 +75,7 @@ class BucketPlan:
         real = (query_rows.diff(prepend=query_rows.new_tensor([-1])) != 0).nonzero().squeeze(-1)
         unpad_rows[query_rows[real]] = real
         self.unpad_rows = _none_if_identity(unpad_rows, len(query_rows), device)
-        """Row of each token's result among the padded results [tokens]; None as above."""
+        """Row of each token's result among the padded results `[tokens]`; None as above."""
 
 
 class BucketedAttention:
@@ -153,7 +153,7 @@ def _is_causal(chunk: _QueryChunk, window: int | None) -> bool:
 
 
 def _full_mask(groups: Sequence[Sequence[_QueryChunk]], window: int | None) -> Tensor:
-    """The largest mask [width, prefix + width], of which every bucket takes a view.
+    """The largest mask `[width, prefix + width]`, of which every bucket takes a view.
 
     Query i sees keys i + prefix - window + 1 to i + prefix.
     """
@@ -174,7 +174,7 @@ def _bucket_mask(mask: Tensor, widest: _QueryChunk, window: int | None) -> Tenso
 
 
 def _padded_rows(layout: Layout, members: Sequence[_QueryChunk]) -> tuple[Tensor, Tensor]:
-    """Packed rows of a bucket's queries [batch, width] and keys [batch, prefix + width]."""
+    """Packed rows of a bucket's queries `[batch, width]` and keys `[batch, prefix + width]`."""
     starts = torch.tensor(layout.starts)
     segments = torch.tensor([chunk.segment for chunk in members])
     parents = torch.tensor(layout.parents)[segments]
@@ -192,7 +192,7 @@ def _unpack_bucket(bucket: ChunkBucket, x: Tensor) -> Tensor:
 
 
 def _attend_sdpa(bucket: ChunkBucket, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
-    """Attention by the fused kernel of PyTorch: [batch * width, heads, size], padding included."""
+    """Attention by the fused kernel of PyTorch: `[batch * width, heads, size]`, padding included."""
     out = F.scaled_dot_product_attention(
         _unpack_bucket(bucket, q),
         _unpack_bucket(bucket, k),
@@ -206,7 +206,7 @@ def _attend_sdpa(bucket: ChunkBucket, q: Tensor, k: Tensor, v: Tensor, options: 
 
 
 def _attend_eager(bucket: ChunkBucket, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
-    """The same with a soft cap or sinks, which no fused CPU kernel supports. It materialises all scores of a bucket."""
+    """Attention with a soft cap or sinks, which no fused CPU kernel supports; all scores of a bucket are in memory."""
     queries, keys, values = (_unpack_bucket(bucket, x) for x in (q, k, v))
     width, repeats = queries.shape[2], q.shape[1] // k.shape[1]
     grouped = queries.unflatten(1, (-1, repeats)).flatten(2, 3)  # [batch, kv_heads, repeats * width, size]

@@ -65,13 +65,13 @@ def flex_attend(flex_attention: Any, block_mask: Any, q: Tensor, k: Tensor, v: T
     Args:
         flex_attention: The function of `torch.nn.attention.flex_attention`, or its compiled form.
         block_mask: Block mask of the layout and the window.
-        q: Queries [tokens, heads, head_dim].
-        k: Keys [tokens, kv_heads, head_dim].
-        v: Values [tokens, kv_heads, value_dim].
+        q: Queries `[tokens, heads, head_dim]`.
+        k: Keys `[tokens, kv_heads, head_dim]`.
+        v: Values `[tokens, kv_heads, value_dim]`.
         options: Scale, soft cap and sinks.
 
     Returns:
-        Attention output [tokens, heads, value_dim].
+        Attention output `[tokens, heads, value_dim]`.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 

@@ -69,7 +69,7 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * shape.v_head_dim, size, bias=shape.bias)
 
     def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """Attend from hidden states `x` [T, D]; returns [T, D]."""
+        """Attend from hidden states `x` `[T, D]`; returns `[T, D]`."""
         shape = self.shape
         queries = self.query(x).unflatten(-1, (shape.num_heads, -1))
         q, q_rope = queries.split((shape.qk_nope_head_dim, shape.qk_rope_head_dim), -1)  # [T, H, N], [T, H, R]
@@ -84,7 +84,7 @@ class LatentAttention(nn.Module):
         return out
 
     def _expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: AttentionContext) -> Tensor:
-        """Attention output [T, H, V], computed with the keys and values of every head."""
+        """Attention output `[T, H, V]`, computed with the keys and values of every head."""
         shape = self.shape
         pairs = self.latent_up(latent[:, 0]).unflatten(-1, (shape.num_heads, -1))
         k, v = pairs.split((shape.qk_nope_head_dim, shape.v_head_dim), -1)  # [T, H, N], [T, H, V]
@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
         return context.attend(self.layer, torch.cat((q, q_rope), -1), k, v, shape.scale, cache_entry=cache_entry)
 
     def _absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: AttentionContext) -> Tensor:
-        """The same output [T, H, V], computed on the latents in the cache."""
+        """Attention output `[T, H, V]`, computed on the cached latents and without keys and values of the heads."""
         shape = self.shape
         up = self.latent_up.weight.unflatten(0, (shape.num_heads, -1))  # [H, N + V, L]
         up_k, up_v = up.split((shape.qk_nope_head_dim, shape.v_head_dim), 1)

@@ -12,7 +12,7 @@ class ScoreOptions(NamedTuple):
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
-    """[heads]."""
+    """Logits of the attention sinks `[heads]`; None = no sinks."""
 
     @property
     def is_scale_only(self) -> bool:
@@ -30,11 +30,11 @@ class ScoreOptions(NamedTuple):
         fraction S / (S + exp(sink)) = sigmoid(log S - sink) of its weight. So no column is added to the scores.
 
         Args:
-            out: Attention output without sinks [..., heads, value_dim]; float32 for full precision.
-            logsumexp: log S [..., heads].
+            out: Attention output without sinks `[..., heads, value_dim]`; float32 for full precision.
+            logsumexp: log S `[..., heads]`.
 
         Returns:
-            Attention output with sinks [..., heads, value_dim].
+            Attention output with sinks `[..., heads, value_dim]`.
         """
         if self.sinks is None:
             return out

@@ -1,4 +1,5 @@
 """Mixture of experts: routers and their losses, experts, grouped matrix products, and routing replay.
 
-May import the flat layer files (`linear`) and `llmquest_rl.batch`, but neither `attention` nor `recurrent`.
+This package may import the flat layer files (`linear`) and `llmquest_rl.batch`, but neither `attention` nor
+`recurrent`.
 """

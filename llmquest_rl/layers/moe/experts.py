@@ -25,21 +25,21 @@ class RoutedExperts(nn.Module):
     def __init__(self, num_experts: int, size: int, inner: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * inner, size).normal_(0.0, size**-0.5))
-        """Weights of the gate and up projections [E, 2I, D]: the rows of `gate`, then the rows of `up`."""
+        """Weights of the gate and up projections `[E, 2I, D]`: the rows of `gate`, then the rows of `up`."""
         self.down = nn.Parameter(torch.empty(num_experts, size, inner).normal_(0.0, inner**-0.5))
-        """Weights of the down projection [E, D, I]."""
+        """Weights of the down projection `[E, D, I]`."""
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor, capacity: int | None = None) -> Tensor:
         """Sum the weighted outputs of each token's experts. The same batch always gives the same bits.
 
         Args:
-            x: Hidden states [T, D].
-            experts: Expert ids of each token, long [T, k].
-            weights: Weight of each expert's output [T, k], any floating dtype.
+            x: Hidden states `[T, D]`.
+            experts: Expert ids of each token, long `[T, k]`.
+            weights: Weight of each expert's output `[T, k]`, any floating dtype.
             capacity: Maximum pairs per expert, of which the first in token order are computed; None = all pairs.
 
         Returns:
-            Hidden states [T, D].
+            Hidden states `[T, D]`.
         """
         sorted_experts, order = sort_by_expert(experts, capacity)
         matmul = choose_grouped_matmul(sorted_experts, (self.gate_up, self.down))
@@ -51,11 +51,11 @@ def sort_by_expert(experts: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
     """Sort pairs by expert and drop those beyond an expert's capacity.
 
     Args:
-        experts: Expert ids, long [T, k].
+        experts: Expert ids, long `[T, k]`.
         capacity: Maximum pairs per expert; None = all.
 
     Returns:
-        The expert of each pair [P], ascending, and the index of each pair in the flattened [T, k] [P].
+        The expert of each pair `[P]`, ascending, and its index in the flattened `[T, k]`, also `[P]`.
     """
     sorted_experts, order = experts.flatten().sort(stable=True)
     if capacity is not None:
@@ -71,7 +71,7 @@ def expert_capacity(factor: float, routed: Tensor, num_experts: int) -> int:
 
     Args:
         factor: Capacity factor; 1 is just enough if all experts are chosen equally often.
-        routed: Chosen experts [T, k].
+        routed: Chosen experts `[T, k]`.
         num_experts: Number of experts, E.
     """
     return math.ceil(factor * routed.numel() / num_experts)
@@ -80,8 +80,8 @@ def expert_capacity(factor: float, routed: Tensor, num_experts: int) -> int:
 class _ExpertsFunction(torch.autograd.Function):
     """Gather tokens by expert, compute the experts, multiply by the weights, and add up.
 
-    It saves [P, 2I] for backward, and no copy of the tokens or of the results. It saves the parameters themselves, not
-    views of them, because ZeRO-3 frees and fetches parameters between forward and backward.
+    It saves `[P, 2I]` for backward, and no copy of the tokens or of the results. It saves the parameters themselves,
+    not views of them, because ZeRO-3 frees and fetches parameters between forward and backward.
     """
 
     @staticmethod
@@ -133,13 +133,13 @@ def combine_pairs(rows: Tensor, order: Tensor, shape: torch.Size, row_of_pair: T
     arbitrary order, and the log-probs of the same batch would differ from one forward to the next.
 
     Args:
-        rows: Results of the pairs [P, D].
-        order: Index of each pair in the flattened [T, k] [P], as `sort_by_expert` returns it.
+        rows: Results of the pairs `[P, D]`.
+        order: Index `[P]` of each pair in the flattened `[T, k]`, as `sort_by_expert` returns it.
         shape: (T, k).
-        row_of_pair: Row of each pair in `rows` [P]; None = `rows` are in the order of `order`.
+        row_of_pair: Row of each pair in `rows` `[P]`; None = `rows` are in the order of `order`.
 
     Returns:
-        Sums [T, D].
+        Sums `[T, D]`.
     """
     places = order.new_full((shape.numel(),), len(rows))  # row of each pair; a dropped pair reads zeros
     places[order] = torch.arange(len(rows), device=order.device) if row_of_pair is None else row_of_pair

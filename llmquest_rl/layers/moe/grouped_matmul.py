@@ -3,7 +3,7 @@
 Rows are sorted by group, so each group is a contiguous slice and costs one product of its own size. Nothing is padded,
 no matrix is copied, and the cost of a group without rows does not grow with its matrix.
 
-Shapes: R rows, G groups, each with a matrix [out, in].
+Shapes: R rows, G groups, each with a matrix `[out, in]`.
 """
 
 from typing import Protocol
@@ -15,23 +15,23 @@ from torch import Tensor
 from llmquest_rl.layers.linear import onednn_is_faster, onednn_matmul, onednn_rows, weight_gradient
 
 SPARSE_GROUPS = 8
-"""From this many groups per row on, a loop over the groups that have rows is faster on a CPU, because `F.grouped_mm`
-spends a microsecond on each group, even without rows."""
+"""Groups per row from which a loop over the groups that have rows is faster on a CPU: `F.grouped_mm` spends a
+microsecond on each group, even without rows."""
 
 
 class GroupedMatmul(Protocol):
-    """The three matrix products of a linear layer `y = x W^T`, with a W of its own for each group."""
+    """The three matrix products of a linear layer `y = x W^T`, with a separate W for each group."""
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute `x W^T` from rows [R, in] and matrices [G, out, in]: [R, out]."""
+        """Compute `x W^T` from rows `[R, in]` and matrices `[G, out, in]`: `[R, out]`."""
         ...
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """Compute `g W` from gradients [R, out] and matrices [G, out, in]: [R, in]."""
+        """Compute `g W` from gradients `[R, out]` and matrices `[G, out, in]`: `[R, in]`."""
         ...
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
-        """Compute `g^T x` over the rows of each group, from [R, out] and [R, in]: [G, out, in], zeros without rows."""
+        """Compute `g^T x` of each group's rows, from `[R, out]` and `[R, in]`: `[G, out, in]`, zeros without rows."""
         ...
 
 
@@ -39,8 +39,8 @@ def choose_grouped_matmul(groups: Tensor, weights: tuple[Tensor, ...]) -> Groupe
     """Choose the fastest implementation for the given groups.
 
     Args:
-        groups: Group of each row, long [R], ascending.
-        weights: The matrices [G, out, in] of each product that the caller will compute.
+        groups: Group of each row, long `[R]`, ascending.
+        weights: The matrices `[G, out, in]` of each product that the caller will compute.
     """
     num_groups, on_cpu = len(weights[0]), weights[0].device.type == "cpu"
     sparse = len(groups) == 0 or (on_cpu and len(groups) * SPARSE_GROUPS <= num_groups)
@@ -63,15 +63,15 @@ class FusedGroupedMatmul:
         self._ends = torch.searchsorted(groups, numbers, right=True, out_int32=True)  # [G]
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=self._ends)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         return F.grouped_mm(gradient, weight, offs=self._ends)
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         return F.grouped_mm(gradient.t(), x, offs=self._ends)
 
 
@@ -84,21 +84,21 @@ class LoopedGroupedMatmul:
         self._slices = list(zip(numbers.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         out = x.new_empty(len(x), weight.shape[1])
         for group, start, stop in self._slices:
             _matmul_into(x[start:stop], weight[group].t(), out[start:stop])
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         out = gradient.new_empty(len(gradient), weight.shape[2])
         for group, start, stop in self._slices:
             _matmul_into(gradient[start:stop], weight[group], out[start:stop])
         return out
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, num_groups: int) -> Tensor:
-        """See `Products`."""
+        """See `GroupedMatmul`."""
         out = x.new_zeros(num_groups, gradient.shape[1], x.shape[1])
         for group, start, stop in self._slices:
             weight_gradient(gradient[start:stop], x[start:stop], out[group])

@@ -23,23 +23,23 @@ class Routing(NamedTuple):
     """
 
     experts: Tensor
-    """Expert ids, long [T, k]."""
+    """Expert ids, long `[T, k]`."""
     weights: Tensor
-    """Factor of each expert's output, float32 [T, k]."""
+    """Factor of each expert's output, float32 `[T, k]`."""
     probs: Tensor
-    """Distribution over experts for each token, float32 [T, E]."""
+    """Distribution over experts for each token, float32 `[T, E]`."""
     logits: Tensor
-    """Router logits, float32 [T, E]."""
+    """Router logits, float32 `[T, E]`."""
 
 
 class SoftmaxRouter(nn.Module):
-    """The k most probable experts under a softmax over all of them (Shazeer et al. 2017, arXiv:1701.06538, eq. 2-5).
+    """Router to the k most probable experts under a softmax over all (Shazeer et al. 2017, arXiv:1701.06538, eq. 2-5).
 
     The matrix product is in the dtype of the weights, as Qwen and Mixtral were trained; the softmax is in float32.
     """
 
     replayed_experts: Tensor | None = None
-    """Recorded expert ids that replace the router's own choice, long [T, k] (`layers/moe/routing_replay.py`)."""
+    """Recorded expert ids that replace the router's own choice, long `[T, k]` (`layers/moe/routing_replay.py`)."""
 
     def __init__(self, size: int, num_experts: int, num_chosen: int, normalize: bool) -> None:
         """Make a router.
@@ -56,7 +56,7 @@ class SoftmaxRouter(nn.Module):
         self.normalize = normalize
 
     def forward(self, x: Tensor) -> Routing:
-        """Route `x` [T, D]."""
+        """Route `x` `[T, D]`."""
         logits = F.linear(x, self.weight).float()
         probs = logits.softmax(-1)
         experts = self._top_experts(probs) if self.replayed_experts is None else self.replayed_experts
@@ -66,7 +66,7 @@ class SoftmaxRouter(nn.Module):
         return Routing(experts, weights, probs, logits)
 
     def own_choice(self, routing: Routing) -> Tensor:
-        """The experts [T, k] that it would have chosen in place of replayed ones."""
+        """Return the experts `[T, k]` that this router itself chooses for a routing, also while others are replayed."""
         return self._top_experts(routing.probs)
 
     def _top_experts(self, probs: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class SigmoidRouter(nn.Module):
         self.groups_chosen = groups_chosen
 
     def forward(self, x: Tensor) -> Routing:
-        """Route `x` [T, D]; `probs` are the affinities divided by their sum (eq. 19)."""
+        """Route `x` `[T, D]`; `probs` are the affinities divided by their sum (eq. 19)."""
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid()
         experts = self._top_experts(scores) if self.replayed_experts is None else self.replayed_experts
@@ -127,7 +127,7 @@ class SigmoidRouter(nn.Module):
         return Routing(experts, weights * self.scale, scores / (scores.sum(-1, keepdim=True) + 1e-20), logits)
 
     def own_choice(self, routing: Routing) -> Tensor:
-        """The experts [T, k] that it would have chosen in place of replayed ones."""
+        """Return the experts `[T, k]` that this router itself chooses for a routing, also while others are replayed."""
         return self._top_experts(routing.logits.sigmoid())
 
     def _top_experts(self, scores: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class SigmoidRouter(nn.Module):
 
 
 def expert_counts(routing: Routing) -> Tensor:
-    """Count how often each expert was chosen: float32 [E], without gradient."""
+    """Count how often each expert was chosen: float32 `[E]`, without gradient."""
     chosen = routing.experts.flatten()
     counts = torch.zeros(routing.probs.shape[1], device=chosen.device)
     return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
@@ -166,9 +166,10 @@ def balance_loss(routing: Routing) -> Tensor:
 
 
 def z_loss(routing: Routing) -> Tensor:
-    """Router z-loss of one layer: mean over tokens of `logsumexp(logits)^2` (Zoph et al. 2022, 2202.08906, eq. 5).
+    """Router z-loss of one layer: the mean of `logsumexp(logits)^2` over tokens.
 
-    It keeps the logits small, where exponentials lose least precision.
+    It keeps the logits small, where exponentials lose least precision. Source: Zoph et al. 2022, arXiv:2202.08906,
+    eq. 5.
     """
     return routing.logits.logsumexp(-1).square().sum() / max(len(routing.logits), 1)
 
@@ -220,11 +221,11 @@ class RouterLoad(NamedTuple):
     """The load of the experts in one forward, as sums that can be added over forwards and processes."""
 
     counts: Tensor
-    """How often each expert was chosen, float32 [MoE layers, experts]."""
+    """Number of times that each expert was chosen, float32 `[MoE layers, experts]`."""
     entropy: Tensor
-    """Entropy of the router's distribution in nats, summed over tokens, float32 [MoE layers]."""
+    """Entropy of the router's distribution in nats, summed over tokens, float32 `[MoE layers]`."""
     tokens: Tensor
-    """Number of routed tokens, float32 [MoE layers]."""
+    """Number of routed tokens, float32 `[MoE layers]`."""
 
     def plus(self, other: "RouterLoad | None") -> "RouterLoad":
         """Add two loads; None counts as zero."""

@@ -35,7 +35,7 @@ def record_routing(watched: Sequence[Router]) -> Iterator[list[Tensor]]:
         watched: `routers(model)`. The last ones need not run in the forward.
 
     Yields:
-        A list to which each router that runs appends its expert ids, int16 [T, k], on the model's device.
+        A list to which each router that runs appends its expert ids, int16 `[T, k]`, on the model's device.
     """
     choices: list[Tensor] = []
 
@@ -61,7 +61,7 @@ def replay_routing(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
 
     Args:
         model: The model; its first L routers replay. Routers of multi-token prediction are never recorded or replayed.
-        experts: Recorded expert ids, integers [L, T, k], on the model's device; None = every router chooses itself.
+        experts: Recorded expert ids, integers `[L, T, k]`, on the model's device; None = every router chooses itself.
     """
     given = [] if experts is None else list(zip(routers(model), experts.long(), strict=False))
     try:
@@ -77,8 +77,8 @@ def num_changed_choices(experts: Tensor, choices: Sequence[Tensor]) -> Tensor:
     """Count the choices that differ from the recorded experts of the same layer and token, in any order.
 
     Args:
-        experts: Recorded expert ids, int16 [L, T, k].
-        choices: The choices that `record_routing` yields, [T, k] each; only the first L count.
+        experts: Recorded expert ids, int16 `[L, T, k]`.
+        choices: The choices that `record_routing` yields, `[T, k]` each; only the first L count.
 
     Returns:
         The count, at most L T k: scalar, long.

@@ -1,4 +1,4 @@
 """Layers with a recurrent state: the gated delta rule and the short convolution before it.
 
-May import the flat layer files and `llmquest_rl.batch`, but neither `attention` nor `moe`.
+This package may import the flat layer files and `llmquest_rl.batch`, but neither `attention` nor `moe`.
 """

@@ -26,11 +26,11 @@ class Level(NamedTuple):
     num_above: int
     """Chunks in the level above; 1 at depth 0, for a state of zeros."""
     before: Tensor
-    """Index of the previous chunk of each chunk within the level above [chunks]."""
+    """Index of the previous chunk of each chunk within the level above `[chunks]`."""
     ends: Tensor
-    """Index of the last chunk within this level [segments that end in this level]."""
+    """Index of the last chunk within this level `[segments that end in this level]`."""
     ending: Tensor
-    """Index of each segment that ends in this level [segments that end in this level]."""
+    """Index of each segment that ends in this level `[segments that end in this level]`."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class ChunkedLayout:
     num_chunks: int
     num_segments: int
     rows: Tensor
-    """Row of each token among the rows of all chunks [tokens]."""
+    """Row of each token among the rows of all chunks `[tokens]`."""
     levels: tuple[Level, ...]
 
     def pad(self, x: Tensor) -> Tensor:
-        """Arrange `x` [tokens, heads, size] in chunks [chunks, heads, CHUNK, size], padded with zeros."""
+        """Arrange `x` `[tokens, heads, size]` in chunks `[chunks, heads, CHUNK, size]`, padded with zeros."""
         rows = x.new_zeros(self.num_chunks * CHUNK, *x.shape[1:]).index_copy(0, self.rows, x)
         by_chunk: Tensor = rows.unflatten(0, (-1, CHUNK)).transpose(1, 2)
         return by_chunk.contiguous()
 
     def unpad(self, x: Tensor) -> Tensor:
-        """Invert `pad`: [chunks, heads, CHUNK, size] to [tokens, heads, size]."""
+        """Invert `pad`: `[chunks, heads, CHUNK, size]` to `[tokens, heads, size]`."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 

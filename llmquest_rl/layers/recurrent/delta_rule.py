@@ -1,6 +1,6 @@
 """The gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464, eq. 10), packed and in single steps.
 
-Each head has a state matrix S [key size, value size] that maps keys to values. A token first decays the state by
+Each head has a state matrix S `[key size, value size]` that maps keys to values. A token first decays the state by
 `exp(g)`, then moves the value stored under its key towards its own value by the fraction `beta`, and reads with its
 query:
 
@@ -10,7 +10,7 @@ For a chunk of C tokens the rule becomes matrix products (section 3.3, with the 
 arXiv:2406.06484, section 3.2). Let c be the running sum of g within the chunk, G_ij = exp(c_i - c_j) for i >= j
 and 0 above the diagonal, and S the state before the chunk:
 
-    E = diag(beta) (V - diag(exp c) K S)                      the write of each token, without the rest of the chunk
+    E = diag(beta) (V - diag(exp c) K S)                                the write of each token if no other token wrote
     R = (I + diag(beta) (K K^T * G, below its diagonal))^-1 E                            the actual write of each token
     O = diag(exp c) Q S + (Q K^T * G) R
     S <- exp(c_C) S + (diag(exp(c_C - c)) K)^T R
@@ -35,15 +35,15 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, l
     """Apply the rule to packed sequences. States start at zero; a segment with a parent starts from its parent's state.
 
     Args:
-        q: Queries [T, K, A], already normalised and scaled.
-        k: Keys [T, K, A], of norm 1 at most, because longer keys let the state grow without bound.
-        v: Values [T, H, B]; value head h reads key head `h // (H / K)`.
-        g: Logarithm of the decay factor [T, H], at most 0.
-        beta: Write strength [T, H], between 0 and 1.
+        q: Queries `[T, K, A]`, already normalised and scaled.
+        k: Keys `[T, K, A]`, of norm 1 at most, because longer keys let the state grow without bound.
+        v: Values `[T, H, B]`; value head h reads key head `h // (H / K)`.
+        g: Logarithm of the decay factor `[T, H]`, at most 0.
+        beta: Write strength `[T, H]`, between 0 and 1.
         layout: The segments.
 
     Returns:
-        Outputs [T, H, B] and the state after each segment [segments, H, A, B], both float32.
+        Outputs `[T, H, B]` and the state after each segment `[segments, H, A, B]`, both float32.
     """
     chunks = chunk_layout(layout, q.device)
     shared = v.shape[1] // k.shape[1]
@@ -71,15 +71,15 @@ def gated_delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     """Apply the rule to one token of each of n sequences.
 
     Args:
-        q: Queries [n, K, A], as in `gated_delta_rule`.
-        k: Keys [n, K, A].
-        v: Values [n, H, B].
-        g: Logarithm of the decay factor [n, H].
-        beta: Write strength [n, H].
-        state: State of each sequence [n, H, A, B].
+        q: Queries `[n, K, A]`, as in `gated_delta_rule`.
+        k: Keys `[n, K, A]`.
+        v: Values `[n, H, B]`.
+        g: Logarithm of the decay factor `[n, H]`.
+        beta: Write strength `[n, H]`.
+        state: State of each sequence `[n, H, A, B]`.
 
     Returns:
-        Outputs [n, H, B] and the new states [n, H, A, B], both float32.
+        Outputs `[n, H, B]` and the new states `[n, H, A, B]`, both float32.
     """
     shared = v.shape[1] // k.shape[1]
     query, key = (x.float().repeat_interleave(shared, dim=1).unsqueeze(-2) for x in (q, k))  # [n, H, 1, A]
@@ -90,7 +90,7 @@ def gated_delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
 
 
 class _Decay(torch.autograd.Function):
-    """Computes the running sum of g [..., C] and the decay matrix G [..., C, C].
+    """Computes the running sum of g `[..., C]` and the decay matrix G `[..., C, C]`.
 
     Sums are float64 in both directions. In forward, the difference of two large sums would lose its digits: after a
     token with a very small decay factor the entries of G would be wrong. In backward, each entry of G adds to one
@@ -139,15 +139,15 @@ class _Scan(torch.autograd.Function):
 
         Args:
             ctx: Context of autograd.
-            mixing: diag(beta) (K K^T * G) [N, H, C, C], of which the part below the diagonal is read.
-            values: diag(beta) V [N, H, C, B].
-            keys_in: diag(beta exp c) K, which reads from the state before [N, H, C, A].
-            keys_out: diag(exp(c_C - c)) K, which writes to the state after [N, H, C, A].
-            decays: exp(c_C), the decay over a whole chunk [N, H].
+            mixing: diag(beta) (K K^T * G) `[N, H, C, C]`, of which the part below the diagonal is read.
+            values: diag(beta) V `[N, H, C, B]`.
+            keys_in: diag(beta exp c) K, which reads from the state before `[N, H, C, A]`.
+            keys_out: diag(exp(c_C - c)) K, which writes to the state after `[N, H, C, A]`.
+            decays: exp(c_C), the decay over a whole chunk `[N, H]`.
             chunks: The chunks.
 
         Returns:
-            R [N, H, C, B], the state before each chunk [N, H, A, B], and after each segment [segments, H, A, B].
+            R `[N, H, C, B]`, the state before each chunk `[N, H, A, B]`, and after each segment `[segments, H, A, B]`.
         """
         eye = torch.eye(CHUNK, device=mixing.device).expand_as(mixing)
         inverse = torch.linalg.solve_triangular(mixing, eye, upper=False, unitriangular=True)

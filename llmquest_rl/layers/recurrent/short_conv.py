@@ -17,13 +17,13 @@ class _ConvIndex(NamedTuple):
     """Rows of a layout's tokens after `width - 1` rows are inserted before every segment. All tensors are long."""
 
     tokens: Tensor
-    """Row of each token [tokens]."""
+    """Row of each token `[tokens]`."""
     inherited: Tensor
-    """Inserted rows that hold tokens of the segment's parent [inherited]."""
+    """Inserted rows that hold tokens of the segment's parent `[inherited]`."""
     sources: Tensor
-    """Rows of the same tokens in the parent [inherited]."""
+    """Rows of the same tokens in the parent `[inherited]`."""
     state_rows: Tensor
-    """Last rows of each segment [segments, width - 1]; they reach back before a segment shorter than that."""
+    """Last rows of each segment `[segments, width - 1]`; they reach back before a segment shorter than that."""
 
 
 class ShortConv(nn.Module):
@@ -38,13 +38,13 @@ class ShortConv(nn.Module):
         """Convolve. Products and sums are float32 and rounded once, to the dtype of `x`.
 
         Args:
-            x: Packed inputs [T, channels].
+            x: Packed inputs `[T, channels]`.
             layout: The segments of the inputs.
-            state: The last `width - 1` inputs of each of T sequences, oldest first [T, width - 1, channels]; `x` is
+            state: The last `width - 1` inputs of each of T sequences, oldest first `[T, width - 1, channels]`; `x` is
                 then the next token of each sequence. None = all sequences start with this batch.
 
         Returns:
-            Outputs [T, channels], and the state after each segment [segments, width - 1, channels].
+            Outputs `[T, channels]`, and the state after each segment `[segments, width - 1, channels]`.
         """
         taps = self.weight.squeeze(1).float()  # [channels, width]
         if state is not None:

@@ -22,8 +22,8 @@ from llmquest_rl.models.weight_map import hf_map
 
 PROMPT_LENGTH = 24
 CONTINUATION_LENGTHS = (1, 8, 40, 120)
-"""In tokens. They are short because large models are slow on a CPU; the longest one exceeds attention windows in tests,
-and the chunks of 64 tokens of linear attention."""
+"""Lengths in tokens. They are short because large models are slow on a CPU; the longest one exceeds attention windows
+in tests, and the chunks of 64 tokens of linear attention."""
 IMAGES = 4
 """Number of random images for an image model."""
 
@@ -35,7 +35,7 @@ class ParityReport:
     max_abs_diff: float
     """Largest absolute difference of a logit, with packed sequences."""
     max_abs_diff_shared: float
-    """The same with a prompt computed once for several continuations; 0 for models that do not share prompts."""
+    """Largest absolute difference with a prompt computed once for several continuations; 0 for models without that."""
     max_abs_logit: float
     """Largest absolute logit, the scale of the differences."""
     positions: int

@@ -24,7 +24,7 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """In the spelling of safetensors: `F32`, `BF16`, ..."""
+    """Name of the dtype in safetensors: `F32`, `BF16`, ..."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

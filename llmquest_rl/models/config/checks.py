@@ -11,7 +11,7 @@ def check_sizes(**sizes: Any) -> None:
     """Check that each of `sizes` (by its name in config.json) is a positive integer.
 
     Raises:
-        ValueError: a size is not.
+        ValueError: a size is not a positive integer.
     """
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:

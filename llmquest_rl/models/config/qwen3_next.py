@@ -104,7 +104,7 @@ class Qwen3NextConfig:
     def num_layers(self) -> int:
         return len(self.layer_types)
 
-    def is_sparse(self, layer: int) -> bool:
+    def has_experts(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 

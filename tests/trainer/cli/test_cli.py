@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmquest_rl.algorithms.presets import PAPERS, PRESETS
+from llmquest_rl.algorithms.presets import PRESETS, ROWS
 from llmquest_rl.models.vit import ViTConfig
 from trainer.cli.main import main
 from trainer.config.load import ConfigError
@@ -64,8 +64,8 @@ def test_algorithms_lists_every_row_with_its_paper(run: RunCommand) -> None:
     assert result.code == 0
     lines = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
     assert list(lines) == ["name", *PRESETS]
-    for name, paper in PAPERS.items():
-        assert paper in lines[name]
+    for name, row in ROWS.items():
+        assert row.paper in lines[name]
     assert "clip 0.2 / 0.28" in lines["dapo"] and "soft_overlong" in lines["dapo"]
 
 

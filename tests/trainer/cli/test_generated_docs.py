@@ -32,7 +32,7 @@ def test_a_page_without_markers_is_an_error() -> None:
 
 
 def texts() -> set[str]:
-    """Every string of the code but docstrings and descriptions, with `<>` for what an f-string fills in."""
+    """Every string of the code except docstrings and descriptions, with `<>` for each field of an f-string."""
     found = set()
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         if path.name == "metric_table.py":

@@ -1,4 +1,4 @@
-"""The cluster seam on real Ray: order, restarts, time limits that name who is missing, placement that does not fit."""
+"""The cluster interface on real Ray: order, restarts, time limits that name missing workers, impossible placements."""
 
 import shutil
 import subprocess
@@ -160,7 +160,7 @@ def has_own_networks() -> bool:
 
 @pytest.mark.skipif(not has_own_networks(), reason="this machine lets no user make a network of their own")
 def test_a_machine_whose_ports_are_all_taken() -> None:
-    """In a network of its own with a single port, which is taken."""
+    """The test runs in a separate network namespace with a single port, which is taken."""
     port_range = "ip link set lo up && echo 40000 40000 > /proc/sys/net/ipv4/ip_local_port_range"
     code = """
 import socket

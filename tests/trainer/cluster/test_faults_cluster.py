@@ -1,4 +1,4 @@
-"""A Ray cluster that was there before the run, and is there after it."""
+"""A run on a Ray cluster that existed before it, and that continues after it."""
 
 import json
 import os

@@ -42,7 +42,7 @@ Fault = Callable[[list[int]], None]
 
 
 def assert_same_groups(mine: list[Group], theirs: list[Group]) -> None:
-    """The same completions with the same scores."""
+    """Check that both have the same completions with the same scores."""
     for group, other in zip(mine, theirs, strict=True):
         assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
         assert [s.value for s in group.scores] == [s.value for s in other.scores]

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Worker:
-    """Answers, dies, hangs or raises when told."""
+    """A worker that answers, dies, hangs or raises on request."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -276,7 +276,7 @@ def test_every_rule_has_a_configuration_that_breaks_it() -> None:
 def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, reader: str) -> None:
     values = changed(RL, "algorithm.name", row)
     (problem,) = problems_of(changed(values, f"algorithm.{key}", value))
-    assert problem.startswith(f"file.yaml: algorithm: {key} is read with {reader}")
+    assert problem.startswith(f"file.yaml: algorithm: {key} is read only with {reader}")
     same = getattr(parse_config(values).algorithm, key)
     parse_config(changed(values, f"algorithm.{key}", same))  # as a saved configuration has it
 
@@ -285,7 +285,7 @@ def test_what_turns_a_correction_off_is_no_such_number() -> None:
     for row in ("dppo", "grpo"):
         parse_config(changed(changed(RL, "algorithm.name", row), "algorithm.tis_cap", None))
     without = changed(RL, "algorithm.tis_cap", None)
-    assert "is_correction is read with" in problems_of(changed(without, "algorithm.is_correction", "reject"))[0]
+    assert "is_correction is read only with" in problems_of(changed(without, "algorithm.is_correction", "reject"))[0]
 
 
 @pytest.mark.parametrize("key", ["beta", "positive_weight", "entropy_bonus", "length_weight"])

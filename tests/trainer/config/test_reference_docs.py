@@ -1,4 +1,4 @@
-"""Every option of the configuration reference says what it is."""
+"""Every option of the configuration reference has a description."""
 
 from trainer.config.reference_docs import reference
 

@@ -1,6 +1,6 @@
-"""What the learner's tests train on, and the process that a group of several learners is made of.
+"""Training cases for the learner's tests, and the program of one process in a group of learners.
 
-python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go beside it)
+python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Case`; results go next to it)
 """
 
 import json
@@ -75,7 +75,7 @@ def whole_weights(learner: Learner) -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    """What every process of a group is told."""
+    """The instructions for every process of a group."""
 
     setups: list[LearnerSetup]
     world_size: int
@@ -85,7 +85,7 @@ class Case:
     groups: int = 5
     save_to: Path | None = None
     draw: Callable[..., list[list[SequenceGroup]]] = minibatches
-    """As `minibatches`: a function of a module, which each process imports."""
+    """Makes minibatches as `minibatches` does. It is a function of a module, because each process imports it."""
 
 
 def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[str, float]:

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_learner(folder: Path) -> Iterator[OpenLearner]:
-    """Opens learners one after the other (there is one group in a process) and closes the last."""
+    """Opens one learner at a time, because a process has one process group, and closes the last one."""
     with ExitStack() as stack:
 
         def open_(stage: int = 0, offload: str = "none", max_skipped_updates: int = 1, **changes: Any) -> Learner:
@@ -58,7 +58,7 @@ def open_learner(folder: Path) -> Iterator[OpenLearner]:
 
 
 def plain_training(folder: Path, objective: Policy, steps: int, epochs: int) -> dict[str, Tensor]:
-    """The same updates written out with torch alone: no packing, no accumulation, no DeepSpeed."""
+    """Compute the learner's updates with torch alone: no packing, no accumulation, no DeepSpeed."""
     model, reference = (new_model(folder, torch.float32) for _ in range(2))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -94,7 +94,7 @@ def assert_unchanged(learner: Learner, before: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: int) -> None:
-    """With several minibatches, passes and microbatches, reference model, old log-probs, clipping, decay, schedule."""
+    """Updates have several minibatches, passes and microbatches, a reference model, clipping, decay and a schedule."""
     learner = open_learner(stage, tokens_per_microbatch=40)
     for step in range(2):
         metrics = learner.update(minibatches(step), 2)

@@ -1,4 +1,4 @@
-"""Several learner processes over gloo are one learner: same weights, same metrics, whatever is shared out."""
+"""Several learner processes over gloo are one learner: same weights and metrics for any division of the work."""
 
 from dataclasses import replace
 from pathlib import Path

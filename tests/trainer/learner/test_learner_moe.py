@@ -1,5 +1,5 @@
-"""A mixture of experts in the learner: routers are balanced once for each update, alike on every process and in every
-ZeRO stage, and what must stay float32 stays float32."""
+"""A mixture of experts in the learner: routers are balanced once for each update, equally on every process and in
+every ZeRO stage, and float32 weights stay float32."""
 
 import json
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ RATE = 0.01
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny DeepSeek-V3 whose balance loss is off: it is a mean over the sequences of a microbatch, so it depends a
-    little on what is computed together."""
+    """A tiny DeepSeek-V3 without its balance loss, which is a mean over the sequences of a microbatch and so depends a
+    little on the division into microbatches."""
     path = tmp_path / "model"
     path.mkdir()
     shape = replace(DeepseekV3Config.tiny(), aux_loss_alpha=0.0, router_bias_update_rate=RATE)
@@ -40,7 +40,7 @@ def learner(folder: Path) -> Iterator[Learner]:
 
 
 def test_each_update_moves_the_bias_once(learner: Learner) -> None:
-    """Also with several microbatches, old and reference log-probs, and evaluation in between."""
+    """The bias moves once, also with several microbatches, old and reference log-probs, and evaluation in between."""
     before = whole_weights(learner)[BIAS]
     assert before.dtype == torch.float32 and not before.any()
     learner.evaluate(minibatches(9)[0])

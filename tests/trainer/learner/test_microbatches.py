@@ -1,4 +1,4 @@
-"""Groups that are larger than a microbatch may be: cut into their completions, with the same result."""
+"""Groups that are too large for a microbatch are cut into their completions, with the same result."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,7 +22,7 @@ BATCHES: list[TokenBatch] = []
 
 
 class Watched(Policy):
-    """Keeps what it is asked to compute."""
+    """Keeps the batches whose loss it computes."""
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         BATCHES.append(batch)

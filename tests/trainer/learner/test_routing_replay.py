@@ -1,4 +1,4 @@
-"""Routing replay in the learner and in a whole run: what the updates of one step do with the recorded experts."""
+"""Routing replay in the learner and in a whole run: the updates of one step use the recorded experts."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def policy(kind: type[Policy], replay: bool) -> Policy:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Qwen3-MoE without its balance loss, which depends a little on what is computed together."""
+    """A tiny Qwen3-MoE without its balance loss, which depends a little on the division into microbatches."""
     path = tmp_path / "model"
     path.mkdir()
     shape = replace(Qwen3MoeConfig.tiny(), router_aux_loss_coef=0.0, initializer_range=0.1)
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_learner(folder: Path) -> Iterator[OpenLearner]:
-    """Opens learners one after the other (there is one group in a process) and closes the last."""
+    """Opens one learner at a time, because a process has one process group, and closes the last one."""
     SEEN.clear()
     with ExitStack() as stack:
 

@@ -84,7 +84,7 @@ def test_replayed_it_gives_the_same_weights(pairs: Runs) -> None:
 
 
 def test_a_prompt_that_comes_again_in_a_later_round_is_answered_anew(pairs: Runs) -> None:
-    """Fewer training prompts than a step asks: each time with a seed of its own."""
+    """There are fewer training prompts than a step needs, so prompts repeat, each time with another seed."""
     path = pairs.folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": "1"}) + "\n" for i in range(10)))
     pairs.values["data"]["task"] = {"name": "table", "path": str(path), "held_out_share": 0.4}

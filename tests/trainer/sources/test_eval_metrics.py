@@ -1,4 +1,4 @@
-"""What graded groups say about right and wrong completions."""
+"""Metrics on right and wrong completions, computed from graded groups."""
 
 from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.sources.eval_metrics import lengths_by_outcome

@@ -1,4 +1,4 @@
-"""Saved rollouts come back exactly, or say why not."""
+"""Saved rollouts are replayed exactly, or an error gives the reason."""
 
 import math
 from dataclasses import replace

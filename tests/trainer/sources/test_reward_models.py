@@ -76,7 +76,7 @@ def test_it_learns_which_reply_was_chosen(judge: Path) -> None:
 
 
 def test_the_worker_gives_the_scores_that_the_learner_gave(judge: Path, model: Path) -> None:
-    """On the pairs that the learner validated on, from their texts; its metrics say what its scores were."""
+    """The worker scores the texts of the learner's validation pairs; the learner's metrics hold the expected values."""
     judging = worker(model)
     pairs = [json.loads(line) for line in (judge.parents[2] / "pairs.jsonl").read_text().splitlines()]
     context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"))
@@ -137,7 +137,7 @@ def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Pa
 
 
 def test_a_policy_learns_from_it_alone(runs: Runs, model: Path) -> None:
-    """What it was trained to prefer is what the policy then writes: characters before `A`."""
+    """The policy learns to write the characters that the reward model prefers: those before `A`."""
     judged_by(runs, model, weight=0.5)
     runs.values["rewards"] = [{"function": f"{REWARDS}:low_characters", "weight": 0.0}]  # to be looked at only
     run = runs.train("steps=8", "eval.at_start=true", "eval.every=8", "eval.reward=judge", "eval.threshold=0.0")

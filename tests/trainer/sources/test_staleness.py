@@ -1,4 +1,4 @@
-"""Weights that are pushed every few steps, and ratios that are taken to whoever sampled."""
+"""Weights that are pushed every few steps, and ratios to the policy that sampled."""
 
 from pathlib import Path
 
