@@ -1,7 +1,7 @@
 """Counts and shows failed rewards, and stops the run if there are too many: a broken reward must not look like 0."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llmquest_rl.types import Score
 from rewards.types import GradeItem
@@ -25,7 +25,7 @@ def unscored_share(scores: Sequence[Score]) -> float:
     return sum(failure_counts(scores).values()) / len(scores) if scores else 0.0
 
 
-def check_unscored(scores: Sequence[Score], items: Sequence[GradeItem], limit: float) -> None:
+def check_unscored(scores: Sequence[Score], items: Iterable[GradeItem], limit: float) -> None:
     """Check that not too many scores failed.
 
     Args:

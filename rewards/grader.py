@@ -14,10 +14,10 @@ from llmquest_rl.types import Score
 from rewards.config import GraderConfig, RewardConfig, check_names
 from rewards.load import OWN_ARGUMENTS, VERL_ARGUMENTS, RewardError, is_verl_form, missing_message
 from rewards.pool import Pool, Task
-from rewards.types import GradeItem, combine_scores
+from rewards.types import GradeItem
 from rewards.worker import Outcome
 
-__all__ = ["GradeItem", "Grader", "check_rewards"]
+__all__ = ["GradeItem", "Grader", "check_rewards", "combine_scores"]
 
 
 class Grader:
@@ -124,3 +124,18 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Iterable[str], confi
     """
     with Grader(rewards, (config or GraderConfig()).model_copy(update={"processes": 1})) as grader:
         grader.check(columns)
+
+
+def combine_scores(scores: Sequence[Score]) -> Score:
+    """The sum of the values, with the parts and the seconds of all scores.
+
+    If a score failed, the result is a failure of the first one's kind, because a sum without one of its terms would be
+    a different reward. If no reward applies, the result has no value.
+    """
+    parts = {name: value for score in scores for name, value in score.parts.items()}
+    seconds = sum(score.seconds for score in scores)
+    failed = [score for score in scores if score.failure is not None]
+    if failed:
+        return Score(None, parts, failed[0].failure, "; ".join(score.detail for score in failed), seconds)
+    values = [score.value for score in scores if score.value is not None]
+    return Score(sum(values) if values else None, parts, None, "", seconds)

@@ -21,11 +21,10 @@ from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
-from trainer.sources.dynamic_sampling import DynamicSampling
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
 from trainer.sources.rollouts import RewardWorkers, Rollouts, RolloutWorkers
-from trainer.sources.sampler import GroupCollector, LiveSampler, ReplayedSampler, Sampler, SingleRound
+from trainer.sources.sampler import LiveSampler, ReplayedSampler, Sampler
 from trainer.training_run import TrainingRun, resume
 
 log = logging.getLogger(__name__)
@@ -180,10 +179,7 @@ class OpenRollouts:
         rollouts = start_rollouts(self.components, cluster, model_path)
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
-        batch, algorithm = config.batch, config.algorithm
-        collector: GroupCollector
-        collector = DynamicSampling(batch, algorithm) if algorithm.dynamic_sampling else SingleRound(batch)
-        return LiveSampler(rollouts, collector, config, folder.rollouts if config.rollout.save else None)
+        return LiveSampler(rollouts, config, folder.rollouts if config.rollout.save else None)
 
 
 SOURCES: dict[str, type[OpenDataset] | type[OpenRollouts]] = {"dataset": OpenDataset, "rollout": OpenRollouts}

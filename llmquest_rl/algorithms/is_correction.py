@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
+from llmquest_rl.algorithms.ratios import bounded_exp, sequence_mean, sequence_sum
 from llmquest_rl.algorithms.variant import Variant
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from llmquest_rl.algorithms.log_ratios import LOG_LIMIT
+from llmquest_rl.algorithms.ratios import LOG_LIMIT
 from llmquest_rl.algorithms.variant import Variant
 
 if TYPE_CHECKING:

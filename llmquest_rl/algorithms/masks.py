@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmquest_rl.algorithms.log_ratios import sequence_mean, sequence_sum
+from llmquest_rl.algorithms.ratios import sequence_mean, sequence_sum
 from llmquest_rl.deferred import torch
 
 if TYPE_CHECKING:

@@ -1,6 +1,10 @@
 """Importance ratios: the probability of the sampled tokens under the current policy over that under the old policy.
 
-Each function takes log-probs of the current policy `[targets]`, of the old policy `[targets]`, and the number of the
+The file begins with arithmetic of log-ratios: exponentials that stay finite, and sums over the tokens of a sequence.
+`sequence_ids` are those of a packed batch, in which the targets of a sequence are adjacent and in order; a value of a
+sequence is repeated for each of its targets.
+
+Each ratio takes log-probs of the current policy `[targets]`, of the old policy `[targets]`, and the number of the
 sequence that each target belongs to `[targets]`. It returns the ratio `[targets]`, through which the gradient flows.
 """
 
@@ -10,11 +14,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean, sequence_sum
 from llmquest_rl.algorithms.variant import Variant
+from llmquest_rl.deferred import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOG_LIMIT = 20.0
+"""Log-ratios are clamped to +-20: e^20 is 4.9e8, beyond any bound of a surrogate, and the product of three is finite in
+float32. The gradient of a clamped log-ratio is 0."""
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio that is clamped to +-LOG_LIMIT."""
+    return log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+
+
+def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum over the targets of each sequence, repeated for each of them."""
+    return _totals(values, sequence_ids)[sequence_ids]
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean over the targets of each sequence, repeated for each of them."""
+    return sequence_sum(values, sequence_ids) / sequence_sum(torch.ones_like(values), sequence_ids)
+
+
+def sum_to_end(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum over each target and all later targets of its sequence."""
+    wide = values.double()  # one running sum over the batch: float32 would lose the small terms
+    ends = _totals(wide, sequence_ids).cumsum(0)[sequence_ids]
+    return (ends - wide.cumsum(0) + wide).to(values.dtype)
+
+
+def _totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Sum over the targets of each sequence `[sequences]`."""
+    sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+    return values.new_zeros(sequences).index_add(0, sequence_ids, values)
 
 
 def token(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor) -> Tensor:

@@ -104,10 +104,11 @@ def _compared(group: Group) -> _Compared | None:
 
 
 def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared:
+    if algorithm.length_penalty == "none":
+        return part
     penalty = LENGTH_PENALTIES[algorithm.length_penalty].configured(algorithm)
     added = penalty(part.rewards, part.lengths, max_tokens)
-    if algorithm.length_penalty != "none":
-        metrics.mean("reward/length_penalty", float(added.sum()), len(part.completions))
+    metrics.mean("reward/length_penalty", float(added.sum()), len(part.completions))
     return part._replace(rewards=part.rewards + added)
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
-from llmquest_rl.algorithms.log_ratios import bounded_exp, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.algorithms.ratios import RATIOS
+from llmquest_rl.algorithms.ratios import RATIOS, bounded_exp, sum_to_end
 from llmquest_rl.algorithms.sequence_groups import token_weights
 from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch

@@ -16,10 +16,9 @@ from llmquest_rl.algorithms.algorithm import SharedSettings
 from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, KLEstimator, k2
-from llmquest_rl.algorithms.log_ratios import LOG_LIMIT, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import PRESETS, ROWS, Algorithm, resolve
-from llmquest_rl.algorithms.ratios import RATIOS
+from llmquest_rl.algorithms.ratios import LOG_LIMIT, RATIOS, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.options import Options
 from tests.algorithms.cases import bounds

@@ -1,4 +1,4 @@
-"""A learner: one process that trains, around a DeepSpeed engine (`deepspeed_engine.py`).
+"""A learner: one process that trains, around a DeepSpeed engine (`distributed.py`).
 
 The objective's loss is a sum whose weights already carry the mean over the whole update, so gradients are summed over
 microbatches and processes, never averaged. DeepSpeed averages over processes, so the loss is scaled by their number.
@@ -25,12 +25,19 @@ from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
-from trainer.learner.deepspeed_engine import forget_accelerate, leave_process_group, whole_weights, wrap_model
+from trainer.learner.distributed import (
+    forget_accelerate,
+    join_group,
+    leave_process_group,
+    over_processes,
+    peak_memory_gb,
+    whole_weights,
+    wrap_model,
+)
 from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
-from trainer.learner.process_group import join_group, over_processes
 from trainer.learner.reference import load_reference, renew, save_reference
 from trainer.learner.setup import LearnerSetup
-from trainer.learner.state import SkippedUpdates, load_rng, peak_memory_gb, save_rng, seed_everything
+from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +147,7 @@ class Learner:
                 self.updates, sequence_groups, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
             )
             return
-        self.skipped_updates.good()
+        self.skipped_updates.in_a_row = 0
         metrics.merge(parts)
         metrics.mean("learner/grad_norm", norm)
         for name, value in routing.items():

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,6 @@ class SkippedUpdates:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.total = 0
-        self.in_a_row = 0
-
-    def good(self) -> None:
-        """An update was applied."""
         self.in_a_row = 0
 
     def bad(self, update: int, groups: Sequence[SequenceGroup], save_to: Path) -> None:
@@ -85,10 +80,3 @@ def load_rng(path: Path) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -11,7 +11,8 @@ from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 from llmquest_rl.types import Completion, Group, Problem, Request, Sampling, Score
-from rewards.types import GradeItem, combine_scores
+from rewards.grader import combine_scores
+from rewards.types import GradeItem
 from rollout.weights import SyncReport, WeightSnapshot
 from rollout.worker import RolloutWorker
 from trainer.cluster.worker_group import WorkerGroup

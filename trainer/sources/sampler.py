@@ -9,56 +9,11 @@ from typing import Protocol
 from llmquest_rl.data.stream import PromptStream
 from llmquest_rl.types import Group, Problem
 from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
-from trainer.config.schema import BatchConfig, Config
+from trainer.config.schema import Config
 from trainer.learner.group import LearnerGroup
-from trainer.sources.dynamic_sampling import NothingUsableError
+from trainer.sources.dynamic_sampling import DynamicSampling, NothingUsableError
 from trainer.sources.replay import load_rollouts, save_rollouts
 from trainer.sources.rollouts import Rollouts, Sampled, grade_item
-
-
-class GroupCollector(Protocol):
-    """Collects the groups of a step, in one round of sampling or several."""
-
-    def prompts_to_ask(self) -> int:
-        """Prompts of the next round; 0 = there is no further round."""
-        ...
-
-    def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
-        """Take the groups of one round."""
-        ...
-
-    def finish(self) -> Sampled:
-        """End the step and return its groups, with metrics over all rounds."""
-        ...
-
-    def forget(self) -> None:
-        """Drop groups that are kept for later steps: the weights that sample have changed."""
-        ...
-
-
-class SingleRound:
-    """Collects one group for each prompt, also those without a difference in reward."""
-
-    def __init__(self, batch: BatchConfig) -> None:
-        self._batch = batch
-        self._sampled: Sampled | None = None
-
-    def prompts_to_ask(self) -> int:
-        """The prompts of the step, once."""
-        return self._batch.prompts_per_step if self._sampled is None else 0
-
-    def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
-        """Take the groups of the round."""
-        self._sampled = groups, metrics
-
-    def finish(self) -> Sampled:
-        """Return the groups of the round."""
-        sampled, self._sampled = self._sampled, None
-        assert sampled is not None, "`add` comes before `finish`"
-        return sampled
-
-    def forget(self) -> None:
-        """Nothing is kept."""
 
 
 class Sampler(Protocol):
@@ -84,7 +39,7 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
         TooManyUnscoredError: their share is above the limit.
     """
     scores = [score for group in groups for score in group.scores]
-    items = [grade_item(group.problem, completion) for group in groups for completion in group.completions]
+    items = (grade_item(group.problem, completion) for group in groups for completion in group.completions)
     check_unscored(scores, items, limit)
     return {f"reward/failed_{kind}": float(count) for kind, count in failure_counts(scores).items()}
 
@@ -92,31 +47,40 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
 class LiveSampler:
     """Samples with rollout workers and grades with reward workers."""
 
-    def __init__(self, rollouts: Rollouts, collector: GroupCollector, config: Config, save_to: Path | None) -> None:
+    def __init__(self, rollouts: Rollouts, config: Config, save_to: Path | None) -> None:
         """`save_to` is the folder in which every step's groups are saved; None = they are not saved."""
         self.rollouts = rollouts
-        self.collector = collector
         self.config = config
         self.save_to = save_to
+        is_dynamic = config.algorithm.dynamic_sampling
+        self.dynamic = DynamicSampling(config.batch, config.algorithm) if is_dynamic else None
 
     def groups(self, step: int, stream: PromptStream) -> Sampled:
-        n, sampling = self.config.batch.samples_per_prompt, self.config.rollout.sampling
-        limit = self.config.graders.max_unscored_share
         sampled: list[Group] = []
         try:
-            while count := self.collector.prompts_to_ask():
-                problems = stream.take(count)
-                groups, metrics = self.rollouts.run(problems, n, sampling, f"train/{step}", first=len(sampled))
-                sampled += groups
-                self.collector.add(groups, metrics | check_groups(sampled, limit))
-            groups, metrics = self.collector.finish()
+            if self.dynamic is None:
+                groups, metrics = self._round(step, stream, self.config.batch.prompts_per_step, sampled)
+            else:
+                while count := self.dynamic.prompts_to_ask():
+                    self.dynamic.add(*self._round(step, stream, count, sampled))
+                groups, metrics = self.dynamic.finish()
         except (TooManyUnscoredError, NothingUsableError):
-            self._save(step, sampled)  # all of them: the user will want to look at them
+            if self.save_to is not None:
+                save_rollouts(self.save_to, step, sampled)  # all of them: the user will want to look at them
             raise
         if self.config.rollout.sleep:
             self.rollouts.workers.sleep()
-        self._save(step, groups)
+        if self.save_to is not None:
+            save_rollouts(self.save_to, step, groups)
         return groups, metrics
+
+    def _round(self, step: int, stream: PromptStream, count: int, sampled: list[Group]) -> Sampled:
+        """Sample and grade the next `count` problems, and append their groups to those of the step, `sampled`."""
+        n, sampling = self.config.batch.samples_per_prompt, self.config.rollout.sampling
+        problems = stream.take(count)
+        groups, metrics = self.rollouts.run(problems, n, sampling, f"train/{step}", first=len(sampled))
+        sampled += groups
+        return groups, metrics | check_groups(sampled, self.config.graders.max_unscored_share)
 
     def held_out(self, problems: Sequence[Problem]) -> Sampled:
         # The key does not hold the step: evaluations differ by the weights alone.
@@ -129,7 +93,8 @@ class LiveSampler:
         started = time.perf_counter()
         if self.config.rollout.sleep:
             self.rollouts.workers.wake()
-        self.collector.forget()
+        if self.dynamic is not None:
+            self.dynamic.forget()
         reports = self.rollouts.workers.sync_weights(learners.weight_snapshot(), version)
         assert all(report.version == version for report in reports)
         return {
@@ -137,10 +102,6 @@ class LiveSampler:
             "rollout/weight_version": float(version),
             "rollout/synced_mb": sum(report.num_bytes for report in reports) / 1e6,
         }
-
-    def _save(self, step: int, groups: Sequence[Group]) -> None:
-        if self.save_to is not None:
-            save_rollouts(self.save_to, step, groups)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Surrogates: the loss of each token. A surrogate `foo` is the file `llmquest_rl/algorithms/surrogates/foo.py`.
 
 The file has a function `loss(tokens)`, or `loss(tokens, settings)` with a class of its own settings, and ends with
-`SURROGATE = Surrogate(loss, ...)`. It may import `log_ratios` and `variant`, and no other file changes.
+`SURROGATE = Surrogate(loss, ...)`. It may import `ratios` and `variant`, and no other file changes.
 All tensors here are `[targets]`.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmquest_rl.algorithms.log_ratios import LOG_LIMIT
+from llmquest_rl.algorithms.ratios import LOG_LIMIT
 from llmquest_rl.algorithms.surrogates import Surrogate, Tokens, by_sign
 from llmquest_rl.algorithms.variant import PositiveFinite
 from llmquest_rl.options import Options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmquest_rl.algorithms.log_ratios import bounded_exp, sequence_mean
+from llmquest_rl.algorithms.ratios import bounded_exp, sequence_mean
 from llmquest_rl.algorithms.surrogates import SHOW_BOUNDS, Bounds, Cuts, Surrogate, Tokens
 from llmquest_rl.deferred import torch
 

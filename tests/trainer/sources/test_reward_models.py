@@ -20,7 +20,8 @@ from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Score
-from rewards.types import GradeItem, combine_scores
+from rewards.grader import combine_scores
+from rewards.types import GradeItem
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
 from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step

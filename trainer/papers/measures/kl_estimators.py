@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
-from llmquest_rl.algorithms.log_ratios import bounded_exp
+from llmquest_rl.algorithms.ratios import bounded_exp
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model

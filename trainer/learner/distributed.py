@@ -1,4 +1,6 @@
-"""DeepSpeed's engine around a model and its optimizer, made through Accelerate. No other file imports DeepSpeed.
+"""The distributed side of a learner: its process group, and DeepSpeed's engine around a model, made by Accelerate.
+
+No other file imports DeepSpeed.
 
 The behaviour of DeepSpeed depends on dtype and ZeRO stage:
 
@@ -10,13 +12,17 @@ The behaviour of DeepSpeed depends on dtype and ZeRO stage:
 import io
 import logging
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Model
 from llmquest_rl.models.weight_map import named_weights
 from trainer.config.schema import LearnerConfig
@@ -104,3 +110,36 @@ def zero_config(
         "communication_data_type": "fp32",
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: DeepSpeed's own needs a compiler at run time
     }
+
+
+def join_group(device: torch.device, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> bool:
+    """Join the process group of the learners; False when this process already is in a group (an engine's, inline).
+
+    A single process needs no address. On a loopback address nothing is bound to other interfaces.
+    """
+    if dist.is_initialized():
+        assert dist.get_world_size() == world_size, "this process is in a group of another size"
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout_s)}
+    if world_size == 1:
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), **options)
+        return True
+    if address.startswith("127.") or address == "localhost":
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **options)
+    return True
+
+
+def over_processes(metrics: Metrics) -> Metrics:
+    """The metrics of all processes merged, on each of them. A collective call."""
+    everyone: list[Metrics] = [metrics] * dist.get_world_size()
+    dist.all_gather_object(everyone, metrics.fetched())
+    return Metrics().merge(everyone)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
