@@ -17,7 +17,7 @@ from llmquest_rl.models.base import Model
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, new_model, save_model
 from llmquest_rl.models.weight_map import disk_tensors
-from rollout.vllm_limits import check_computed_alike, read_shape
+from rollout.vllm_limits import check_architecture, read_shape
 
 FILE = '''
 """Llama whose final states are halved."""
@@ -113,13 +113,13 @@ def test_a_classifier_is_made_of_it(folder: Path) -> None:
 
 
 def test_its_file_says_what_vllm_serves(folder: Path) -> None:
-    check_computed_alike(folder, read_shape(folder))
+    check_architecture(folder, read_shape(folder))
     for changes, message in (
-        ({"halved": False}, "halved is false, and must be true"),
-        ({"attention_bias": True}, "attention_bias is true, and it computes false only"),
+        ({"halved": False}, "halved is false, but must be true"),
+        ({"attention_bias": True}, "attention_bias is true, but it computes false only"),
         ({"mlp_bias": True}, "cannot serve .*mlp_bias is true. Choose the engine `native`"),
-        ({"architectures": ["ViTForImageClassification"]}, "proven for .*HalfLlamaForCausalLM.* only"),
+        ({"architectures": ["ViTForImageClassification"]}, "verified for .*HalfLlamaForCausalLM.* only"),
     ):
         write_config(folder, **changes)
         with pytest.raises(ValueError, match=message):
-            check_computed_alike(folder, read_shape(folder))
+            check_architecture(folder, read_shape(folder))
