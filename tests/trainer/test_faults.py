@@ -108,7 +108,7 @@ def test_prompts_that_are_all_too_long_are_an_error_before_the_start(runs: Runs,
 
 
 def test_a_context_that_the_model_does_not_have_is_an_error_before_the_start(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower max_prompt_tokens or max_tokens"):
+    with pytest.raises(ValueError, match="lower data.max_prompt_tokens, or max_tokens in"):
         runs.train("rollout.sampling.max_tokens=100000", "batch.tokens_per_microbatch=1000000")
     assert not (tmp_path / "runs").exists()
 

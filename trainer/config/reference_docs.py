@@ -91,7 +91,7 @@ def _sentence(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as people write it: `int`, `auto / float32`, `list of str`."""
+    """A type in readable form: `int`, `auto / float32`, `list of str`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in inner)
@@ -111,7 +111,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if section_class(field) is not None:
-        return "null" if field.default is None else "see there"
+        return "null" if field.default is None else "its defaults"
     shown = json.dumps(to_jsonable_python(field.get_default(call_default_factory=True)), ensure_ascii=False)
     return f"`{_cell(shown)}`"
 

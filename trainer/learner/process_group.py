@@ -1,4 +1,4 @@
-"""The process group of the learners: joining it, and metrics over all of its processes."""
+"""The process group of the learners: joins it, and merges metrics over its processes."""
 
 import os
 from datetime import timedelta
@@ -11,9 +11,17 @@ from llmquest_rl.metrics import Metrics
 
 
 def join_group(device: torch.device, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> bool:
-    """Join the process group of the learners; False when this process already is in a group (an engine's, inline).
+    """Join the process group of the learners; returns False if this process is already in a group, e.g. an engine's.
 
-    A single process needs no address. On a loopback address nothing is bound to other interfaces.
+    A single process needs no address. With a loopback address no other network interface is used.
+
+    Args:
+        device: device of this learner; it selects the backend, NCCL or Gloo.
+        rank: number of this process.
+        world_size: number of processes.
+        address: address of the first process.
+        port: port of the first process.
+        timeout_s: time limit for each collective, in seconds.
     """
     if dist.is_initialized():
         assert dist.get_world_size() == world_size, "this process is in a group of another size"
@@ -30,7 +38,7 @@ def join_group(device: torch.device, rank: int, world_size: int, address: str, p
 
 
 def over_processes(metrics: Metrics) -> Metrics:
-    """The metrics of all processes merged, on each of them. A collective call."""
+    """Merge the metrics of all processes; each process gets the result. A collective call."""
     everyone: list[Metrics] = [metrics] * dist.get_world_size()
     dist.all_gather_object(everyone, metrics.fetched())
     return Metrics().merge(everyone)

@@ -19,7 +19,7 @@ AREAS: dict[str, str] = {
     "checkpoint": "Checkpoints.",
     "memory": "Memory of the learner processes.",
     "system": "The machine that runs the driver process.",
-    "tracking": "The record itself.",
+    "tracking": "The logged metrics themselves.",
 }
 """The part of a name before the slash, and one sentence on it."""
 
@@ -30,7 +30,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/group_std": ("reward", "Standard deviation of the total reward within a group, mean over the groups."),
     "reward/<name>": ("reward", "One reward by its name, before weighting, mean over the completions it applies to."),
     "reward/<name>/<component>": ("reward", "One component of a reward that returns several, mean."),
-    "reward/zero_std_group_share": ("share", "Groups whose rewards are all equal: there is nothing to learn from."),
+    "reward/zero_std_group_share": (
+        "share",
+        "Groups whose rewards are all equal, so that there is nothing to learn from.",
+    ),
     "reward/zero_advantage_steps": ("steps", "Consecutive steps, up to this one, in which no group had an advantage."),
     "reward/length_penalty": ("reward", "Amount that the length penalty adds to a reward, mean."),
     "reward/sampled_mean": (
@@ -81,14 +84,20 @@ METRICS: dict[str, tuple[str, str]] = {
     "policy/clip_low_frac": ("share", "Tokens that were clipped at the lower bound."),
     "policy/clip_high_frac": ("share", "Tokens that were clipped at the upper bound or at `dual_clip`."),
     "policy/clip_frac_rare": ("share", "Clipped tokens among those with a probability below 0.1 in the old policy."),
-    "policy/clip_frac_common": ("share", "Clipped tokens among the other ones."),
+    "policy/clip_frac_common": (
+        "share",
+        "Clipped tokens among those with a probability of 0.1 or more in the old policy.",
+    ),
     "policy/kl": ("nats", "Estimate k3 of KL(policy || reference), mean."),
     "policy/approx_kl": ("nats", "Estimate k3 of KL(old policy || current policy), mean."),
     "policy/logp_gap": ("nats", "Absolute difference of the engine's and the learner's log-prob of a token, mean."),
-    "policy/logp_gap_max": ("nats", "Largest such difference."),
+    "policy/logp_gap_max": (
+        "nats",
+        "Largest absolute difference of the engine's and the learner's log-prob of a token.",
+    ),
     "policy/logp_gap_k3": ("nats", "Estimate k3 of KL(engine || learner), mean."),
     "policy/tis_weight": ("ratio", "Importance weight between engine and learner after the bounds, mean."),
-    "policy/tis_square": ("", "Square of that weight, mean."),
+    "policy/tis_square": ("", "Square of the importance weight between engine and learner, mean."),
     "policy/tis_capped_share": ("share", "Tokens whose importance weight was cut at a bound, or dropped."),
     "policy/tis_ess": ("share", "Effective sample size of the importance weights. 1 = engine and learner agree."),
     "policy/off_policy_share": ("share", "Tokens that `off_policy_delta` left out of the policy loss."),
@@ -121,8 +130,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "share",
         "Estimated chance that one of k completions of a problem is right; k = 2, 4, 8, ...",
     ),
-    "eval/pass_at_<k>_low": ("share", "Lower end of its 95 % interval."),
-    "eval/pass_at_<k>_high": ("share", "Upper end of its 95 % interval."),
+    "eval/pass_at_<k>_low": ("share", "Lower end of the 95 % interval of pass@k."),
+    "eval/pass_at_<k>_high": ("share", "Upper end of the 95 % interval of pass@k."),
     "eval/reward": ("reward", "Total reward of a held-out completion, mean."),
     "eval/problems": ("count", "Held-out problems with a scored completion."),
     "eval/unscored": ("count", "Held-out completions that could not be graded."),
@@ -144,7 +153,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "prediction. Each is multiplied by its coefficient. Mean over microbatches, weighted by their tokens.",
     ),
     "moe/max_vio": ("", "Largest load of an expert over the mean load, minus 1; mean over layers. 0 = balanced."),
-    "moe/max_vio_worst": ("", "The same number in the layer in which it is largest."),
+    "moe/max_vio_worst": ("", "`moe/max_vio` of the layer in which it is largest."),
     "moe/expert_tokens_min": ("tokens", "Fewest tokens that an expert of any layer got in an update."),
     "moe/expert_tokens_max": ("tokens", "Most tokens that an expert of any layer got in an update."),
     "moe/idle_share": ("share", "Experts that no token of an update chose."),
@@ -155,7 +164,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
     "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
     "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
-    "learner/tokens_per_s": ("tokens/s", "Such tokens per second, all learner processes together."),
+    "learner/tokens_per_s": (
+        "tokens/s",
+        "Tokens of the forward and backward passes per second, all learner processes together.",
+    ),
     "learner/microbatches": ("count", "Forward and backward passes of the step in each process."),
     # --- around the step ---
     "data/epoch": ("epochs", "Passes over the training data so far. 0 for endless data."),

@@ -1,4 +1,4 @@
-"""Samplers: they give a step its graded groups, from live workers or from a folder of saved rollouts."""
+"""Samplers, which provide the graded groups of a step: from live workers, or from a folder of saved rollouts."""
 
 import time
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from trainer.sources.rollouts import Rollouts, Sampled, grade_item
 class GroupCollector(Protocol):
     """Collects the groups of a step, in one round of sampling or several."""
 
-    def prompts_to_ask(self) -> int:
-        """Prompts of the next round; 0 = there is no further round."""
+    def prompts_to_sample(self) -> int:
+        """Number of prompts in the next round; 0 = there is no further round."""
         ...
 
     def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
@@ -32,19 +32,19 @@ class GroupCollector(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drop groups that are kept for later steps: the weights that sample have changed."""
+        """Drop groups that are kept for later steps, because the engines have got new weights."""
         ...
 
 
 class SingleRound:
-    """Collects one group for each prompt, also those without a difference in reward."""
+    """Collects one group for each prompt, including groups of equal rewards."""
 
     def __init__(self, batch: BatchConfig) -> None:
         self._batch = batch
         self._sampled: Sampled | None = None
 
-    def prompts_to_ask(self) -> int:
-        """The prompts of the step, once."""
+    def prompts_to_sample(self) -> int:
+        """The number of prompts in a step, then 0."""
         return self._batch.prompts_per_step if self._sampled is None else 0
 
     def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
@@ -58,27 +58,33 @@ class SingleRound:
         return sampled
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no group is kept."""
 
 
 class Sampler(Protocol):
-    """Answers prompts with graded groups."""
+    """Provides graded groups for prompts."""
 
     def groups(self, step: int, stream: PromptStream) -> Sampled:
-        """Groups for training, and metrics. Takes the prompts that it needs off the stream."""
+        """Take prompts from the stream, and return their groups for training, and metrics.
+
+        Raises:
+            TooManyUnscoredError: more completions could not be graded than `graders.max_unscored_share` allows.
+            NothingUsableError: dynamic sampling found no group to learn from.
+            ValueError: saved rollouts are missing or damaged.
+        """
         ...
 
     def held_out(self, problems: Sequence[Problem]) -> Sampled:
-        """Groups for evaluation, and metrics; no groups where nothing can be sampled."""
+        """Groups for evaluation, and metrics. There are no groups if rollouts are replayed, because no engine runs."""
         ...
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Bring the learners' weights to the workers that sample; returns metrics."""
+        """Sync the learners' weights to the rollout workers; returns metrics."""
         ...
 
 
 def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
-    """Count ungraded completions by cause.
+    """Count completions that could not be graded, by cause.
 
     Raises:
         TooManyUnscoredError: their share is above the limit.
@@ -104,14 +110,14 @@ class LiveSampler:
         limit = self.config.graders.max_unscored_share
         sampled: list[Group] = []
         try:
-            while count := self.collector.prompts_to_ask():
+            while count := self.collector.prompts_to_sample():
                 problems = stream.take(count)
                 groups, metrics = self.rollouts.run(problems, n, sampling, f"train/{step}", first=len(sampled))
                 sampled += groups
                 self.collector.add(groups, metrics | check_groups(sampled, limit))
             groups, metrics = self.collector.finish()
         except (TooManyUnscoredError, NothingUsableError):
-            self._save(step, sampled)  # all of them: the user will want to look at them
+            self._save(step, sampled)  # all of them, so that the user can look at them
             raise
         if self.config.rollout.sleep:
             self.rollouts.workers.sleep()
