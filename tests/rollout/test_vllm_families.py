@@ -198,7 +198,7 @@ def test_float32_has_the_same_kernels_with_every_instruction_set(instructions: s
         ("gpt2", {"n_head": 4}, "heads of size 16"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false"),
         ("gpt2", {"n_positions": 95}, "supports 95 positions"),
-        ("qwen2", {"head_dim": 64}, "head_dim is 64, but it computes hidden_size"),
+        ("qwen2", {"head_dim": 64}, "head_dim is 64, and it computes hidden_size"),
         (
             "qwen2",
             {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1},

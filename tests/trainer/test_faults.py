@@ -115,7 +115,7 @@ def test_a_context_that_the_model_does_not_have_is_an_error_before_the_start(run
 
 def test_an_engine_with_other_weights_ends_the_run(runs: Runs) -> None:
     """bfloat16 against float32 differs by more than this limit."""
-    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, rollout.max_logprob_gap is 1e-06"):
+    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, but rollout.max_logprob_gap is 1e-06"):
         runs.train("rollout.dtype=bfloat16", "rollout.max_logprob_gap=1e-6")
 
 
