@@ -72,6 +72,6 @@ def _token_id(tokenizer: Tokenizer, token: str) -> int:
     if id_ is None:
         reserved = ", ".join(sorted(map(str, tokenizer.added_tokens_decoder.values())))
         raise ValueError(
-            f"the tokenizer has no token {token!r}: choose one that never occurs in texts, e.g. of {reserved}"
+            f"the tokenizer has no token {token!r}: choose one that never occurs in texts, such as {reserved}"
         )
     return int(id_)

@@ -129,7 +129,7 @@ def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Pa
     scores = worker(model, max_tokens=60).grade([ITEMS[0], GradeItem("12 + 34=", "4" * 60, None), ITEMS[1]])
     assert [score.failure for score in scores] == [None, "invalid", None]
     assert scores[1].value is None and scores[1].parts == {}
-    assert "the reward model judges 60 at most" in scores[1].detail
+    assert "the reward model reads 60 at most" in scores[1].detail
     plain = worker(model).grade([ITEMS[0], ITEMS[1]])
     assert [scores[0].value, scores[2].value] == pytest.approx([score.value for score in plain], abs=1e-5)
     broken = worker(with_head(model, tmp_path / "nan", float("nan"))).grade(ITEMS[:2])
