@@ -12,8 +12,8 @@ from rewards.builtin import REWARDS
 class RewardConfig(Options):
     """One reward: `{name: exact_number, weight: 1.0, tolerance: 0.01}` or `{function: my.py:reward, weight: 0.5}`.
 
-    Every further key is an option of the reward: of a built-in, a field of the class `Config` in its file; of a
-    function of your own, a keyword argument.
+    Every further key is an option of the reward: for a built-in a field of the class `Config` in its file, for a
+    function of your own a keyword argument.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -46,7 +46,9 @@ class RewardConfig(Options):
         if self.is_builtin:
             self.builtin_config()
         elif not locate(self.function)[1]:
-            raise ValueError(f"reward `{self.name}`: `{self.function}` should end in `:function`")
+            raise ValueError(
+                f"reward `{self.name}`: `{self.function}` should end in `:function`, the name of the function"
+            )
         return self
 
     @property
@@ -86,7 +88,7 @@ class GraderConfig(Options):
     processes: int = Field(default=2, ge=1)
     """Number of worker processes per grader that grade at the same time; one more is started as a spare."""
     timeout_s: float = Field(default=5.0, gt=0)
-    """Time limit in seconds for one reward of one item. Then its process is killed, and the item is unscored."""
+    """Time limit in seconds for one reward of one item. After it the process is killed, and the item is unscored."""
     memory_mb: int = Field(default=1024, ge=16)
     """Memory limit in MiB: if one item makes its process grow by more, the item is unscored (`memory`)."""
     max_unscored_share: float = Field(default=0.2, ge=0, le=1)

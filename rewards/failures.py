@@ -1,4 +1,4 @@
-"""Counts and shows failed rewards, and stops the run if there are too many: a broken reward must not look like 0."""
+"""Counts failed rewards, and stops the run if there are too many: a broken reward must not look like a reward of 0."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -16,17 +16,17 @@ from rewards.grader import Grader
 from rewards.types import GradeItem
 
 CHUNK = 4096
-"""Number of rows that are in memory at a time."""
+"""Maximum number of rows in memory."""
 OWN_KEYS = ("prompt", "completion", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the file: an item, or the problem with the line."""
+    """One line of the file: an item, or a text that describes the defect of the line."""
 
     line: int
     item: GradeItem | None
-    problem: str = ""
+    defect: str = ""
 
 
 @dataclass(slots=True)
@@ -156,7 +156,7 @@ def grade_file(rewards: Sequence[RewardConfig], path: Path, out: Path, config: G
 
 def _grade(grader: Grader, rows: list[Row]) -> list[Score]:
     scores = iter(grader.grade([row.item for row in rows if row.item is not None]))
-    return [Score(None, {}, "invalid", row.problem) if row.item is None else next(scores) for row in rows]
+    return [Score(None, {}, "invalid", row.defect) if row.item is None else next(scores) for row in rows]
 
 
 def _record(row: Row, score: Score) -> dict[str, Any]:

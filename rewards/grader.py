@@ -1,6 +1,6 @@
 """The grader: weighted rewards of completions, run in worker processes with limits on time and memory per item.
 
-If a reward fails on an item, only that item is unscored: other items are not affected, and the reward is not 0.
+If a reward fails on an item, that item has no score, rather than a score of 0. Other items are not affected.
 """
 
 import pickle
@@ -47,7 +47,7 @@ class Grader:
                 for item, reward, outcome in self._pool.run(self._tasks(items, drafts)):
                     drafts[item].outcomes[reward] = outcome
             except BaseException:
-                # Outstanding answers must not be taken for answers to the next call.
+                # Late answers must not be mistaken for answers to the next call.
                 self._pool.close()
                 raise
         return [draft.score(self._rewards) for draft in drafts]

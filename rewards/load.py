@@ -18,7 +18,7 @@ _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class RewardError(ValueError):
-    """A reward is not found, cannot be imported, or lacks a column. This is found before a run starts."""
+    """A reward is not found, cannot be imported, or needs a column that the data lack. Raised before a run starts."""
 
 
 class InvalidReturnError(ValueError):
@@ -49,8 +49,8 @@ class LoadedReward:
         missing = self.required - values.keys()
         if missing:
             raise RewardError(missing_message(self.name, missing, values))
-        wanted = values if self.takes_all else {name: values[name] for name in self.accepted & values.keys()}
-        return self.function(**{**wanted, **self.bound})
+        arguments = values if self.takes_all else {name: values[name] for name in self.accepted & values.keys()}
+        return self.function(**{**arguments, **self.bound})
 
 
 def is_verl_form(arguments: Iterable[str]) -> bool:
@@ -69,9 +69,9 @@ def available_arguments(item: GradeItem, verl: bool) -> dict[str, Any]:
 
 
 def missing_message(name: str, missing: Iterable[str], available: Iterable[str]) -> str:
-    """A message with the missing arguments and the existing columns."""
-    wanted = ", ".join(f"`{argument}`" for argument in sorted(missing))
-    return f"reward `{name}` needs {wanted}, but the columns are: {', '.join(sorted(available))}"
+    """The error message for missing arguments, with the existing columns."""
+    needed = ", ".join(f"`{argument}`" for argument in sorted(missing))
+    return f"reward `{name}` needs {needed}, but the columns are: {', '.join(sorted(available))}"
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:

@@ -26,7 +26,7 @@ QUEUE_SECONDS = 0.02
 """Work queued at one worker, in seconds: enough to hide the round trip, but little behind a slow item."""
 MAX_QUEUE = 16
 MAX_QUEUE_BYTES = 64 * 1024
-"""Less than the capacity of a socket: sending must never block on a worker that hangs."""
+"""Maximum bytes queued at one worker: below the capacity of a socket, so that sending never blocks on a hung worker."""
 MAX_FAILED_STARTS = 3
 
 
@@ -100,7 +100,8 @@ def _environment() -> dict[str, str]:
     """The parent's environment with its import path. Numeric libraries get one thread, as there are many workers."""
     defaults = {
         "OMP_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "2",  # each arena reserves 64 MiB of address space, which is what the memory limit counts
+        # The memory limit counts address space, of which each arena reserves 64 MiB.
+        "MALLOC_ARENA_MAX": "2",
     }
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
@@ -214,15 +215,16 @@ class Pool:
             worker.queue.popleft()
         worker.since = time.monotonic()
         self._seconds = 0.9 * self._seconds + 0.1 * message.outcome.seconds
-        return message.worn
+        return message.should_replace
 
     def _on_silence(self, worker: Worker, answers: list[tuple[int, int, Outcome]], pending: deque[Task]) -> None:
         if worker.started is not None and worker.has_ended():  # a child of the reward holds the socket open
             self._on_end(worker, answers, pending)
         elif worker.started is None:
-            self._on_failed_start(worker, f"importing the rewards took more than {self._config.start_timeout_s:g} s")
+            limit = self._config.start_timeout_s
+            self._on_failed_start(worker, f"importing the rewards took more than {limit:g} s (graders.start_timeout_s)")
         else:
-            self._fail(worker, answers, "timeout", f"took more than {self._config.timeout_s:g} s")
+            self._fail(worker, answers, "timeout", f"took more than {self._config.timeout_s:g} s (graders.timeout_s)")
             self._replace(worker, pending)
 
     def _on_end(self, worker: Worker, answers: list[tuple[int, int, Outcome]], pending: deque[Task]) -> None:
@@ -242,11 +244,11 @@ class Pool:
             raise RewardError(f"rewards {', '.join(self._names)}: {reason}")
         self._replace(worker, deque())
 
-    def _fail(self, worker: Worker, answers: list[tuple[int, int, Outcome]], failure: str, what: str) -> None:
+    def _fail(self, worker: Worker, answers: list[tuple[int, int, Outcome]], failure: str, event: str) -> None:
         """Store a failure for the current reward of the worker's current task."""
         task = worker.queue[0]
         reward = task.rewards[0]
-        detail = f"reward `{self._names[reward]}` {what}"
+        detail = f"reward `{self._names[reward]}` {event}"
         answers.append((task.id, reward, Outcome({}, failure, detail, time.monotonic() - worker.since)))
         task.rewards = task.rewards[1:]
         if not task.rewards:

@@ -10,7 +10,7 @@ Value = float | dict[str, float | None] | None
 """The return value of a reward: a number, named components, or None if the reward does not apply."""
 
 RewardFunction = Callable[..., Value | Awaitable[Value]]
-"""`def reward(prompt, completion, answer, **columns)`: it gets the arguments in its signature, by keyword."""
+"""`def reward(prompt, completion, answer, **columns)`: it gets the arguments that its signature names, by keyword."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A worker process: it imports the rewards once and then grades the items from its socket, one reward at a time.
 
 It is a fresh interpreter and not started by multiprocessing, which would import the parent's main script again: that is
-slow inside a Ray actor, and endless in a script without a main guard.
+slow inside a Ray actor, and recurses without end in a script that has no main guard.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class Answer:
     task: int
     reward: int
     outcome: Outcome
-    worn: bool
+    should_replace: bool
 
 
 class Memory:
@@ -87,8 +87,8 @@ class Memory:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (self._hard, self._hard))
 
-    def worn(self) -> bool:
-        """Whether all items together have left more in memory than one item may take."""
+    def has_grown(self) -> bool:
+        """Whether the process has grown by more than the limit for one item since it started."""
         return self._sizes()[1] - self._first > self._limit
 
 
@@ -107,7 +107,10 @@ def run_reward(reward: LoadedReward, item: bytes, memory: Memory, loop: asyncio.
     except (InvalidReturnError, RewardError) as error:
         failure, detail = "invalid", str(error)
     except MemoryError:
-        failure, detail = "memory", f"reward `{reward.name}` took more than graders.memory_mb for one item"
+        failure, detail = (
+            "memory",
+            f"reward `{reward.name}` took more memory for one item than graders.memory_mb allows",
+        )
     except TimeoutError as error:
         failure, detail = "timeout", _describe(reward.name, error)
     except BaseException as error:  # also SystemExit, and errors of libraries that derive from BaseException
@@ -128,7 +131,7 @@ def _describe(name: str, error: BaseException) -> str:
 
 
 def end_with_parent(lifeline: int) -> None:
-    """Let the kernel end this process group when the parent's end of the lifeline closes, in whatever way it ended.
+    """Let the kernel end this process group when the parent's end of the lifeline closes, however the parent ends.
 
     SIGIO ends a process by default, even one that hangs in C code. (PR_SET_PDEATHSIG would fire as soon as the parent's
     *thread* that started this process ends.)
@@ -138,7 +141,7 @@ def end_with_parent(lifeline: int) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Load the rewards, report it, and answer requests until the parent closes the socket."""
+    """Load the rewards, report that to the parent, and answer requests until the parent closes the socket."""
     setup: Setup = connection.recv()
     try:
         rewards = [load_reward(config) for config in setup.rewards]
@@ -152,7 +155,7 @@ def serve(connection: Connection) -> None:
         task, indices, item = connection.recv()
         for index in indices:
             outcome = run_reward(rewards[index], item, memory, loop)
-            connection.send(Answer(task, index, outcome, outcome.failure == "memory" or memory.worn()))
+            connection.send(Answer(task, index, outcome, outcome.failure == "memory" or memory.has_grown()))
 
 
 def main(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Rollouts: the interface of engines, the engines, and the worker that the cluster places around one of them.
 
-May import the library; knows neither `rewards` nor `trainer`. Engines are found by name: see `rollout/engine.py`.
+It may import the library, but neither `rewards` nor `trainer`. Engines are found by name: see `rollout/engine.py`.
 """
 
 from llmquest_rl.loader import ComponentKind

@@ -31,7 +31,7 @@ class Decoder:
         """Check that stop strings can be found.
 
         Raises:
-            ValueError: There are stop strings, but the folder has no tokenizer.
+            ValueError: there are stop strings, but the folder has no tokenizer.
         """
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model folder has none: leave `stop` empty")

@@ -1,13 +1,13 @@
-"""The protocol of a rollout engine; checking and starting an engine by its name.
+"""The protocol of a rollout engine, and functions that check and start an engine by its name.
 
 An engine `foo` is the file `rollout/engines/foo.py`, or a user's own `path/foo.py` or `package.foo`, which has
 
-* `Config(Options)`: the keys beside `name:` in the configuration;
-* `check(model_path, config, setup)`: raises ValueError if the engine cannot serve the model, before any weight is
-  loaded and any process is started;
+* `Config(Options)`: the other keys of its section in the configuration;
+* `check(model_path, config, setup)`: raises ValueError if the engine cannot serve the model; it loads no weights and
+  starts no process;
 * `build(model_path, config, setup) -> RolloutEngine`.
 
-Nothing is registered: adding an engine is adding a file (`llmquest_rl/loader.py`).
+There is no registry: a new engine is a new file (`llmquest_rl/loader.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FACTS = dict[str, str | int | float | bool | None]
 
 @dataclass(frozen=True, slots=True)
 class EngineSetup:
-    """Settings that every engine gets besides its own options."""
+    """Settings of every engine, in addition to its own options."""
 
     context_tokens: int
     """Maximum tokens of a prompt and its completion together. It sizes the KV cache; no request is longer."""
@@ -95,7 +95,7 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`. `generate`, `logprobs` and `load_weights` need an engine that is awake. Idempotent."""
+        """Undo `sleep`. `generate`, `logprobs` and `load_weights` raise EngineError until then. Idempotent."""
         ...
 
     def close(self) -> None:
@@ -108,11 +108,11 @@ class RolloutEngine(Protocol):
 
 
 class EngineError(RuntimeError):
-    """The engine failed or returned an invalid result. The caller's input is valid, but a blind retry will not help."""
+    """The engine failed or returned an invalid result. The input is valid, but the same call will fail again."""
 
 
 def engine_config(name: str) -> type[Options]:
-    """The options class of an engine, for validating the keys beside `name:`. Imports no engine library.
+    """The options class of an engine, which validates the other keys of its section. Imports no engine library.
 
     Raises:
         ComponentError: there is no such engine.
@@ -126,12 +126,12 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
     Raises:
         ValueError: It cannot. The message gives the reason and an engine that can.
     """
-    _check_writes(model_path)
+    _check_generates(model_path)
     ENGINES.module(name).check(model_path, config, setup)
 
 
-def _check_writes(model_path: Path) -> None:
-    """Check that one of our models predicts tokens. The engine itself checks other models and missing files."""
+def _check_generates(model_path: Path) -> None:
+    """Check that a model, if it is one of ours, generates text. Engines check other models and missing files."""
     from llmquest_rl.models.architectures import architectures
     from llmquest_rl.models.base import CausalLM
     from llmquest_rl.models.checkpoint.weight_files import read_json
@@ -141,19 +141,23 @@ def _check_writes(model_path: Path) -> None:
     for name in names:
         if name in architectures() and not issubclass(architectures()[name].model, CausalLM):
             raise ValueError(
-                f"{model_path} is a {name}, which scores text and cannot generate it: give a language model"
+                f"{model_path} is a {name}, which scores its input and cannot generate text: give a language model"
             )
 
 
 def open_engine(name: str, config: Options, model_path: Path, setup: EngineSetup) -> RolloutEngine:
-    """Check and start an engine with the model of a folder in the Hub layout."""
+    """Check and start an engine with the model of a folder in the Hub layout.
+
+    Raises:
+        ValueError: the engine cannot serve the model.
+    """
     check_engine(name, config, model_path, setup)
     engine: RolloutEngine = ENGINES.module(name).build(model_path, config, setup)
     return engine
 
 
 def choose_engine(model_path: Path, setup: EngineSetup) -> tuple[str, str]:
-    """Choose the engine for `auto`, with the reason: vLLM if it is installed and serves the model, else native."""
+    """The best engine for a model and the reason: vLLM if it is installed and serves the model, else native."""
     if find_spec("vllm") is None:
         return "native", "vLLM is not installed"
     try:
@@ -177,7 +181,7 @@ def check_context(model_path: Path, longest: int | None, setup: EngineSetup) -> 
     if longest is not None and setup.context_tokens > longest:
         raise ValueError(
             f"the model in {model_path} supports {longest} positions, but a prompt and its completion may take "
-            f"{setup.context_tokens} tokens: lower max_prompt_tokens or max_tokens"
+            f"{setup.context_tokens} tokens: lower data.max_prompt_tokens, or max_tokens in rollout.sampling or eval"
         )
 
 
@@ -185,7 +189,7 @@ def check_context(model_path: Path, longest: int | None, setup: EngineSetup) -> 
 def cpu_threads(count: int) -> Iterator[None]:
     """Set the number of torch's CPU threads inside the context, and restore it afterwards.
 
-    The number of threads affects rounding, and other code in this process has a number of its own.
+    The number of threads affects rounding, and other code in this process sets its own number.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

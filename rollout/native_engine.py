@@ -56,7 +56,7 @@ class NativeEngine:
             try:
                 return self._generator.generate(requests, sampling)
             except GenerationError as error:
-                raise EngineError(f"native engine, weight version {self.version}: {error}") from error
+                raise EngineError(f"the native engine failed with weight version {self.version}: {error}") from error
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """See `RolloutEngine.logprobs`."""

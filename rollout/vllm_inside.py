@@ -27,7 +27,7 @@ ENVIRONMENT = {
 
 def quiet_loggers() -> None:
     """Silence two loggers of vLLM that do not help a user. Call it after the start, which resets their levels."""
-    # On an error this one logs the whole state, megabytes in one line. The exception says enough.
+    # On an error this one logs the whole state, megabytes in one line. The exception is enough.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # At each reload this one warns of layers without tensors on disk: rotary tables and tied output layers, which are
     # complete without them.
@@ -51,7 +51,7 @@ def repack_output_layer(model: nn.Module) -> None:
 
 
 def read_back(given: list[tuple[str, Tensor]], model: nn.Module) -> tuple[int, list[str]]:
-    """Compare the pushed tensors with the parameters that vLLM keeps under the same name and shape.
+    """Compare the synced tensors with the parameters that vLLM keeps under the same name and shape.
 
     Rows that vLLM adds to pad the vocabulary are ignored. vLLM keeps GPT-2's matrices transposed; a square matrix may
     therefore equal its transpose.
@@ -75,7 +75,7 @@ def _same(ours: Tensor, tensor: Tensor) -> bool:
 
 
 def free_kv_cache(worker: Any) -> list[int]:
-    """Free the memory of the KV cache. Returns the size of each layer's storage in bytes, for `take_kv_cache`."""
+    """Free the memory of the KV cache. Returns the size of each layer's storage in bytes, for `allocate_kv_cache`."""
     sizes = []
     for cache in worker.model_runner.kv_caches:
         storage = cache.untyped_storage()
@@ -84,7 +84,7 @@ def free_kv_cache(worker: Any) -> list[int]:
     return sizes
 
 
-def take_kv_cache(worker: Any, sizes: list[int]) -> None:
+def allocate_kv_cache(worker: Any, sizes: list[int]) -> None:
     """Allocate the KV cache again, with the sizes from `free_kv_cache`; its contents are gone."""
     for cache, size in zip(worker.model_runner.kv_caches, sizes, strict=True):
         if size:  # layers may share one storage; only the first of them has a size
@@ -92,7 +92,7 @@ def take_kv_cache(worker: Any, sizes: list[int]) -> None:
 
 
 @contextmanager
-def process_as_it_was() -> Iterator[None]:
+def restored_process() -> Iterator[None]:
     """Undo the side effects of starting vLLM: environment variables, the thread count, and its lock on that count."""
     variables, set_num_threads, count = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""The models that vLLM can serve, and its options on a CPU: read from config.json, without importing vLLM.
+"""The limits of vLLM: models that it can serve and its options on a CPU, from config.json, without importing vLLM.
 
 vLLM chooses its CPU kernels by architecture and instruction set. It takes those that need bfloat16 (AMX, AVX-512 BF16,
 the experts of Arm and POWER) for bfloat16 only, with one exception: latent attention on AMX, see `cpu_options`.
@@ -28,7 +28,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention kernels for CPUs are compiled for (vLLM 0.32, `CPUAttentionBackend`)."""
 
 CPU_BLOCK_TOKENS = 32
-"""Tokens in a block of the KV cache. It is the smallest that the kernels take: a group shares only whole blocks."""
+"""Tokens in a block of the KV cache. It is the kernels' minimum, because a group shares only whole blocks."""
 
 USUAL_NAMES = {
     "n_embd": "hidden_size",
@@ -75,13 +75,13 @@ def read_shape(model_path: Path) -> dict[str, Any]:
     return {USUAL_NAMES.get(key, key): value for key, value in content.items()}
 
 
-def check_computed_alike(model_path: Path, shape: dict[str, Any]) -> None:
-    """Check that vLLM computes the model that config.json describes, on any device.
+def check_architecture(model_path: Path, shape: dict[str, Any]) -> None:
+    """Check that vLLM computes exactly the model that config.json describes, on any device.
 
     Raises:
-        ValueError: vLLM would silently compute something else; the message names the fields and the engine `native`.
+        ValueError: vLLM would silently compute another model; the message names the fields and the engine `native`.
     """
-    _refuse(model_path, "vLLM", _other_mathematics(shape))
+    _refuse(model_path, "vLLM", _differences(shape))
 
 
 def check_cpu_kernels(model_path: Path, shape: dict[str, Any], dtype: str) -> None:
@@ -94,7 +94,7 @@ def check_cpu_kernels(model_path: Path, shape: dict[str, Any], dtype: str) -> No
 
 
 def check_prompts(prompts: list[list[int]], new_tokens: int, context_tokens: int, vocab_size: int) -> None:
-    """Check that prompts fit an engine with at least `new_tokens` after them.
+    """Check that prompts fit an engine's context, with room for `new_tokens` tokens after them.
 
     Raises:
         ValueError: a prompt is empty or too long, or has a token outside the vocabulary; the message gives its index.
@@ -174,34 +174,35 @@ def layer_kinds(shape: dict[str, Any]) -> list[str]:
     return [FULL] * len(layers)
 
 
-def _refuse(model_path: Path, who: str, problems: Iterator[str]) -> None:
+def _refuse(model_path: Path, engine: str, problems: Iterator[str]) -> None:
     found = "; ".join(problems)
     if found:
-        raise ValueError(f"{who} cannot serve {model_path}: {found}. Choose the engine `native`")
+        raise ValueError(f"{engine} cannot serve {model_path}: {found}. Choose the engine `native`")
 
 
-def _other_mathematics(shape: dict[str, Any]) -> Iterator[str]:
-    """Differences between vLLM 0.32 and transformers; an architecture that nobody has compared is one."""
+def _differences(shape: dict[str, Any]) -> Iterator[str]:
+    """Differences between vLLM 0.32 and transformers. An architecture that has not been compared counts as one."""
     from llmquest_rl.models.architectures import architectures  # imports every model's file
 
     served = {name: hf for name, hf in architectures().items() if hf.vllm is not None}
     names = shape.get("architectures") or [None]
     if not set(names) <= served.keys():
-        yield f"architectures is {json.dumps(shape.get('architectures'))}, it is proven for {', '.join(served)} only"
+        found = json.dumps(shape.get("architectures"))
+        yield f"architectures is {found}, but vLLM is verified for {', '.join(served)} only"
         return
     for name in names:
         yield from _beyond_limits(served[name], shape)
 
 
 def _beyond_limits(hf: HFMap, shape: dict[str, Any]) -> Iterator[str]:
-    """The limits that the model's file states (`HFMap.vllm`) and this configuration exceeds."""
+    """Limits in the model's file (`HFMap.vllm`) that this configuration exceeds."""
     assert hf.vllm is not None
     found = [
-        f"{field} is {json.dumps(shape.get(field))}, and must be {json.dumps(value)}"
+        f"{field} is {json.dumps(shape.get(field))}, but must be {json.dumps(value)}"
         for field, value in hf.vllm.required.items()
         if shape.get(field) != value
     ] + [
-        f"{field} is {json.dumps(shape[field])}, and it computes {json.dumps(value)} only"
+        f"{field} is {json.dumps(shape[field])}, but it computes {json.dumps(value)} only"
         for field, value in hf.vllm.only.items()
         if shape.get(field, value) != value
     ]
@@ -242,7 +243,7 @@ def _token_numbers(shape: dict[str, Any]) -> int:
 
 
 def _state_bytes(shape: dict[str, Any], itemsize: int) -> int:
-    """Bytes that a linear-attention layer keeps per sequence: a float32 matrix per head, the convolution's past."""
+    """Bytes that a linear-attention layer keeps per sequence: a float32 matrix per head, and the convolution's past."""
     if LINEAR not in layer_kinds(shape):
         return 0
     keys = int(shape["linear_num_key_heads"]) * int(shape["linear_key_head_dim"])

@@ -2,7 +2,7 @@
 
 The learner takes a snapshot of its tensors with a checksum for each. Every worker compares the received tensors with
 the checksums, loads them, and returns a `SyncReport`. A sync that is lost, truncated, corrupted or meant for another
-model raises an error at once; otherwise the run would silently sample from old weights.
+model raises an error at once. Otherwise the run would silently sample from old weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WeightSnapshot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """Confirms the weights that one worker loaded."""
+    """A worker's confirmation of the weights that it has loaded."""
 
     version: int
     num_tensors: int
@@ -103,7 +103,7 @@ def check_newer(version: int, current: int) -> None:
     """Check that weights are newer than the current weights.
 
     Raises:
-        ValueError: They are not.
+        ValueError: their version is not larger than the current one.
     """
     if version <= current:
         raise ValueError(f"weights of version {version} are not newer than version {current}, which is in use")

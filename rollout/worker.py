@@ -1,4 +1,4 @@
-"""The rollout worker, which runs one engine and verifies new weights. It is a Ray actor, or called inline."""
+"""The rollout worker, which runs one engine and verifies new weights. It runs as a Ray actor or inline."""
 
 import time
 import warnings
@@ -14,12 +14,12 @@ class RolloutWorker:
     """Samples completions with one engine. It loads new weights only after their checksums have been verified."""
 
     def __init__(self, engine: str, config: Options, model_path: Path, setup: EngineSetup) -> None:
-        # Weights in shared memory are read-only on purpose; torch warns each process that receives such arrays.
+        # Weights in shared memory are read-only on purpose, and torch would warn of them in every process.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.engine = open_engine(engine, config, model_path, setup)
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `n` completions of each request: [requests][n]. See `RolloutEngine.generate`."""
+        """Sample `n` completions of each request: `[requests][n]`. See `RolloutEngine.generate`, also for errors."""
         return self.engine.generate(requests, sampling)
 
     def load_weights(self, snapshot: WeightSnapshot, version: int) -> SyncReport:

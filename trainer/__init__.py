@@ -1,4 +1,4 @@
-"""The trainer: the loop (`loop.py`), and its packages: configuration, cluster, learner, sources, run, CLI.
+"""The trainer: the loop (`loop.py`) and the packages that it needs: configuration, cluster, learner, sources, run, CLI.
 
-May import the library, `rollout` and `rewards`; nothing imports it.
+It may import the library, `rollout` and `rewards`; nothing imports it.
 """

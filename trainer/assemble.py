@@ -1,4 +1,4 @@
-"""From a configuration to a running training run, and its orderly end."""
+"""Starts the processes of a training run from its configuration, and closes them in order."""
 
 import logging
 from collections.abc import Iterator
@@ -30,19 +30,28 @@ from trainer.training_run import TrainingRun, resume
 log = logging.getLogger(__name__)
 
 Running = tuple[TrainingRun, BatchSource, LearnerGroup]
+"""A run, the source of its batches, and its learners."""
 
 MAX_RESTARTS = 10
 """Maximum restarts per worker group before the run fails."""
 
 GRADING_OVERHEAD_S = 60.0
-"""Seconds that graders may take for one call beside the time limits of their rewards."""
+"""Seconds that a call to the graders may take in addition to the time limits of the rewards."""
 
 
 @contextmanager
 def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> Iterator[Running]:
     """Start the workers of a run; on leaving, close them in reverse order, also after an error.
 
-    Faults of the data, the tokenizer, the model files and the trackers are found before the first process starts.
+    Args:
+        config: the configuration.
+        resume_from: folder of a run to continue; None = a new run.
+        replay: folder of saved rollouts to train on; None = sample.
+
+    Raises:
+        ValueError: the data, the tokenizer, the model files, the rewards or a tracker are faulty. This is found before
+            the first process starts.
+        ClusterError: the cluster is too small, or a worker does not start.
     """
     components = RunComponents(config)
     check_trackers(config.tracking.trackers)
@@ -144,6 +153,11 @@ class OpenRollouts:
     """Opens the source of objectives that learn from rollouts, live or replayed."""
 
     def __init__(self, components: RunComponents, replay: Path | None) -> None:
+        """Read the prompts, and check engine, rewards and reward models, before any process starts.
+
+        Raises:
+            ValueError: the data, the engine, a reward or a reward model is faulty, or saved rollouts are missing.
+        """
         config = components.config
         self.components = components
         self.replay = replay
@@ -157,7 +171,9 @@ class OpenRollouts:
         check_engine(engine.name, engine.options, components.model_path, components.engine_setup)
         problems = self.prompts.held_out(1)
         if not problems:
-            raise DataError("every held-out prompt is too long: raise data.max_prompt_tokens")
+            raise DataError(
+                "every held-out prompt is too long, so the rewards cannot be checked: raise data.max_prompt_tokens"
+            )
         if config.rewards:
             check_rewards(config.rewards, problems[0].columns, config.graders)
         for setup in components.reward_model_setups:
@@ -183,4 +199,4 @@ class OpenRollouts:
 
 
 SOURCES: dict[str, type[OpenDataset] | type[OpenRollouts]] = {"dataset": OpenDataset, "rollout": OpenRollouts}
-"""By `source` of the objective."""
+"""The class that opens a run's batch source, by the `source` of its objective."""

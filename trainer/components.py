@@ -1,4 +1,4 @@
-"""The components of a run, each built from the configuration at its first use. No process starts, no weight is read."""
+"""The components of a run, each built at its first use. No process starts and no weight is read."""
 
 import logging
 from functools import cached_property
@@ -49,8 +49,8 @@ class RunComponents:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
         Raises:
-            ValueError: a file or a tensor is missing or cut short; the message names it. Or the objective needs a
-                classifier, and the model cannot be turned into one.
+            ValueError: a file or a tensor is missing or truncated (the message names it), or the objective needs a
+                classifier and the model cannot be turned into one.
         """
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
@@ -87,13 +87,13 @@ class RunComponents:
     @cached_property
     def image_reader(self) -> ImageReader | None:
         _, shape = read_shape(self.model_path)
-        wanted = image_format(shape)
-        return None if wanted is None else image_reader(self.model_path, wanted)
+        images = image_format(shape)
+        return None if images is None else image_reader(self.model_path, images)
 
     @cached_property
     def prompts(self) -> PromptStream:
         data = self.config.data
-        assert data.task is not None, "a configuration rule gives every rollout objective a task"
+        assert data.task is not None, "a configuration rule requires a task for objectives that learn from rollouts"
         malformed = MalformedRows(data.malformed_rows)
         task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
         return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
@@ -101,7 +101,7 @@ class RunComponents:
     @cached_property
     def sequences(self) -> SequenceGroupStream:
         data = self.config.data
-        assert data.dataset is not None, "a configuration rule gives every supervised objective a data set"
+        assert data.dataset is not None, "a configuration rule requires a data set for supervised objectives"
         malformed = MalformedRows(data.malformed_rows)
         context = DatasetContext(
             self.texts,
@@ -117,11 +117,11 @@ class RunComponents:
         )
 
     def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
-        """The dtype that `auto` stands for, and the reason."""
+        """The configured dtype, or for `auto` the one that suits the device and the purpose, with the reason."""
         if configured != "auto":
             return configured, "configured"
         dtype, reason = choose_dtype("cuda" if gpus else "cpu", purpose)
-        log.info("%s: %s, because %s", purpose, dtype, reason)
+        log.info("dtype of the %s: %s, because %s", purpose, dtype, reason)
         return str(dtype).removeprefix("torch."), reason
 
     def learner_setup(self, folder: Path) -> LearnerSetup:
@@ -177,5 +177,5 @@ class RunComponents:
 
 
 def threads(cpus_each: float | None, count: int) -> int:
-    """CPU threads of one process: its own cores if configured, else an equal share of all, since phases take turns."""
+    """CPU threads of one process: its cores if configured, else an equal share of all, because phases take turns."""
     return max(1, int(cpus_each)) if cpus_each is not None else max(1, available_cores() // count)

@@ -1,4 +1,4 @@
-"""Sampling without training: evaluation on held-out data, rollouts to a folder, answers to prompts."""
+"""Sampling without training: evaluation on held-out data, rollouts that are saved to a folder, answers to prompts."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,7 +29,9 @@ def trained_model(run: str, which: str = "latest") -> Path:
         which: `latest`, `best`, or the number of a step.
 
     Raises:
+        RunFolderError: there is no such run.
         CheckpointError: there is no such checkpoint, or it is damaged.
+        ValueError: `which` is none of these.
     """
     folder = RunFolder.open(run)
     if which == "latest":
@@ -37,19 +39,29 @@ def trained_model(run: str, which: str = "latest") -> Path:
     if which == "best":
         path = checkpoint.best_checkpoint(folder.checkpoints)
         if path is None:
-            raise checkpoint.CheckpointError(f"{folder.checkpoints}: none has a value of checkpoint.best_metric")
+            raise checkpoint.CheckpointError(
+                f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric, so none is the best: give "
+                "`latest` or the number of a step"
+            )
         return path / MODEL
-    return checkpoint.load(folder.checkpoints / f"step-{int(which):06d}").path / MODEL
+    if not which.isdecimal():
+        raise ValueError(f"checkpoint {which!r}: expected `latest`, `best` or the number of a step")
+    path = folder.checkpoints / f"step-{int(which):06d}"
+    if not path.is_dir():
+        saved = ", ".join(sorted(entry.name for entry in folder.checkpoints.glob("step-*"))) or "none"
+        raise checkpoint.CheckpointError(f"{path}: there is no such checkpoint; saved checkpoints: {saved}")
+    return checkpoint.load(path).path / MODEL
 
 
 def export(run: str, out: Path, which: str = "latest") -> Path:
-    """Copy a trained model out of its run: a folder that transformers, vLLM and the Hub take as it is.
+    """Copy the trained model of a run into the folder `out`, which transformers, vLLM and the Hub can load.
 
     Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
         ValueError: `out` exists and is not empty.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: give a new folder")
+        raise ValueError(f"{out} exists and is not empty: choose another folder")
     shutil.copytree(trained_model(run, which), out, dirs_exist_ok=True)
     return out
 
@@ -64,7 +76,12 @@ class LiveRollouts:
 
 @contextmanager
 def live_rollouts(config: Config) -> Iterator[LiveRollouts]:
-    """Start the rollout workers and reward workers of a configuration, without learners."""
+    """Start the rollout workers and reward workers of a configuration, without learners.
+
+    Raises:
+        ValueError: the model, the data or a reward is faulty.
+        ClusterError: the cluster is too small, or a worker does not start.
+    """
     components = RunComponents(config)
     components.check_model()
     with ExitStack() as stack:
@@ -75,11 +92,18 @@ def live_rollouts(config: Config) -> Iterator[LiveRollouts]:
         stack.callback(rollouts.close)
         rollouts.wait_ready(config.cluster.start_timeout_s)
         yield LiveRollouts(components, rollouts)
-    shutil.rmtree(logs)  # after an error they stay: its message names them
+    shutil.rmtree(logs)  # kept after an error, whose message names them
 
 
 def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
-    """Evaluate `config.model.path` on the held-out problems as `config.eval` says; returns metrics and groups."""
+    """Evaluate `config.model.path` on the held-out problems with the settings of `config.eval`.
+
+    Returns:
+        Metrics named `eval/...`, and one group for each problem.
+
+    Raises:
+        TooManyUnscoredError: more completions could not be graded than `graders.max_unscored_share` allows.
+    """
     with live_rollouts(config) as live:
         problems = live.components.prompts.held_out(config.data.eval_size)
         groups, _ = live.rollouts.run(problems, config.eval.samples_per_prompt, config.eval_sampling, "eval")

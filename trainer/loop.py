@@ -11,7 +11,7 @@ def train(config: Config, resume: Path | None = None, replay: Path | None = None
 
     Args:
         config: the resolved configuration.
-        resume: a run folder to continue from its newest sound checkpoint.
+        resume: a run folder to continue from its newest complete checkpoint.
         replay: a folder of saved rollouts to train on instead of sampling.
     """
     with assemble(config, resume, replay) as (run, source, learners):

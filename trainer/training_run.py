@@ -1,4 +1,4 @@
-"""A training run: it counts the steps, evaluates, records, saves checkpoints, and stops when asked to."""
+"""A training run: it counts the steps, evaluates, logs, saves checkpoints, and stops on request."""
 
 import logging
 import time
@@ -57,12 +57,17 @@ class TrainingRun:
             yield step
 
     def record(self, step: int, batch: StepBatch, metrics: dict[str, float]) -> None:
-        """Log a finished step; evaluate and save a checkpoint when one is due."""
+        """Log a finished step; evaluate and save a checkpoint when one is due.
+
+        Raises:
+            WeightsDifferError: `policy/logp_gap` is above `rollout.max_logprob_gap`.
+            DiskFullError: a checkpoint did not fit on the disk, and no later save can make up for it.
+        """
         metrics["time/step_s"] = time.perf_counter() - self._step_started
         self._check_gap(metrics)
         if _due(self.config.eval.every, step, step == self.config.steps):
             metrics |= self._evaluate()
-        # Logged before saved: a death in between is resumed from an older checkpoint, which drops the line again.
+        # Logged before the checkpoint: after a crash in between, the run resumes from an older one and drops this line.
         row = self.tracker.log(step, metrics | self.last_save | system_metrics())
         self.tracker.log_completions(step, batch.groups, self.config.tracking.completions_per_step)
         last = step == self.config.steps or self.stop.requested
@@ -102,9 +107,9 @@ class TrainingRun:
         limit, gap = self.config.rollout.max_logprob_gap, metrics.get("policy/logp_gap")
         if limit is not None and gap is not None and gap > limit:
             raise WeightsDifferError(
-                f"policy/logp_gap is {gap:.3g} nats per token, above rollout.max_logprob_gap = {limit:g}: the engine "
-                "samples from other weights than the learner trains, or in far lower precision (see rollout.dtype and "
-                "model.dtype)"
+                f"policy/logp_gap is {gap:.3g} nats per token, but rollout.max_logprob_gap is {limit:g}: the engine "
+                "samples from other weights than the learner trains, or computes in lower precision. Give "
+                "rollout.dtype and model.dtype the same value, or raise the limit"
             )
 
 
@@ -113,7 +118,11 @@ def _due(every: int, step: int, last: bool) -> bool:
 
 
 def resume(folder: RunFolder, source: BatchSource, learners: LearnerGroup) -> int:
-    """Load the newest sound checkpoint; returns the number of steps done by then."""
+    """Load the newest complete checkpoint, and return its step.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint.
+    """
     found = checkpoint.latest(folder.checkpoints)
     for message in found.messages:
         log.warning("%s", message)

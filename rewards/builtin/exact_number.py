@@ -17,7 +17,7 @@ from rewards.extract import last_boxed, last_tagged
 
 
 class Config(Options):
-    """The way the number is found and compared."""
+    """The search for the number, and its comparison."""
 
     tolerance: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Largest absolute difference that still counts as equal."""
@@ -46,7 +46,11 @@ def reward(completion: str, answer: Any, config: Config) -> float:
 
 
 def gold_number(answer: Any) -> Decimal:
-    """The gold number: a number, a text of one number, or GSM8K's solution that ends in `#### 18`."""
+    """The gold number: a number, a text of one number, or GSM8K's solution that ends in `#### 18`.
+
+    Raises:
+        ValueError: the answer is not one number.
+    """
     numbers = [] if isinstance(answer, bool) else _numbers(str(answer).rpartition("####")[2])
     if len(numbers) != 1:
         raise ValueError(f"the gold answer {str(answer)[-100:]!r} is not one number")

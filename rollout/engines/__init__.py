@@ -1,4 +1,4 @@
 """The engines: each file has `class Config(Options)` and the functions `build` and `check` of `rollout/engine.py`.
 
-May import the other files of `rollout`. vLLM is imported in `vllm.py` only.
+They may import the other files of `rollout`. vLLM is imported in `vllm.py` only.
 """

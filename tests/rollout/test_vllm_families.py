@@ -214,7 +214,7 @@ def test_float32_has_the_same_kernels_with_every_instruction_set(instructions: s
         ("qwen3_moe", {"hidden_size": 48}, "experts with hidden_size 48"),
         ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping is 5.0"),
         ("deepseek_v3", {"kv_lora_rank": 256}, "kv_lora_rank 256"),
-        ("deepseek_v3", {"topk_method": None}, 'topk_method is null, and must be "noaux_tc"'),
+        ("deepseek_v3", {"topk_method": None}, 'topk_method is null, but must be "noaux_tc"'),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek_v3", {"rms_norm_eps": 0.01}, "rms_norm_eps is 0.01"),
         ("qwen3_next", {"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim 3"),

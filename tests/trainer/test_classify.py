@@ -235,6 +235,6 @@ def test_no_engine_takes_a_classifier(runs: Runs) -> None:
     exported = letters(runs).train("steps=2") / "checkpoints" / "step-000002" / "model"
     for name in ("native", "vllm"):
         with pytest.raises(
-            ValueError, match="a LlamaForSequenceClassification, which scores text and cannot generate it"
+            ValueError, match="a LlamaForSequenceClassification, which scores its input and cannot generate text"
         ):
             check_engine(name, engine_config(name)(), exported, EngineSetup(context_tokens=32))

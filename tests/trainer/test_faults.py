@@ -108,14 +108,14 @@ def test_prompts_that_are_all_too_long_are_an_error_before_the_start(runs: Runs,
 
 
 def test_a_context_that_the_model_does_not_have_is_an_error_before_the_start(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower max_prompt_tokens or max_tokens"):
+    with pytest.raises(ValueError, match="lower data.max_prompt_tokens, or max_tokens in"):
         runs.train("rollout.sampling.max_tokens=100000", "batch.tokens_per_microbatch=1000000")
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_engine_with_other_weights_ends_the_run(runs: Runs) -> None:
     """bfloat16 against float32 differs by more than this limit."""
-    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, above rollout.max_logprob_gap = 1e-06"):
+    with pytest.raises(WeightsDifferError, match=r"policy/logp_gap is .*, but rollout.max_logprob_gap is 1e-06"):
         runs.train("rollout.dtype=bfloat16", "rollout.max_logprob_gap=1e-6")
 
 

@@ -46,7 +46,7 @@ def test_replayed_rollouts_give_the_same_weights_without_an_engine(runs: Runs) -
     replayed = runs.train("batch.epochs_per_step=2", "name=replayed", replay=run / "rollouts")
     assert saved(replayed, 3) == saved(run, 3)
     assert [row["reward/mean"] for row in rows(replayed)] == [row["reward/mean"] for row in rows(run)]
-    with pytest.raises(ValueError, match="no rollouts of step 4, and the run has 5 steps"):
+    with pytest.raises(ValueError, match="no rollouts of step 4, but the run has 5 steps"):
         runs.train("steps=5", replay=run / "rollouts")
 
 

@@ -1,4 +1,4 @@
 """The command line: commands, dry run, doctor and the tables that they print.
 
-May import every package; nothing imports it.
+It may import every other package; nothing imports it.
 """

@@ -1,4 +1,4 @@
-"""The table of algorithms, as it is printed: one line for each row, with its cells."""
+"""The table that `llmquest-rl algorithms` prints: one line for each preset row, with its cells."""
 
 from rich.table import Table
 from rich.text import Text
@@ -7,7 +7,7 @@ from llmquest_rl.algorithms.cells import CELLS, SURROGATES
 from llmquest_rl.algorithms.presets import ROWS, Algorithm, resolve
 
 TABLE_WIDTH = 236
-"""Columns that keep each row on one line; a narrower terminal wraps them."""
+"""Width in characters at which each row fits on one line; a narrower terminal would wrap them."""
 
 
 def algorithm_table() -> Table:

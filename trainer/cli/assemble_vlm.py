@@ -41,16 +41,20 @@ def assemble_folder(
     with TemporaryDirectory() as scratch:
         tower, decoder = _folder(vision, Path(scratch, "vision")), _folder(language, Path(scratch, "language"))
         source = decoder if tokenizer is None else resolve_model(tokenizer)
-        words = load_tokenizer(source)
-        id_ = _token_id(words, image_token)
-        assemble(tower, decoder, out, id_, adapter, frozen, tokenizer=source)
+        loaded_tokenizer = load_tokenizer(source)
+        image_token_id = _token_id(loaded_tokenizer, image_token)
+        assemble(tower, decoder, out, image_token_id, adapter, frozen, tokenizer=source)
     _, shape = read_shape(out)
-    wanted = image_format(shape)
-    assert wanted is not None, "an assembled model reads images"
-    prompt_renderer(words, chat_template=PLAIN, images=image_reader(out, wanted))  # fails if no run could use it
-    if len(words) > shape.vocab_size:
-        raise ValueError(f"the tokenizer has {len(words)} tokens, but the decoder's vocabulary only {shape.vocab_size}")
-    return id_
+    images = image_format(shape)
+    assert images is not None, "an assembled model reads images"
+    # This raises an error now if no run could use the model.
+    prompt_renderer(loaded_tokenizer, chat_template=PLAIN, images=image_reader(out, images))
+    if len(loaded_tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(loaded_tokenizer)} tokens, but the decoder's vocabulary has only "
+            f"{shape.vocab_size}: give a tokenizer that fits the decoder"
+        )
+    return image_token_id
 
 
 def _folder(reference: str, scratch: Path) -> Path:
@@ -67,5 +71,7 @@ def _token_id(tokenizer: Tokenizer, token: str) -> int:
     id_ = tokenizer.get_vocab().get(token)
     if id_ is None:
         reserved = ", ".join(sorted(map(str, tokenizer.added_tokens_decoder.values())))
-        raise ValueError(f"the tokenizer has no token {token!r}: choose one that never occurs in texts: {reserved}")
+        raise ValueError(
+            f"the tokenizer has no token {token!r}: choose one that never occurs in texts, such as {reserved}"
+        )
     return int(id_)

@@ -16,11 +16,11 @@ from trainer.sources.reward_model_worker import check_reward_model
 from trainer.sources.rollouts import grade_item
 
 GRADED_ROWS = 10
-"""Rows whose gold answers are graded."""
+"""Number of rows whose gold answers are graded."""
 MEASURED_ROWS = 200
-"""Rows whose lengths are measured."""
+"""Number of rows whose lengths are measured."""
 GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>")
-"""Ways to write a right completion, because rewards differ in the format that they expect."""
+"""Forms of a correct completion, because rewards expect different formats."""
 
 
 def dry_run(config: Config) -> Iterator[CheckResult]:
@@ -88,7 +88,7 @@ def _describe(check: DataCheck) -> str:
 
 
 def _gold_answers(components: RunComponents) -> CheckResult:
-    """Grade the gold answers of ten rows with the real graders; one form of each must count as correct."""
+    """Grade the gold answers of a few rows with the real graders; one form of each must count as correct."""
     config = components.config
     if not config.rewards:
         return CheckResult("rewards", "none: only reward models score completions")
@@ -112,7 +112,7 @@ def _gold_answers(components: RunComponents) -> CheckResult:
     ]
     if wrong:
         counts = f"{len(wrong)} of {len(problems)}"
-        text = f"{deciding}: the gold answers of {counts} rows do NOT score as correct: {wrong[0]}"
+        text = f"{deciding}: the gold answers of {counts} rows do NOT score as correct, so check the reward: {wrong[0]}"
         return CheckResult("rewards", text, passed=False)
     text = f"{deciding}: the gold answers of {len(problems)} rows score as correct, e.g. {_explain(best[0])}"
     return CheckResult("rewards", text)

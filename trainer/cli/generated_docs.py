@@ -1,6 +1,6 @@
 """Writes the pages and tables that are made from code: `python -m trainer.cli.generated_docs`.
 
-A test keeps them equal.
+A test checks that they are up to date.
 """
 
 import re
@@ -25,7 +25,11 @@ differences of log-probs are in nats.
 
 
 def generated(docs: Path = DOCS) -> dict[Path, str]:
-    """The text of every file of the folder `docs` that is made from code, in whole or in part."""
+    """The text of every file of the folder `docs` that is made from code, in whole or in part.
+
+    Raises:
+        ValueError: docs/algorithms.md does not have its two markers.
+    """
     algorithms = docs / "algorithms.md"
     return {
         docs / "configuration.md": reference(),

@@ -21,9 +21,9 @@ PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
 USER_ERROR = 2
 """Exit code after an error that the user can fix."""
 PANEL = "Train and use models"
-"""Heading of these commands in `--help`."""
+"""Heading in `--help`, under which these commands are listed."""
 LAST_LINE = {"eval/accuracy": "held-out accuracy", "eval/loss": "held-out loss"}
-"""Metric to label. The output of `train` ends with the first and last value of the first metric that the run has."""
+"""Label by metric. The output of `train` ends with the first and last value of the first metric that the run has."""
 console = Console()
 app = typer.Typer(
     help="Train language models with reinforcement learning, pretraining or supervised fine-tuning.",
@@ -212,7 +212,7 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message alone tells the user what to change: bad input, files, and errors of our own packages."""
+    """Whether the message is enough to fix the cause: invalid input, files, and errors of our own packages."""
     own = type(error).__module__.split(".")[0] in PACKAGES
     return own or isinstance(error, ValueError | OSError | ImportError)
 

@@ -56,7 +56,10 @@ def generate_and_learn(folder: Path) -> str:
         engine.close()
     gap, norm = metrics["policy/logp_gap"], metrics["learner/grad_norm"]
     if gap > LARGEST_GAP or not math.isfinite(norm) or norm == 0:
-        raise RuntimeError(f"engine and learner differ by {gap:.2g} nats per token; the gradient norm is {norm:.3g}")
+        raise RuntimeError(
+            f"the log-probs of engine and learner differ by {gap:.2g} nats per token (limit: {LARGEST_GAP:g}), and "
+            f"the gradient norm is {norm:.3g} (it must be finite and above 0)"
+        )
     return f"engine and learner agree to {gap:.1e} nats per token, gradient norm {norm:.2f}"
 
 
@@ -85,5 +88,5 @@ def grade_one() -> str:
     with Grader([RewardConfig(name="exact_number", function="exact_number")], GraderConfig(processes=1)) as grader:
         scores = grader.grade([GradeItem("1 + 1", "2", "2", {}), GradeItem("1 + 1", "3", "2", {})])
     if [score.value for score in scores] != [1.0, 0.0]:
-        raise RuntimeError(f"the answers 2 and 3 to 1 + 1 got the scores {scores}")
+        raise RuntimeError(f"the answers 2 and 3 to 1 + 1 must have the scores 1 and 0, but have {scores}")
     return "a worker process graded a right answer 1 and a wrong answer 0"

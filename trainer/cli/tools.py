@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer.cli.check_result import CheckResult
 
 CHECKS, LISTS = "Check rewards, models and the installation", "Recipes, algorithms and papers"
-"""Headings of these commands in `--help`."""
+"""Headings in `--help`, under which these commands are listed."""
 console = Console()
 tools = typer.Typer()
 
@@ -58,7 +58,7 @@ def parity(
         f"largest difference: {report.max_abs_diff:.2e}, with a shared prompt: {report.max_abs_diff_shared:.2e}"
     )
     if not report.worst <= tolerance:  # also when it is NaN
-        console.print(f"the difference is above the tolerance of {tolerance:g}")
+        console.print(f"the largest difference is above the tolerance of {tolerance:g}")
         raise typer.Exit(1)
 
 
@@ -108,10 +108,10 @@ def assemble(
     from llmquest_rl.models.checkpoint.count import count_parameters
     from trainer.cli.assemble_vlm import assemble_folder
 
-    id_ = assemble_folder(vision, language, out, image_token, adapter, frozen or (), tokenizer)
+    image_token_id = assemble_folder(vision, language, out, image_token, adapter, frozen or (), tokenizer)
     count = count_parameters(out)
     console.print(
-        Text(f"model: {out}, {count.total:,} parameters; {image_token} (id {id_}) marks each vision token"),
+        Text(f"model: {out}, {count.total:,} parameters; {image_token} (id {image_token_id}) marks image positions"),
         soft_wrap=True,
     )
 
@@ -163,7 +163,7 @@ def reproduce(
         console.print(mark, Text(f"{verdict.says}\n    {verdict.numbers}"), soft_wrap=True)
     console.print(Text(f"figure: {report.figure}\nnumbers: {report.numbers}"), soft_wrap=True)
     if seeds < 3:
-        console.print("fewer than three seeds: a difference between two settings may be chance")
+        console.print("fewer than three seeds: a difference between two settings may be due to chance")
     if not report.holds:
         failed = sum(not verdict.holds for verdict in report.verdicts)
         console.print(f"{failed} of {len(report.verdicts)} claims do not hold")

@@ -1,4 +1,4 @@
 """Worker groups, placed in this process or as Ray actors, and the hardware of this machine.
 
-May import `trainer.config`. Ray is imported in this package only.
+It may import `trainer.config`. Ray is imported in this package only.
 """

@@ -13,13 +13,13 @@ import torch
 Purpose = Literal["learner", "engine"]
 
 PROBE_ROWS: dict[Purpose, int] = {"learner": 768, "engine": 128}
-"""Rows of the probed product: a packed microbatch, or one token of each of many sequences being decoded."""
+"""Rows of the probed product: those of a packed microbatch, or of one decoding step of many sequences."""
 PROBE_WIDTH = 576
-"""Its width: that of a small model, since it is on small ones that a CPU is used."""
+"""Width of the probed product: that of a small model, because CPUs are used for small models."""
 PROBE_SECONDS = 0.1
-"""Time spent on each dtype."""
+"""Seconds spent on each dtype."""
 MARGIN = 1.2
-"""bfloat16 rounds: it must be this much faster to be worth it."""
+"""Minimum speed-up at which bfloat16 is chosen, because it rounds more than float32."""
 
 
 def available_cores() -> int:
@@ -40,12 +40,12 @@ def available_memory() -> int:
 def choose_dtype(device: str, purpose: Purpose) -> tuple[torch.dtype, str]:
     """The dtype for a model's arithmetic, and the reason in words.
 
-    On GPUs it is bfloat16 wherever the hardware has it. CPUs of one name differ by a factor of six in bfloat16, so
-    there a probe of a fifth of a second decides. Probe while the machine is otherwise idle.
+    On GPUs it is bfloat16 if the hardware supports it. On CPUs a probe of 0.2 s decides, because CPUs with the same
+    name differ by a factor of six in bfloat16. The machine should be idle otherwise during the probe.
 
     Args:
         device: `cpu` or a CUDA device.
-        purpose: whether products are large (training) or of few rows (decoding).
+        purpose: `learner` for products of many rows (training), `engine` for products of few rows (decoding).
     """
     if torch.device(device).type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -58,7 +58,7 @@ def choose_dtype(device: str, purpose: Purpose) -> tuple[torch.dtype, str]:
 
 
 def _matmul_gflops(rows: int, dtype: torch.dtype) -> float:
-    """Speed of the fastest of a few products, so that a passing disturbance does not count."""
+    """Speed of the fastest of several products, so that a short disturbance does not count."""
     left = torch.randn(rows, PROBE_WIDTH).to(dtype)
     right = torch.randn(PROBE_WIDTH, 2 * PROBE_WIDTH).to(dtype)
     left @ right  # the first call picks and compiles its kernel
@@ -71,7 +71,7 @@ def _matmul_gflops(rows: int, dtype: torch.dtype) -> float:
 
 
 def _container_cores() -> float:
-    """The container's share of time in cores; a quota of -1 or `max` is none."""
+    """The container's CPU quota in cores; infinite if the quota is -1 or `max`."""
     combined = _control_file("cpu.max").split()
     quota, period = (
         combined if combined else (_control_file("cpu/cpu.cfs_quota_us"), _control_file("cpu/cpu.cfs_period_us"))
@@ -80,12 +80,12 @@ def _container_cores() -> float:
 
 
 def _limit(unified: str, version_1: str) -> int | None:
-    """A number of bytes from the control group, of either version; None where there is no limit."""
+    """A number of bytes from the control group, version 1 or 2; None if there is no limit."""
     text = _control_file(unified) or _control_file(version_1)
     return int(text) if text.isdecimal() else None
 
 
 def _control_file(name: str) -> str:
-    """A file of the control group as a container sees it, where its own group is the root; else nothing."""
+    """The text of a control-group file as a container sees it, with its own group as the root; empty if missing."""
     file = Path("/sys/fs/cgroup") / name
     return file.read_text().strip() if file.is_file() else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 if not os.environ.get("RAY_ADDRESS"):
-    # Read when Ray is imported: a Ray of our own, on one machine, listens on the loopback interface only.
+    # Ray reads this when it is imported: a local cluster then listens on the loopback interface only.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray  # noqa: E402
@@ -29,7 +29,7 @@ PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
 
 
 class RayCluster(Cluster):
-    """A Ray cluster of our own on this machine, or the one that `RAY_ADDRESS` names."""
+    """A new Ray cluster on this machine, or the existing one that `RAY_ADDRESS` names."""
 
     def __init__(self, config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> None:
         self.log_dir = log_dir.resolve()
@@ -72,7 +72,7 @@ class RayCluster(Cluster):
             return dict(ray.get(actor.rendezvous.remote(), timeout=self.start_timeout_s))
         except (RayActorError, GetTimeoutError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ClusterError(f"{name} did not start ({reason}); its log: {self.log_dir / name}.log.") from error
+            raise ClusterError(f"{name} did not start ({reason}). Read its log: {self.log_dir / name}.log") from error
         except RayTaskError as error:
             raise error.cause from error
 
@@ -90,7 +90,7 @@ class RayCluster(Cluster):
         if address := os.environ.get("RAY_ADDRESS"):
             self._join(address, common)
             return
-        # The phases of a step take turns on the same cores, so a local cluster offers as many slots as members ask for.
+        # The phases of a step take turns on the same cores, so a local cluster offers all slots that workers request.
         slots = max(os.cpu_count() or 1, math.ceil(sum(request.count * request.cpus for request in requests)))
         # Without the word `local` it would join any Ray that is already running on this machine.
         ray.init("local", num_cpus=slots, include_dashboard=False, **common)
@@ -100,22 +100,22 @@ class RayCluster(Cluster):
             ray.init(address, **options)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise ClusterError(
-                f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Is it up (`ray status`)? If it asks "
-                "for a token, as where ~/.ray/auth_token exists, set RAY_AUTH_MODE=token and copy that file here."
+                f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Is it running (`ray status`)? If it "
+                "requires a token (it has a file ~/.ray/auth_token), set RAY_AUTH_MODE=token and copy that file here."
             ) from error
 
     def _place(self, requests: list[ResourceRequest], timeout_s: float) -> PlacementGroup:
-        have = ray.cluster_resources()
+        available = ray.cluster_resources()
         for resource, total in (
             ("CPU", sum(request.count * request.cpus for request in requests)),
             ("GPU", sum(request.count * request.gpus for request in requests)),
         ):
-            if total > have.get(resource, 0.0) + 1e-6:
-                asked = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in requests)
+            if total > available.get(resource, 0.0) + 1e-6:
+                requested = ", ".join(f"{n.count} {n.name} x {getattr(n, resource.lower() + 's'):g}" for n in requests)
                 raise ClusterError(
-                    f"the Ray cluster has {have.get(resource, 0.0):g} {resource}s, but this run asks for {total:g} "
-                    f"({asked}). Add nodes, or lower rollout.workers, graders.workers, learner.processes or "
-                    f"cluster.{resource.lower()}s_per_*."
+                    f"the Ray cluster has {available.get(resource, 0.0):g} {resource}s, but this run asks for "
+                    f"{total:g} ({requested}). Add nodes, or lower rollout.workers, graders.workers, learner.processes "
+                    f"or cluster.{resource.lower()}s_per_*."
                 )
         bundles = [{"CPU": request.cpus, "GPU": request.gpus} for request in requests for _ in range(request.count)]
         group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="PACK")
@@ -123,6 +123,6 @@ class RayCluster(Cluster):
             remove_placement_group(group)
             raise ClusterError(
                 f"Ray did not place {bundles} within {timeout_s:g} s, although the totals suffice: free now is "
-                f"{ray.available_resources()}. Another job holds the rest, or no node is large enough for one member."
+                f"{ray.available_resources()}. Another job holds the rest, or no node is large enough for one worker."
             )
         return group

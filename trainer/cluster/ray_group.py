@@ -1,4 +1,4 @@
-"""A group of Ray actors: ordered answers, time limits that name the silent worker, and restarts of dead workers."""
+"""A group of Ray actors: answers in order, time limits whose errors name the worker, and restarts of dead workers."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from trainer.cluster.worker_group import Answer, Arguments, ClusterError, Worker
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Attempts at one piece of work before the run stops: work that ends this many workers is itself the cause."""
+"""Attempts at one piece of work before the run stops: work that kills this many workers is itself the cause."""
 
 GRACE_S = 5.0
 """Seconds that a failure waits for news of a death: when one worker of a collective dies, the others fail too, often
@@ -61,7 +61,7 @@ class Host:
         return getattr(self.worker, method)(*args)
 
     def call_deferred(self, method: str, *args: Any) -> tuple[None, Any]:
-        """As `call`, with two answers: the first is small and tells that the second exists."""
+        """Like `call`, but return two objects: None, to wait for without a transfer, and the answer itself."""
         return None, self.call(method, *args)
 
     def close(self) -> None:
@@ -141,7 +141,13 @@ class RayWorkerGroup(WorkerGroup[Worker]):
             with contextlib.suppress(RayActorError):  # already dead: nothing left to close
                 self._report_failed_close(refs[ref], ref)
         if late:
-            log.warning("%d of %d %s did not close within %g s: killed", len(late), self.size, self.name, CLOSE_S)
+            log.warning(
+                "%s: %d of %d workers did not close within %g s and were killed",
+                self.name,
+                len(late),
+                self.size,
+                CLOSE_S,
+            )
         for actor in self.actors:
             ray.kill(actor)
 
@@ -153,7 +159,7 @@ class RayWorkerGroup(WorkerGroup[Worker]):
             log.warning("%s-%d failed to close: %s", self.name, worker, error)
 
     def _gather(self, refs: list[Any], workers: Sequence[int], method: str, timeout_s: float) -> list[Any]:
-        """Answers in order; the first failure raises, since the other workers of a collective would wait for ever."""
+        """Answers in order. The first failure is raised at once: other workers of a collective would wait for ever."""
         pending = dict(zip(refs, workers, strict=True))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -208,17 +214,19 @@ class RayWorkerGroup(WorkerGroup[Worker]):
             except WorkerDiedError as error:
                 deaths[work[0]] += 1
                 if deaths[work[0]] >= MAX_ATTEMPTS:
-                    raise ClusterError(f"{error} Its work has killed {MAX_ATTEMPTS} workers: not redone.") from error
+                    raise ClusterError(
+                        f"{error} This work has killed {MAX_ATTEMPTS} workers and is not repeated."
+                    ) from error
                 self._restart(worker, error)
                 queues[worker].appendleft(work)
         return [answers[index] for index in indices]
 
     def _restart(self, worker: int, error: "WorkerDiedError") -> None:
         if self.restarts >= self.max_restarts:
-            raise ClusterError(f"{error} Not restarted: {self.max_restarts} restarts are the limit.") from error
+            raise ClusterError(f"{error} It is not restarted: {self.max_restarts} restarts are the limit.") from error
         self.restarts += 1
-        log.warning("%s A new one is started and its work redone (restart %d).", error, self.restarts)
-        ray.kill(self.actors[worker])  # also one that only seems dead would hold the new one's place
+        log.warning("%s It is restarted and its work is repeated (restart %d).", error, self.restarts)
+        ray.kill(self.actors[worker])  # an actor that only seems dead would keep the resources of the new one
         self.actors[worker] = self.start(worker)
         self._gather([self.build(self.actors[worker], worker)], [worker], "start", self.start_timeout_s)
         if self.on_restart is not None:
@@ -238,7 +246,10 @@ class RayWorkerGroup(WorkerGroup[Worker]):
         workers = list(workers)
         self.silent |= set(workers)
         who = ", ".join(f"{self.name}-{worker} (log: {self._log(worker)})" for worker in sorted(workers))
-        return ClusterError(f"no answer to {method} within {timeout_s:g} s from {who}.")
+        return ClusterError(
+            f"no answer to {method} within {timeout_s:g} s from {who}. If the work is only slow, raise timeout_s (or "
+            "start_timeout_s) in the section of these workers."
+        )
 
     def _log(self, worker: int) -> Path:
         return self.log_dir / f"{self.name}-{worker}.log"

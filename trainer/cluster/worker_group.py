@@ -22,7 +22,7 @@ Answer = TypeVar("Answer")
 
 
 class ClusterError(RuntimeError):
-    """A worker died for good, did not answer in time, or could not be placed."""
+    """A worker died and is not restarted, did not answer in time, or could not be placed."""
 
 
 def free_port(address: str) -> int:
@@ -36,14 +36,18 @@ def free_port(address: str) -> int:
             probe.bind((address, 0))
         except OSError as error:
             raise ClusterError(
-                f"no free port on {address} for the learners to meet at ({error.strerror}): end processes that hold "
-                "many connections, or widen net.ipv4.ip_local_port_range"
+                f"no free port on {address} for the rendezvous of the learners ({error.strerror}): end processes that "
+                "hold many connections, or widen net.ipv4.ip_local_port_range"
             ) from error
         return int(probe.getsockname()[1])
 
 
 class WorkerGroup(ABC, Generic[Worker]):
-    """Identical workers, numbered from 0. Every answer of a call comes in the order of the workers or of the work."""
+    """Identical workers, numbered from 0. The answers of a call are in the order of the workers or of the work.
+
+    Every call raises ClusterError if a worker dies and is not restarted, or does not answer within `timeout_s` seconds.
+    An exception of the worker's method is raised unchanged.
+    """
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -54,17 +58,17 @@ class WorkerGroup(ABC, Generic[Worker]):
 
     @abstractmethod
     def wait_ready(self, timeout_s: float) -> None:
-        """Return when every worker is built."""
+        """Return when every worker is built.
+
+        Raises:
+            ClusterError: a worker does not start within `timeout_s` seconds.
+        """
 
     @abstractmethod
     def call(
         self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> Answer:
-        """Call one worker.
-
-        Raises:
-            ClusterError: it is dead, or did not answer in time.
-        """
+        """Call one worker."""
 
     @abstractmethod
     def call_all(
@@ -76,19 +80,19 @@ class WorkerGroup(ABC, Generic[Worker]):
     def call_deferred(
         self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> list[Answer]:
-        """As `call_all`, but the answers stay with the workers: each may only be an argument of another call."""
+        """Like `call_all`, but the answers stay on the workers' nodes: use them only as arguments of other calls."""
 
     @abstractmethod
     def call_each(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
-        """Call worker i with the arguments `work[i]`, all at the same time: for workers that share collectives."""
+        """Call worker i with the arguments `work[i]`, all at the same time, as collectives need it."""
 
     @abstractmethod
     def map(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
-        """Spread independent pieces of work (argument tuples) over the workers; those of a dead worker are redone."""
+        """Spread independent pieces of work (argument tuples) over the workers; those of a dead worker are repeated."""
 
     @abstractmethod
     def close(self) -> None:
@@ -103,7 +107,7 @@ class InlineWorkerGroup(WorkerGroup[Worker]):
         self.workers = workers
 
     def wait_ready(self, timeout_s: float) -> None:
-        """The workers are built before the group exists."""
+        """Return at once: the workers were built before the group."""
 
     def call(
         self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
@@ -166,10 +170,14 @@ class Cluster(ABC):
 
         Args:
             cls: the class of the workers.
-            name: one of the resource requests that the cluster was opened with.
+            name: name of a resource request that the cluster was opened with.
             kwargs: arguments of worker i's constructor, as `kwargs(i)`.
-            max_restarts: deaths in the group after which the next one ends the run.
-            collective: the workers join a process group: each also gets `master_address` and `master_port`.
+            max_restarts: maximum restarts in the whole group; the next death ends the run.
+            collective: whether the workers join a process group; each then also gets `master_address` and
+                `master_port`.
+
+        Raises:
+            ClusterError: the first worker of a collective group did not start, or has no free port.
         """
 
     @abstractmethod
@@ -178,7 +186,7 @@ class Cluster(ABC):
 
 
 class InlineCluster(Cluster):
-    """All workers in this process."""
+    """A cluster whose workers are objects in this process."""
 
     def __init__(self, config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> None:
         self.counts = {request.name: request.count for request in requests}
@@ -194,7 +202,7 @@ class InlineCluster(Cluster):
         return InlineWorkerGroup(name, [cls(**kwargs(i)) for i in range(self.counts[name])])
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no process was started."""
 
 
 CLUSTERS = {

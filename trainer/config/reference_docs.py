@@ -118,7 +118,7 @@ def _sentence(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as people write it: `int`, `auto / float32`, `list of str`."""
+    """A type in readable form: `int`, `auto / float32`, `list of str`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in inner)

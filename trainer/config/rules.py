@@ -1,4 +1,4 @@
-"""Rules that join several options of a configuration."""
+"""Rules on combinations of options."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class Rule:
     holds: Callable[[Config], bool]
     """Whether a configuration follows the rule."""
     message: str
-    """The reason, and what to do."""
+    """The reason and the remedy."""
     applies_to: Literal["rollout", "dataset", "any"] = "any"
-    """The source of the objective's batches: other configurations may break the rule."""
+    """The source of the objective's batches. The rule does not apply to configurations with another source."""
 
 
 def _objective(config: Config) -> Objective:
@@ -41,17 +41,17 @@ def from_rollouts(config: Config) -> bool:
 
 def optimizer_updates(config: Config) -> int:
     """Number of optimizer updates in the whole run."""
-    return config.steps * minibatches_per_step(config)
+    return config.steps * updates_per_step(config)
 
 
-def minibatches_per_step(config: Config) -> int:
+def updates_per_step(config: Config) -> int:
     """Number of optimizer updates in one step: minibatches times epochs."""
     return config.batch.minibatches_per_step * config.batch.epochs_per_step
 
 
 def _computes_old_logprobs(config: Config) -> bool:
     """Whether the learner computes the old policy's log-probs, and records the experts of a mixture with them."""
-    return "old_logprobs" in _objective(config).computed_logprobs(minibatches_per_step(config))
+    return "old_logprobs" in _objective(config).computed_logprobs(updates_per_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -106,8 +106,8 @@ RULES = [
     Rule(
         "rewards",
         lambda c: len(c.reward_names) > 0,
-        "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`, or one "
-        "of `reward_models`",
+        "the objective learns from rollouts: give at least one reward, e.g. `rewards: [{name: exact_number}]`, or a "
+        "reward model",
         applies_to="rollout",
     ),
     Rule(
@@ -123,49 +123,49 @@ RULES = [
     Rule(
         "batch.samples_per_prompt",
         lambda c: c.batch.samples_per_prompt > 1 or not _advantage(c).compares,
-        "this algorithm compares the samples of a group: take at least 2, or set algorithm.advantage: reward",
+        "this algorithm compares the samples of a group: set at least 2, or algorithm.advantage: reward",
         applies_to="rollout",
     ),
     Rule(
         "batch.prompts_per_step",
         lambda c: _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
-        "this algorithm normalises the advantages of a step, which needs more than one sample: take more prompts or "
-        "samples",
+        "this algorithm normalises the advantages of a step, which needs more than one sample: raise it or "
+        "batch.samples_per_prompt",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.length_penalty",
         lambda c: c.batch.samples_per_prompt > 1 or not LENGTH_PENALTIES[c.algorithm.length_penalty].compares,
-        "this penalty compares the lengths of a group: take at least 2 samples of a prompt, or soft_overlong",
+        "this penalty compares the lengths of a group: set batch.samples_per_prompt to 2 or more, or use soft_overlong",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.normalization",
         lambda c: _advantage(c).compares or not _normalization(c).needs_comparison,
-        "it makes up for groups of equal rewards, but without a comparison these groups have advantages: take another "
-        "normalization",
+        "it assumes that groups of equal rewards have no advantages, but they have, because this algorithm does not "
+        "compare within groups: choose another normalization",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.normalization",
         lambda c: not (_normalization(c).in_deviations and _advantage(c).in_deviations),
-        "the advantages are divided by their group's deviation, and this would divide them once more: set "
-        "algorithm.advantage: group_mean",
+        "the advantages are already divided by the standard deviation of their group, and this would divide them "
+        "again: set algorithm.advantage: group_mean",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.top_entropy_fraction",
         lambda c: c.algorithm.top_entropy_fraction == 1 or not c.algorithm.mixes_tokens,
-        "here the loss of one token has the gradients of all tokens of its completion, so a token without a loss still "
-        "has a gradient: take ratio: sequence_token (the same loss, each token's own gradient) or token, and no "
-        "geometric_clip",
+        "with this ratio or surrogate the loss of a token depends on all tokens of its completion, so tokens that are "
+        "left out still have a gradient: set ratio: sequence_token (the same loss, but each token has its own "
+        "gradient) or ratio: token, and do not use the surrogate geometric_clip",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.is_correction",
         lambda c: not (CORRECTIONS[c.algorithm.is_correction].masks_tokens and c.algorithm.mixes_tokens),
-        "here the loss of one token has the gradients of all tokens of its completion, so a masked token still has a "
-        "gradient: take sequence_mask, geometric_mask or reject, or ratio: sequence_token",
+        "with this ratio or surrogate the loss of a token depends on all tokens of its completion, so a masked token "
+        "still has a gradient: use sequence_mask, geometric_mask or reject, or ratio: sequence_token",
         applies_to="rollout",
     ),
     Rule(
@@ -177,27 +177,27 @@ RULES = [
     Rule(
         "algorithm.pass_k",
         lambda c: c.algorithm.advantage != "pass_at_k" or c.algorithm.pass_k < c.batch.samples_per_prompt,
-        "pass_at_k compares the subsets of k samples of a group: k must be below batch.samples_per_prompt",
+        "pass_at_k compares the subsets of k samples of a group: set it below batch.samples_per_prompt",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.surrogate",
-        lambda c: _has_ratio(c) or minibatches_per_step(c) == 1,
-        "it has no importance ratio, so a step's data serves one update: set batch.minibatches_per_step and "
-        "batch.epochs_per_step to 1, or take clip or clipped_weight",
+        lambda c: _has_ratio(c) or updates_per_step(c) == 1,
+        "this surrogate has no importance ratio, so a step's data are good for one update only: set "
+        "batch.minibatches_per_step and batch.epochs_per_step to 1, or use clip or clipped_weight",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.old_policy",
         lambda c: _has_ratio(c) or c.algorithm.old_policy == "learner",
-        "the surrogate has no importance ratio to the engine, so nothing would correct for the engine's rounding: take "
-        "learner, with a correction by tis_cap, or take the surrogate clip or clipped_weight",
+        "the surrogate has no importance ratio to the engine, so nothing would correct for the engine's rounding: use "
+        "learner, with a correction by tis_cap, or the surrogate clip or clipped_weight",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.kl",
         lambda c: _learns_from_kl(c) or not _has_kl_in_loss(c),
-        "the expected gradient of k1 in the loss is 0, so it would only add noise: take k2 or k3, or k1 with "
+        "the expected gradient of k1 in the loss is 0, so it would only add noise: use k2 or k3, or k1 with "
         "kl_unbiased: true or kl_in: reward",
         applies_to="rollout",
     ),
@@ -210,21 +210,22 @@ RULES = [
     Rule(
         "algorithm.routing_replay",
         lambda c: _computes_old_logprobs(c) or not c.algorithm.routing_replay,
-        "there is nothing to replay. Experts are recorded with the learner's old log-probs, which it computes if "
-        "old_policy is learner and a step has several updates (batch.minibatches_per_step or epochs_per_step above 1)",
+        "there is nothing to replay. The learner records experts with the old log-probs, which it computes only if "
+        "old_policy is learner and a step has several updates (batch.minibatches_per_step or epochs_per_step above "
+        "1): change these, or set it to false",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.kl_unbiased",
         lambda c: _has_kl_in_loss(c) or not c.algorithm.kl_unbiased,
-        "it weights the KL in the loss, and there is none: set algorithm.beta above 0 and kl_in: loss",
+        "it weights the KL in the loss, but there is none: set algorithm.beta above 0 and kl_in: loss",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.kl_unbiased",
         lambda c: KL_ESTIMATORS[c.algorithm.kl].exact_if_weighted or not c.algorithm.kl_unbiased,
-        "k2 has the KL's gradient without the weight, and neither k2 nor abs has it with the weight: take k1 or k3, or "
-        "set kl_unbiased: false",
+        "with the weight only k1 and k3 have the gradient of the KL (k2 has it without the weight, abs never): set "
+        "algorithm.kl to k1 or k3, or kl_unbiased to false",
         applies_to="rollout",
     ),
     Rule(
@@ -241,13 +242,13 @@ RULES = [
     Rule(
         "rollout.sampling.temperature",
         lambda c: c.rollout.sampling.temperature > 0,
-        "training samples must differ: take a value above 0 (greedy decoding is for `eval.temperature`)",
+        "the samples of a prompt must differ: set a value above 0 (for greedy evaluation set `eval.temperature` to 0)",
         applies_to="rollout",
     ),
     Rule(
         "optimizer.warmup_steps",
         lambda c: c.optimizer.warmup_steps < optimizer_updates(c) or c.optimizer.warmup_steps == 0,
-        "the warm-up must end before the run: take fewer than steps x minibatches_per_step x epochs_per_step",
+        "the warm-up must end before the run does: set it below steps x minibatches_per_step x epochs_per_step",
     ),
     Rule(
         "learner.offload",
@@ -272,7 +273,7 @@ RULES = [
     Rule(
         "eval.reward",
         lambda c: c.eval.reward is None or c.eval.reward in c.reward_names,
-        "no reward has this name: take one of `rewards` or `reward_models`, or null for the first of them",
+        "no reward has this name: give a name in `rewards` or `reward_models`, or null for the first of them",
     ),
     Rule(
         "checkpoint.best_metric",

@@ -1,6 +1,6 @@
 """The configuration tree: every option of a run, with its unit and its reason.
 
-`trainer.config.load` reads the files, `trainer.config.rules` holds the rules that join several fields, and
+`trainer.config.load` reads the files, `trainer.config.rules` holds the rules on combinations of fields, and
 `trainer.config.sections` validates the sections of components (`task`, `engine`, ...) against the component's file.
 `docs/configuration.md` is generated from the docstrings here.
 """
@@ -100,13 +100,13 @@ class BatchConfig(Options):
     max_zero_advantage_steps: PositiveInt = 5
     """Consecutive steps with only such groups before a warning that shows sample completions."""
 
-    def prompts_to_ask(self, missing: int) -> int:
-        """Prompts that one round of dynamic sampling asks when `missing` groups are missing."""
+    def prompts_to_sample(self, missing: int) -> int:
+        """Number of prompts in a round of dynamic sampling when `missing` groups are missing."""
         return ceil(missing * self.oversampling)
 
 
 class RolloutConfig(Options):
-    """How completions are sampled. Supervised objectives ignore this section."""
+    """Sampling of completions. Supervised objectives ignore this section."""
 
     engine: EngineSection = Field(default_factory=lambda: EngineSection(name="native"))
     """Inference engine: `vllm`, or `native`, our own in plain PyTorch."""
@@ -156,7 +156,7 @@ class OptimizerConfig(Options):
 
 
 class LearnerConfig(Options):
-    """The processes that compute gradients."""
+    """The processes that compute gradients and update the weights."""
 
     processes: PositiveInt = 1
     """Number of learner processes: one per GPU; one is usually best on CPUs."""

@@ -1,6 +1,6 @@
-"""Components named in YAML: `{name: x, key: value, ...}`. `llmquest_rl/loader.py` says what a name can be.
+"""Components named in YAML: `{name: x, key: value, ...}`. `llmquest_rl/loader.py` lists the forms of a name.
 
-The keys beside `name` are validated before anything starts: against the class `Config(Options)` of the component's
+The other keys are validated before anything starts: against the class `Config(Options)` of the component's
 module, or against the parameters of a user's function.
 """
 
@@ -20,7 +20,7 @@ from rollout import ENGINES
 
 
 class Component(BaseModel):
-    """A section whose keys beside `name` belong to the component that `name` points to."""
+    """A section whose other keys are options of the component that `name` selects."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
     kind: ClassVar[ComponentKind]
@@ -32,7 +32,7 @@ class Component(BaseModel):
 
     @property
     def options(self) -> Any:
-        """The validated keys beside `name`."""
+        """The validated options: all keys but `name`."""
         return self._options
 
     @property
@@ -73,19 +73,19 @@ def section_class(field: FieldInfo) -> type[BaseModel] | None:
 
 
 class TaskSection(Component):
-    """Where prompts and gold answers come from."""
+    """The source of prompts and gold answers."""
 
     kind: ClassVar[ComponentKind] = TASKS
 
 
 class DatasetSection(Component):
-    """Where supervised sequences come from."""
+    """The source of supervised sequences."""
 
     kind: ClassVar[ComponentKind] = DATASETS
 
 
 class ObjectiveSection(Component):
-    """The loss that a batch is trained with."""
+    """The training loss."""
 
     kind: ClassVar[ComponentKind] = OBJECTIVES
 

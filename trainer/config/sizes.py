@@ -2,14 +2,14 @@
 
 from rich.table import Table
 
-from trainer.config.rules import from_rollouts, minibatches_per_step, optimizer_updates
+from trainer.config.rules import from_rollouts, optimizer_updates, updates_per_step
 from trainer.config.schema import Config
 
 
 def sizes(config: Config) -> list[tuple[str, str, str]]:
     """Derived sizes of a run as rows (name, value, explanation)."""
     batch, learners = config.batch, config.learner.processes
-    updates = minibatches_per_step(config)
+    updates = updates_per_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
     cluster, reward_models = config.cluster, sum(model.workers for model in config.reward_models)
     sampling_gpus = (
@@ -21,7 +21,7 @@ def sizes(config: Config) -> list[tuple[str, str, str]]:
         *rows,
         ("optimizer updates per step", f"{updates:,}", update),
         ("optimizer updates in the run", f"{optimizer_updates(config):,}", f"{config.steps:,} steps x {updates:,}"),
-        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "of each learner; sets memory use only"),
+        ("tokens per microbatch", f"<= {batch.tokens_per_microbatch:,}", "per learner; sets memory use, not results"),
         ("learner processes", f"{learners:,}", f"ZeRO stage {config.learner.zero_stage}"),
         (
             "GPUs",
@@ -39,15 +39,15 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
     groups = prompts // batch.minibatches_per_step
     grading = graders.workers * graders.processes if config.rewards else 0
     scoring = sum(model.workers for model in config.reward_models)
-    asked, dynamic = _most_prompts(config), config.algorithm.dynamic_sampling
+    most_prompts, dynamic = _most_prompts(config), config.algorithm.dynamic_sampling
     return [
         ("completions per step", f"{completions:,}", f"{prompts} prompts x {samples} samples"),
         (
-            "prompts asked per step",
-            f"<= {asked:,}",
+            "prompts sampled per step",
+            f"<= {most_prompts:,}",
             f"at most {config.batch.max_rounds} rounds" if dynamic else "one round",
         ),
-        ("sampled tokens per step", f"<= {asked * samples * longest:,}", f"at most {longest} tokens each"),
+        ("sampled tokens per step", f"<= {most_prompts * samples * longest:,}", f"at most {longest} tokens each"),
         ("tokens computed per epoch", f"<= {computed:,}", "completions, and each prompt once"),
         ("completions per update", f"{groups * samples:,}", f"{groups} complete groups"),
         ("groups in the run", f"{config.steps * prompts:,}", f"{config.steps:,} steps x {prompts} prompts"),
@@ -62,11 +62,11 @@ def _rollout_sizes(config: Config) -> list[tuple[str, str, str]]:
 
 
 def _most_prompts(config: Config) -> int:
-    """Maximum prompts in a step. Dynamic sampling asks this many when no round gives a usable group."""
+    """Maximum prompts in a step. Dynamic sampling needs this many if no round yields a usable group."""
     batch = config.batch
     if not config.algorithm.dynamic_sampling:
         return batch.prompts_per_step
-    return batch.prompts_to_ask(batch.prompts_per_step) * batch.max_rounds
+    return batch.prompts_to_sample(batch.prompts_per_step) * batch.max_rounds
 
 
 def _dataset_sizes(config: Config) -> list[tuple[str, str, str]]:

@@ -167,6 +167,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def describe_value(value: Any) -> str:
-    """Text that names a value in an error message."""
+    """Text for a value in an error message: `a section`, `a list`, `null`, or the value itself."""
     kinds = {dict: "a section", list: "a list", type(None): "null"}
     return kinds.get(type(value), repr(value))

@@ -1,4 +1,4 @@
 """The learner processes, which compute gradients with Accelerate over DeepSpeed.
 
-May import `trainer.cluster` and `trainer.config`, the library, and `rollout.weights`.
+It may import `trainer.cluster` and `trainer.config`, the library, and `rollout.weights`.
 """

@@ -5,7 +5,7 @@ No other file imports DeepSpeed.
 The behaviour of DeepSpeed depends on dtype and ZeRO stage:
 
 * float32, stage 0: plain AdamW on the parameters themselves; gradients are all-reduced between processes.
-* bfloat16, stage 0: as stage 1, because only from there on DeepSpeed keeps float32 master weights and gradients.
+* bfloat16, stage 0: the same as stage 1, because DeepSpeed keeps float32 master weights only from stage 1 on.
 * stages 1 to 3: master weights and AdamW state are partitioned; from 2 on gradients too, from 3 on parameters too.
 """
 
@@ -35,12 +35,12 @@ ON_HOST = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offl
 
 
 def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSetup, rank: int, world_size: int) -> Any:
-    """The model and its optimizer inside a DeepSpeed engine. The process has joined its group before."""
+    """Wrap the model and its optimizer in a DeepSpeed engine. The process must have joined its process group before."""
     import deepspeed.ops
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-    # Its shared-memory collectives for CPUs would be compiled when first used, for minutes.
+    # DeepSpeed would compile its shared-memory collectives for CPUs at their first use, which takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     forget_accelerate()
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -54,7 +54,7 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
     log.debug("DeepSpeed: %s", output.getvalue())
     reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
     if world_size == 1 and not reduces_itself:
-        engine.enable_backward_allreduce = False  # copies every gradient twice for nothing
+        engine.enable_backward_allreduce = False  # it would copy every gradient twice in vain
     return engine
 
 
@@ -77,7 +77,7 @@ def leave_process_group() -> None:
 
 
 def forget_accelerate() -> None:
-    """Reset the state that Accelerate keeps as long as the process lives: a second learner needs it fresh."""
+    """Reset Accelerate's global state, which a second learner in this process must not inherit."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -92,8 +92,8 @@ def zero_config(
 
     Args:
         config: stage and offload.
-        dtype: dtype of weights and arithmetic. With bfloat16 the stage is at least 1: only from there on DeepSpeed
-            keeps float32 master weights and float32 gradients.
+        dtype: dtype of weights and arithmetic. With bfloat16 the stage is at least 1, because DeepSpeed keeps float32
+            master weights and float32 gradients only from stage 1 on.
         max_grad_norm: limit of the global gradient norm, which DeepSpeed clips from stage 1 on.
         vector_sizes: elements of each norm and bias; parameters of this size are not partitioned.
     """

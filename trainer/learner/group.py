@@ -11,7 +11,7 @@ from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
 
 MODEL = "model"
-"""The folder of the Hub's layout inside a checkpoint."""
+"""Name of the folder inside a checkpoint that holds the model in the Hub's layout."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LearnerGroup:
     """The learner processes, which hold one model together: every call is a collective and goes to all of them."""
 
     def __init__(self, group: WorkerGroup[Learner], timeout_s: float, start_timeout_s: float) -> None:
-        """The time limits are the longest waits for one call and for the start, in seconds."""
+        """`timeout_s` limits each call and `start_timeout_s` the start, in seconds."""
         self.group = group
         self.timeout_s = timeout_s
         self.start_timeout_s = start_timeout_s
@@ -41,7 +41,11 @@ class LearnerGroup:
         self.group.wait_ready(self.start_timeout_s)
 
     def update(self, batch: StepBatch) -> dict[str, float]:
-        """Run the step's optimizer updates; each learner gets its share of every minibatch."""
+        """Run the step's optimizer updates; each learner gets its share of every minibatch. Returns the metrics.
+
+        Raises:
+            TooManySkippedUpdatesError: too many updates in a row had NaN or inf.
+        """
         work = [(share, batch.epochs) for share in self._split(batch.minibatches)]
         return batch.metrics | self.group.call_each(Learner.update, work, timeout_s=self.timeout_s)[0]
 
@@ -51,7 +55,7 @@ class LearnerGroup:
         return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
 
     def weight_snapshot(self) -> WeightSnapshot:
-        """The weights, gathered on the first learner. They stay there: pass this on to another call unread."""
+        """The weights, gathered on the first learner. They stay there: use the result only as an argument of a call."""
         return self.group.call_deferred(Learner.weight_snapshot, timeout_s=self.timeout_s)[0]
 
     def save(self, folder: Path) -> None:
@@ -60,7 +64,11 @@ class LearnerGroup:
         self.export(folder / MODEL)
 
     def load(self, folder: Path) -> None:
-        """Load the state that `save` wrote."""
+        """Load the state that `save` wrote.
+
+        Raises:
+            ValueError: the number of learners, the ZeRO stage or the dtype differs from that of the saved state.
+        """
         self.group.call_all(Learner.load, folder, timeout_s=self.timeout_s)
 
     def export(self, folder: Path) -> None:

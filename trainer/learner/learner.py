@@ -34,8 +34,15 @@ from trainer.learner.distributed import (
     whole_weights,
     wrap_model,
 )
-from trainer.learner.microbatches import Plan, add_logprobs, fitting, loss_and_changes, num_tokens, plan_microbatches
-from trainer.learner.reference import load_reference, renew, save_reference
+from trainer.learner.microbatches import (
+    Plan,
+    add_logprobs,
+    loss_and_changes,
+    num_tokens,
+    plan_microbatches,
+    split_to_budget,
+)
+from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
 
@@ -46,7 +53,7 @@ TAG = "learner"
 
 
 class Learner:
-    """A plain class: the cluster makes it an actor, and with one process it runs in the caller's.
+    """A plain class, which the cluster turns into an actor; with `cluster: inline` it runs in the caller's process.
 
     Every method is a collective: all processes call it, in the same order.
     """
@@ -109,7 +116,7 @@ class Learner:
         self.steps += 1
         every = self.setup.objective.ref_sync_interval
         if self.reference is not None and every is not None and self.steps % every == 0:
-            renew(self.reference, whole_weights(self.engine))
+            sync_reference(self.reference, whole_weights(self.engine))
         metrics.max("time/learner_prepare_s", prepared - started)
         metrics.max("time/learner_update_s", time.perf_counter() - prepared)
         metrics.sum("learner/tokens", epochs * num_tokens(plan))
@@ -143,7 +150,7 @@ class Learner:
         routing = self.model.after_update(norm is not None, dist.all_reduce)
         self.updates += 1
         if norm is None:
-            self.skipped_updates.bad(
+            self.skipped_updates.record_skipped(
                 self.updates, sequence_groups, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
             )
             return
@@ -154,7 +161,7 @@ class Learner:
             metrics.mean(name, value)
 
     def _step(self) -> float | None:
-        """Clip and step; the gradient's norm, or None when it was not finite and nothing was changed."""
+        """Clip and update; returns the gradient's norm, or None if it was not finite and the weights are unchanged."""
         if self.engine.zero_optimization():
             self.engine.step()
             return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
@@ -172,7 +179,7 @@ class Learner:
     def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]]) -> Plan:
         budget, needs_whole_group = self.setup.tokens_per_microbatch, self.setup.objective.needs_whole_group
         fitted = [
-            fitting(sequence_groups, budget, self.model.shares_prompts, needs_whole_group)
+            split_to_budget(sequence_groups, budget, self.model.shares_prompts, needs_whole_group)
             for sequence_groups in minibatches
         ]
         return plan_microbatches(fitted, budget, image_format(self.model.config))
@@ -182,14 +189,18 @@ class Learner:
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
         for name in token_fields:
             model = models[name]
-            assert model is not None, f"the objective asks for {name} but not for a reference model"
+            assert model is not None, f"the objective needs {name}, but no reference model"
             is_policy = model is self.engine
             plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device, is_policy)
         return plan
 
     @torch.no_grad()
     def evaluate(self, sequence_groups: Sequence[SequenceGroup]) -> dict[str, float]:
-        """The objective's metrics, named `eval/...`, on this process's share of the held-out data; no gradient."""
+        """Compute the objective's metrics on this process's share of held-out data, without a gradient.
+
+        Returns:
+            Metrics named `eval/...` over all processes, the same on each.
+        """
         self._set_threads()
         self.model.eval()
         plan = self._plan([sequence_groups])
@@ -203,10 +214,10 @@ class Learner:
     # --- weights and state ---
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Pairs (name on disk, tensor) of the current weights. Every process must run through it to the end.
+        """Pairs (name on disk, tensor) of the current weights. Every process must exhaust the iterator.
 
-        With ZeRO-3 one tensor at a time is gathered; without, the tensors are the live parameters: read them before the
-        next update.
+        With ZeRO-3 one tensor at a time is gathered. Otherwise the tensors are the live parameters, so read them before
+        the next update.
         """
         return disk_tensors(self.model, whole_weights(self.engine))
 
@@ -230,17 +241,20 @@ class Learner:
         """Load the state that `save` wrote, with the same number of processes, ZeRO stage and dtype.
 
         Raises:
-            ValueError: the folder holds no such checkpoint, or one of another number of processes.
+            ValueError: the folder has no such checkpoint, or the number of processes, the stage or the dtype differs.
         """
         saved = len(list((folder / TAG).glob("rng_*.pt")))
         if saved != self.world_size:
             raise ValueError(
-                f"{folder / TAG} was written by {saved} learner processes, this run has {self.world_size}: "
+                f"{folder / TAG} was written by {saved} learner processes, but this run has {self.world_size}: "
                 "set learner.processes to the same number, or start from an exported model instead"
             )
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
-            raise ValueError(f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype")
+            raise ValueError(
+                f"{folder / TAG} is not a checkpoint of this ZeRO stage and dtype: set learner.zero_stage and "
+                "model.dtype as in the run that wrote it"
+            )
         self.steps, self.updates = state["steps"], state["updates"]
         if self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             load_reference(self.reference, folder / TAG)
@@ -262,11 +276,11 @@ class Learner:
         self.engine.destroy()
         del self.engine, self.model, self.adamw, self.reference
         forget_accelerate()
-        if self._owns_group and dist.is_initialized():  # a vLLM in this process, closed before, ends every group
+        if self._owns_group and dist.is_initialized():  # closing a vLLM engine here may have ended every group
             leave_process_group()
 
     def _set_threads(self) -> None:
-        """Before each piece of work: an engine in the same process may have changed it."""
+        """Set the thread count before each piece of work, because an engine in this process may have changed it."""
         if self.setup.threads:
             torch.set_num_threads(self.setup.threads)
 

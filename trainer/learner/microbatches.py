@@ -1,4 +1,4 @@
-"""Microbatches: every minibatch is cut into packed batches of a token budget, equally many on every process."""
+"""Microbatches: every minibatch is split into packed batches within a token budget, equally many on every process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from llmquest_rl.packing import pack
 from llmquest_rl.types import ImageFormat
 
 Plan = list[list[TokenBatch]]
-"""[minibatches][microbatches]"""
+"""Packed batches by minibatch and microbatch: `[minibatches][microbatches]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """The facts about this process's share that the other processes need."""
+    """The properties of this process's share that the other processes need to know."""
 
     counts: list[int]
     """Microbatches in each minibatch."""
@@ -27,14 +27,14 @@ class _Local:
     has_images: bool
 
 
-def fitting(
+def split_to_budget(
     groups: Sequence[SequenceGroup], tokens_per_microbatch: int, shares_prompts: bool, needs_whole_group: bool
 ) -> list[SequenceGroup]:
-    """Groups that a model can compute: a group beyond the budget is cut into its completions, each with its prompt.
+    """Split each group that exceeds the token budget into its completions, each with its prompt.
 
     Args:
-        groups: any.
-        tokens_per_microbatch: the budget.
+        groups: sequence groups of any size.
+        tokens_per_microbatch: maximum tokens in a microbatch.
         shares_prompts: whether the model can compute a prompt once for all its completions; otherwise every completion
             gets its own copy.
         needs_whole_group: whether the objective compares the completions of a group, so that they stay together; a
@@ -52,14 +52,14 @@ def plan_microbatches(
     """Pack this process's share of every minibatch into microbatches within the token budget.
 
     With ZeRO-2 and 3 every microbatch runs collectives, so all processes must compute equally many microbatches and
-    pass through the same modules. A process with fewer microbatches gets further ones with an idle group alone. Where
-    any process has images, a microbatch without one gets an idle group with a blank image, beyond its budget. This call
-    is a collective.
+    pass through the same modules. A process with fewer microbatches gets additional ones that hold an idle group only.
+    If any process has images, a microbatch without one gets an idle group with a blank image, which may exceed the
+    budget. This call is a collective.
 
     Args:
-        minibatches: this process's share of each.
-        tokens_per_microbatch: the budget.
-        images: the format of the model's images; None = it reads text only.
+        minibatches: this process's share of each minibatch.
+        tokens_per_microbatch: maximum tokens in a microbatch.
+        images: the format of the model's images; None = the model reads text only.
     """
     packed = [pack(groups, tokens_per_microbatch) for groups in minibatches]
     token_fields = sorted({name for groups in minibatches for group in groups for name in group.token_fields})
@@ -77,7 +77,7 @@ def plan_microbatches(
 
 
 def _with_idle_group(groups: list[SequenceGroup], idle: SequenceGroup) -> list[SequenceGroup]:
-    """The groups of a microbatch, with the idle group where these would skip a module that other processes compute."""
+    """The groups of a microbatch, and the idle group if they skip a module that other processes compute."""
     is_complete = bool(groups) and (idle.images is None or any(group.images is not None for group in groups))
     return groups if is_complete else [*groups, idle]
 
@@ -112,7 +112,7 @@ def add_logprobs(
 ) -> Plan:
     """The plan with the token field `name`: the model's log-probs of the targets.
 
-    With `record_experts` also the experts that each token chose, if the model has any. Both are kept in host memory.
+    With `record_experts` it also gets the experts of each token, if the model has any. Both are kept in host memory.
     """
     watched = routers(model) if record_experts else []
 
@@ -128,7 +128,7 @@ def add_logprobs(
 
 
 def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) -> Loss:
-    """The objective's loss. Where experts were recorded, a metric tells how many of the choices have changed since.
+    """The objective's loss. If experts were recorded, a metric gives the share of choices that have changed since.
 
     Args:
         objective: the objective.

@@ -1,4 +1,4 @@
-"""The frozen reference model of a KL term: syncing it to the policy, saving and loading it."""
+"""The frozen reference model of a KL term: syncs it to the policy, saves and loads it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ FILE = "reference.pt"
 
 
 @torch.no_grad()
-def renew(reference: Model, weights: Iterable[tuple[str, Tensor]]) -> None:
+def sync_reference(reference: Model, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy the policy's weights, given by our names, into the reference."""
     ours = dict(named_weights(reference))
     for name, weight in weights:
@@ -27,4 +27,4 @@ def save_reference(reference: Model, folder: Path) -> None:
 
 def load_reference(reference: Model, folder: Path) -> None:
     """Load the weights that `save_reference` wrote."""
-    renew(reference, torch.load(folder / FILE, map_location="cpu", weights_only=True).items())
+    sync_reference(reference, torch.load(folder / FILE, map_location="cpu", weights_only=True).items())

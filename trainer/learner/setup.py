@@ -10,7 +10,7 @@ from trainer.config.schema import LearnerConfig, OptimizerConfig
 
 @dataclass(frozen=True, slots=True)
 class LearnerSetup:
-    """The setup that every learner process gets."""
+    """The model, objective and options of every learner process."""
 
     model_path: Path
     """A checkpoint folder in the Hub's layout."""

@@ -1,4 +1,4 @@
-"""A learner's state beside model and optimizer: random number generators and the count of skipped updates."""
+"""A learner's state besides model and optimizer: random number generators and the count of skipped updates."""
 
 import logging
 import random
@@ -26,8 +26,8 @@ class SkippedUpdates:
         self.total = 0
         self.in_a_row = 0
 
-    def bad(self, update: int, groups: Sequence[SequenceGroup], save_to: Path) -> None:
-        """Update number `update` was skipped.
+    def record_skipped(self, update: int, groups: Sequence[SequenceGroup], save_to: Path) -> None:
+        """Record that update number `update` was skipped.
 
         Raises:
             TooManySkippedUpdatesError: more than `limit` in a row; this process's share of the batch is saved first.
@@ -40,8 +40,8 @@ class SkippedUpdates:
             torch.save(list(groups), save_to)
             raise TooManySkippedUpdatesError(
                 f"{self.in_a_row} updates in a row had NaN or inf in loss or gradients (learner.max_skipped_updates is "
-                f"{self.limit}); the weights are those before. The last batch is in {save_to}: torch.load(path, "
-                "weights_only=False) gives its groups. Lower optimizer.lr or optimizer.max_grad_norm."
+                f"{self.limit}); the weights are those before these updates. The last batch is in {save_to}: "
+                "torch.load(path, weights_only=False) returns its groups. Lower optimizer.lr or max_grad_norm."
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -61,7 +61,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def save_rng(path: Path) -> None:
-    """Write the state of every generator of this process."""
+    """Write the state of every random number generator of this process."""
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

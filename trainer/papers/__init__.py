@@ -1,4 +1,4 @@
 """Recipes that redraw curves of papers and check their claims: `llmquest-rl reproduce`.
 
-May import the other packages of `trainer` except `trainer.cli`, which alone imports it.
+It may import the other packages of `trainer` except `trainer.cli`, which alone imports it.
 """

@@ -94,7 +94,7 @@ Claim = Annotated[Rises | Falls | Stays | Above | Close | Inside, Field(discrimi
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of one claim: whether it holds, and the numbers."""
+    """The result of one claim, with its numbers."""
 
     says: str
     holds: bool
@@ -114,14 +114,14 @@ def check(claim: Claim, results: Results) -> Verdict:
 def _values(claim: _Claim, arm: str, results: Results, window: Window | None = None) -> list[float]:
     """The mean of the metric over the window, for each seed."""
     if arm not in results:
-        raise ValueError(f"a claim names the arm {arm!r}, which does not exist; there are: {', '.join(results)}")
+        raise ValueError(f"a claim names the arm {arm!r}, which does not exist; the arms are: {', '.join(results)}")
     return [window_mean(rows, claim.metric, window or claim.over) for rows in results[arm].values()]
 
 
 def _changes(claim: _Change, results: Results) -> tuple[list[float], str]:
     before, after = (_values(claim, claim.arm, results, window) for window in (claim.start, claim.over))
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    return changes, f"{claim.arm} {_range(before)} -> {_range(after)}, wanted "
+    return changes, f"{claim.arm} {_range(before)} -> {_range(after)}, expected "
 
 
 def _rises(claim: Rises, results: Results) -> tuple[bool, str]:
@@ -143,13 +143,13 @@ def _above(claim: Above, results: Results) -> tuple[bool, str]:
     high, low = (_values(claim, arm, results) for arm in (claim.arm, claim.than))
     apart, difference = _apart(high, low), fmean(high) - fmean(low)
     holds = apart and difference >= claim.by and fmean(high) >= claim.times * fmean(low)
-    wanted = f", wanted {claim.by:+g}" * (claim.by != 0) + f", wanted {claim.times:g} times" * (claim.times != 1)
+    expected = f", expected {claim.by:+g}" * (claim.by != 0) + f", expected {claim.times:g} times" * (claim.times != 1)
     chance = f", 1 in {comb(len(high) + len(low), len(low))} by chance"
     if apart:
         order = f"every seed apart{chance}"
     else:
         order = f"every seed the other way round{chance}" if _apart(low, high) else "seeds overlap"
-    return holds, f"{claim.arm} {_range(high)} above {claim.than} {_range(low)}{wanted}; {order}"
+    return holds, f"{claim.arm} {_range(high)} above {claim.than} {_range(low)}{expected}; {order}"
 
 
 def _apart(high: list[float], low: list[float]) -> bool:
@@ -159,14 +159,14 @@ def _apart(high: list[float], low: list[float]) -> bool:
 def _close(claim: Close, results: Results) -> tuple[bool, str]:
     one, other = (_values(claim, arm, results) for arm in (claim.arm, claim.than))
     difference = fmean(one) - fmean(other)
-    numbers = f"{claim.arm} {_range(one)}, {claim.than} {_range(other)}, wanted within {claim.within:g}"
+    numbers = f"{claim.arm} {_range(one)}, {claim.than} {_range(other)}, expected within {claim.within:g}"
     return abs(difference) <= claim.within, numbers
 
 
 def _inside(claim: Inside, results: Results) -> tuple[bool, str]:
     values = _values(claim, claim.arm, results)
     holds = all(claim.low <= value <= claim.high for value in values)
-    return holds, f"{claim.arm} {_range(values)}, wanted {claim.low:g} to {claim.high:g}"
+    return holds, f"{claim.arm} {_range(values)}, expected {claim.low:g} to {claim.high:g}"
 
 
 def _range(values: list[float]) -> str:

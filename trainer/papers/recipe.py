@@ -1,7 +1,7 @@
 """Recipes of papers: a start model, the arms to compare, a figure, and the claims to check.
 
 A recipe is a file `configs/papers/<name>.yaml`, which may `inherit` from another file. `run` is a run configuration,
-and each arm changes some of its keys. The first lines describe the paper's result and that of the small version.
+and each arm changes some of its keys. The first lines describe the paper's result and the result of this small version.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ class Recipe(Options):
     claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _names_what_there_is(self) -> Self:
+    def _check_names(self) -> Self:
         if self.measure is not None:
             MEASURES.module(self.measure)
         named = {arm for panel in self.panels for arm in panel.arms}
@@ -68,7 +68,7 @@ class Recipe(Options):
         known = set(self.arms) | self._measured()
         if named - known:
             unknown, existing = (", ".join(sorted(labels)) for labels in (named - known, known))
-            raise ValueError(f"claims and panels name {unknown}, which is not an arm; there are: {existing}")
+            raise ValueError(f"claims or panels name {unknown}, which is not an arm; the arms are: {existing}")
         return self
 
     @model_validator(mode="after")

@@ -33,9 +33,7 @@ def run_training(config: Config, folder: Path, log: Path) -> Path:
     with _output_to(log), chdir(folder):
         run = train(config)
     if not _ended(run, config):
-        raise ArmError(
-            f"stopped before step {config.steps}: repeat the command, which starts this run from the beginning"
-        )
+        raise ArmError(f"stopped before step {config.steps}: repeat the command, which starts this run again")
     return run
 
 
@@ -68,7 +66,7 @@ def finished_run(config: Config, folder: Path) -> Path | None:
 
 
 def folder_of(config: Config, folder: Path) -> Path:
-    """Folder of the runs of this configuration. A hash of the configuration keeps others apart."""
+    """Folder of the runs of this configuration. A hash keeps different configurations apart."""
     return folder / f"{config.name}-seed{config.seed}-{blake2b(dump(config).encode(), digest_size=4).hexdigest()}"
 
 
@@ -133,7 +131,7 @@ def _init_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process with its parent: its results would be lost, and it would slow down the next attempt."""
+    """End this process when its parent ends: its results would be lost, and it would slow down the next attempt."""
     parent = parent_process()
     assert parent is not None
     parent.join()

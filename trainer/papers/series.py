@@ -52,7 +52,9 @@ def window_mean(rows: Rows, metric: str, window: Window) -> float:
     low, high = (first + share * (last - first) for share in window)
     values = [value for step, value in points(rows, metric) if low <= step <= high]
     if not values:
-        raise ValueError(f"{metric} has no value between step {low:g} and {high:g}: does this recipe record it?")
+        raise ValueError(
+            f"{metric} has no value between step {low:g} and {high:g}: check its name and that the runs log it"
+        )
     return fmean(values)
 
 

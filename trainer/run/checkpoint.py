@@ -125,7 +125,7 @@ def latest(folder: Path) -> Checkpoint:
         try:
             checkpoint = load(path)
         except CheckpointError as error:
-            messages.append(f"{error}; falling back to the checkpoint before it")
+            messages.append(f"{error}; falling back to the previous checkpoint")
             continue
         return Checkpoint(checkpoint.path, checkpoint.step, checkpoint.state, messages)
     raise CheckpointError("\n".join([*messages, f"{folder}: there is no complete checkpoint"]))

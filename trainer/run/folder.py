@@ -1,4 +1,4 @@
-"""The folder of one run: paths of its files, and the lock that keeps a second run out."""
+"""The folder of one run: the paths of its files, and a lock against a second run in it."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class RunFolder:
         """Create a new folder and point the link `<root>/latest` to it.
 
         Raises:
-            RunFolderError: the name is not a valid folder name.
+            RunFolderError: the name is not a valid folder name, or `<root>/latest` exists and is not a link.
         """
         if not RUN_NAME.fullmatch(name) or name == "latest":
             raise RunFolderError(
@@ -125,7 +125,7 @@ def _make_unique(parent: Path, start: str) -> Path:
         with suppress(FileExistsError):
             path.mkdir()
             return path
-    raise RunFolderError(f"{parent}: a thousand runs started within one second")
+    raise RunFolderError(f"{parent}: a thousand runs started within one second; start this one again")
 
 
 def _point(link: Path, target: Path) -> None:

@@ -33,7 +33,10 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "reward/group_std": ("reward", "Standard deviation of the total reward within a group, mean over the groups."),
     "reward/<name>": ("reward", "One reward by its name, before weighting, mean over the completions it applies to."),
     "reward/<name>/<component>": ("reward", "One component of a reward that returns several, mean."),
-    "reward/zero_std_group_share": ("share", "Groups whose rewards are all equal: there is nothing to learn from."),
+    "reward/zero_std_group_share": (
+        "share",
+        "Groups whose rewards are all equal, so that there is nothing to learn from.",
+    ),
     "reward/zero_advantage_steps": ("steps", "Consecutive steps, up to this one, in which no group had an advantage."),
     "reward/length_penalty": ("reward", "Amount that the length penalty adds to a reward, mean."),
     "reward/sampled_mean": (
@@ -82,8 +85,8 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
         "share",
         "Estimated chance that one of k completions of a problem is right; k = 2, 4, 8, ...",
     ),
-    "eval/pass_at_<k>_low": ("share", "Lower end of its 95 % interval."),
-    "eval/pass_at_<k>_high": ("share", "Upper end of its 95 % interval."),
+    "eval/pass_at_<k>_low": ("share", "Lower end of the 95 % interval of pass@k."),
+    "eval/pass_at_<k>_high": ("share", "Upper end of the 95 % interval of pass@k."),
     "eval/reward": ("reward", "Total reward of a held-out completion, mean."),
     "eval/problems": ("count", "Held-out problems with a scored completion."),
     "eval/unscored": ("count", "Held-out completions that could not be graded."),
@@ -96,7 +99,7 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
         "prediction. Each is multiplied by its coefficient. Mean over microbatches, weighted by their tokens.",
     ),
     "moe/max_vio": ("", "Largest load of an expert over the mean load, minus 1; mean over layers. 0 = balanced."),
-    "moe/max_vio_worst": ("", "The same number in the layer in which it is largest."),
+    "moe/max_vio_worst": ("", "`moe/max_vio` of the layer in which it is largest."),
     "moe/expert_tokens_min": ("tokens", "Fewest tokens that an expert of any layer got in an update."),
     "moe/expert_tokens_max": ("tokens", "Most tokens that an expert of any layer got in an update."),
     "moe/idle_share": ("share", "Experts that no token of an update chose."),
@@ -107,7 +110,10 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
     "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
     "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
-    "learner/tokens_per_s": ("tokens/s", "Such tokens per second, all learner processes together."),
+    "learner/tokens_per_s": (
+        "tokens/s",
+        "Tokens of the forward and backward passes per second, all learner processes together.",
+    ),
     "learner/microbatches": ("count", "Forward and backward passes of the step in each process."),
     # --- around the step ---
     "data/epoch": ("epochs", "Passes over the training data so far. 0 for endless data."),

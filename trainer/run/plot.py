@@ -22,7 +22,7 @@ PANELS = {
     "reward/mean": "sampled reward, mean",
     "eval/accuracy": "held-out accuracy",
     "train/loss": "training loss",
-    "eval/loss": "validation loss",
+    "eval/loss": "held-out loss",
 }
 """Title by metric. Without `--metric`, a plot shows those of these metrics that the runs have."""
 OF_ANY_OBJECTIVE = ("train/", "eval/")

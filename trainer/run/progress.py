@@ -14,7 +14,7 @@ LIVE_METRICS = {
     "policy/loss": "loss",
     "train/loss": "loss",
     "eval/accuracy": "held-out accuracy",
-    "eval/loss": "validation loss",
+    "eval/loss": "held-out loss",
     "rollout/tokens_per_s": "rollout tok/s",
     "learner/tokens_per_s": "learner tok/s",
 }

@@ -1,4 +1,4 @@
-"""Records metrics and sample completions as JSON lines in the run folder, and in any tracker of Accelerate.
+"""Logs metrics and sample completions as JSON lines in the run folder, and to any tracker of Accelerate.
 
 A row of `metrics.jsonl` holds one step: `step` and keys named `area/name_unit`. The areas `time/` and `system/` and
 keys that end in `_per_s` are measurements; all other values follow from the configuration and the seed.
@@ -81,9 +81,9 @@ class JsonLines:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
+                raise ValueError(f"{self.path}, line {number}: not JSON ({error}): remove this line") from None
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError(f"{self.path}, line {number}: not an object with an integer `step`")
+                raise ValueError(f"{self.path}, line {number}: not an object with an integer `step`: remove this line")
             rows.append(row)
         return rows
 

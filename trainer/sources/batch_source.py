@@ -1,4 +1,4 @@
-"""Batch sources: a data set, or graded rollouts. The loop does not know which one it has."""
+"""Batch sources: a data set, or graded rollouts. The loop treats both in the same way."""
 
 import logging
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class BatchSource(Protocol):
         ...
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Bring the learners' weights to the workers that sample, if there are any; returns metrics."""
+        """Sync the learners' weights to the rollout workers, if there are any; returns metrics."""
         ...
 
     def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
@@ -45,10 +45,10 @@ class BatchSource(Protocol):
         ...
 
 
-def updates(
+def weighted_minibatches(
     sequence_groups: Sequence[SequenceGroup], objective: Objective, batch: BatchConfig
 ) -> list[list[SequenceGroup]]:
-    """The minibatches of a step, with token weights: an update takes the mean over its own minibatch."""
+    """Split a step into minibatches, and weight the tokens of each so that its loss is a mean over the minibatch."""
     return [
         objective.assign_token_weights(minibatch)
         for minibatch in minibatches(sequence_groups, batch.minibatches_per_step)
@@ -67,7 +67,8 @@ class DatasetSource:
     def next(self, step: int) -> StepBatch:
         sequence_groups = self.stream.take(self.batch.sequences_per_step)
         metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
-        return StepBatch(updates(sequence_groups, self.objective, self.batch), self.batch.epochs_per_step, metrics)
+        step_minibatches = weighted_minibatches(sequence_groups, self.objective, self.batch)
+        return StepBatch(step_minibatches, self.batch.epochs_per_step, metrics)
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}
@@ -105,10 +106,10 @@ class RolloutSource:
         metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
         self._watch_zero_advantage(sequence_groups, groups)
         metrics["reward/zero_advantage_steps"] = float(self.zero_advantage_steps)
-        minibatches = updates(sequence_groups, self.objective, self.batch)
+        step_minibatches = weighted_minibatches(sequence_groups, self.objective, self.batch)
         if self.batch.zero_advantage_groups == "skip":
-            minibatches = self._with_signal(minibatches)
-        return StepBatch(minibatches, self.batch.epochs_per_step, metrics, groups)
+            step_minibatches = self._with_signal(step_minibatches)
+        return StepBatch(step_minibatches, self.batch.epochs_per_step, metrics, groups)
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         due = version % self.weight_sync_interval == 0 or self.resumed
@@ -125,10 +126,10 @@ class RolloutSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.zero_advantage_steps = state["zero_advantage_steps"]
-        self.resumed = True  # the workers have the weights that the run began with
+        self.resumed = True  # the workers still have the weights that the run began with
 
     def _with_signal(self, minibatches: list[list[SequenceGroup]]) -> list[list[SequenceGroup]]:
-        """Without groups whose advantages are all 0: they count in the mean and give the policy loss no gradient."""
+        """Drop groups whose advantages are all 0: they have no gradient, and the token weights already count them."""
         if not self.algorithm.needs_advantage:
             return minibatches
         kept = [
@@ -137,7 +138,7 @@ class RolloutSource:
         return [minibatch for minibatch in kept if minibatch]
 
     def _watch_zero_advantage(self, sequence_groups: Sequence[SequenceGroup], groups: Sequence[Group]) -> None:
-        """Count steps in a row in which no group has anything to learn from; a run of them is shown to the user."""
+        """Count consecutive steps in which no group has an advantage; after several, show the user some completions."""
         if any(map(_has_signal, sequence_groups)):
             self.zero_advantage_steps = 0
             return
@@ -156,7 +157,7 @@ def _has_signal(sequence_group: SequenceGroup) -> bool:
 
 
 def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """Steps that the learners were ahead of the oldest weights that sampled."""
+    """Number of steps by which the learners were ahead of the oldest weights that sampled."""
     versions = [completion.weight_version for group in groups for completion in group.completions]
     return {"rollout/staleness": float(step - 1 - min(versions))} if versions else {}
 

@@ -1,9 +1,9 @@
-"""Dynamic sampling: a step asks further prompts until each of its groups has something to teach.
+"""Dynamic sampling: a step samples further prompts until it has enough groups with an advantage to learn from.
 
-DAPO, arXiv 2503.14476, section 3.2, equation 11. A round waits for all that it asked, and the usable groups are taken
-in the order of their prompts, so that short completions are not preferred. Usable groups beyond the step's number are
-counted, and kept for the next step as long as the engine's weights are the same (`rollout.weight_sync_interval` above
-1).
+DAPO, arXiv 2503.14476, section 3.2, equation 11. A round waits for all of its completions, and the usable groups are
+taken in the order of their prompts, so that short completions are not preferred. Usable groups beyond
+`batch.prompts_per_step` are counted, and kept for the next step as long as the engine's weights are the same
+(`rollout.weight_sync_interval` above 1).
 """
 
 import logging
@@ -28,11 +28,11 @@ TEXT_SHOWN = 300
 
 
 class NothingUsableError(RuntimeError):
-    """No round of a step brought a usable group."""
+    """No round of a step yielded a usable group."""
 
 
 class DynamicSampling:
-    """Collects usable groups round by round, until the step has its number or `batch.max_rounds` is reached."""
+    """Collects usable groups round by round, until the step has enough or `batch.max_rounds` is reached."""
 
     def __init__(self, batch: BatchConfig, algorithm: Algorithm) -> None:
         """`batch` gives the numbers of groups and rounds; `algorithm` decides which groups are usable."""
@@ -43,12 +43,12 @@ class DynamicSampling:
         self._sampled: list[Group] = []
         self._rounds: list[dict[str, float]] = []
 
-    def prompts_to_ask(self) -> int:
-        """Prompts of the next round; 0 = the step has its groups, or its last round is over."""
+    def prompts_to_sample(self) -> int:
+        """Number of prompts in the next round; 0 = the step has enough groups, or its last round is over."""
         missing = self._batch.prompts_per_step - len(self._usable)
         if missing <= 0 or len(self._rounds) == self._batch.max_rounds:
             return 0
-        return self._batch.prompts_to_ask(missing)
+        return self._batch.prompts_to_sample(missing)
 
     def add(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Take the groups of one round, with the metrics of `Rollouts.run`."""
@@ -60,43 +60,43 @@ class DynamicSampling:
         """End the step: at most `prompts_per_step` usable groups, at least one, and metrics over all rounds.
 
         Raises:
-            NothingUsableError: no round brought a usable group; shows the rewards and some completions.
+            NothingUsableError: no round yielded a usable group; the message shows the rewards and some completions.
         """
-        usable, sampled, rounds, wanted = self._usable, self._sampled, self._rounds, self._batch.prompts_per_step
+        usable, sampled, rounds, target = self._usable, self._sampled, self._rounds, self._batch.prompts_per_step
         if not usable:
             raise NothingUsableError(_nothing_usable(sampled, len(rounds)))
-        _warn_if_missing(wanted, len(usable), len(sampled), len(rounds))
+        _warn_if_missing(target, len(usable), len(sampled), len(rounds))
         metrics = _over_all(rounds) | {
             "rollout/rounds": float(len(rounds)),
             "rollout/sampled_groups": float(len(sampled)),
             "rollout/usable_group_share": (len(usable) - self._reused) / max(1, len(sampled)),
             "rollout/reused_groups": float(self._reused),
-            "rollout/surplus_groups": float(max(0, len(usable) - wanted)),
-            "rollout/missing_groups": float(max(0, wanted - len(usable))),
+            "rollout/surplus_groups": float(max(0, len(usable) - target)),
+            "rollout/missing_groups": float(max(0, target - len(usable))),
             "reward/sampled_mean": fmean(_rewards(sampled or usable)),
         }
-        self._usable, self._reused = usable[wanted:], len(usable[wanted:])
+        self._usable, self._reused = usable[target:], len(usable[target:])
         self._sampled, self._rounds = [], []
-        return usable[:wanted], metrics
+        return usable[:target], metrics
 
     def forget(self) -> None:
-        """Drop the usable groups that are left over: the next ones will have fresher weights."""
+        """Drop the surplus groups, because the engines have got new weights."""
         self._usable, self._reused = [], 0
 
 
-def _warn_if_missing(wanted: int, usable: int, sampled: int, rounds: int) -> None:
-    if usable < wanted:
+def _warn_if_missing(target: int, usable: int, sampled: int, rounds: int) -> None:
+    if usable < target:
         log.warning(
-            "dynamic sampling: %d of %d groups were usable in %d rounds, so this step has %d groups fewer than the %d "
-            "of batch.prompts_per_step; batch.max_rounds allows more rounds",
-            *(usable, sampled, rounds, wanted - usable, wanted),
+            "dynamic sampling: %d of %d groups were usable in %d rounds, so this step has %d groups fewer than "
+            "batch.prompts_per_step (%d). To sample more rounds, raise batch.max_rounds.",
+            *(usable, sampled, rounds, target - usable, target),
         )
 
 
 def _over_all(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Times and tokens are summed; the other metrics count from the start of the step or run: the last ones hold."""
+    """Metrics over all rounds: sums of times and tokens; for the others, which are cumulative, the last values."""
     sums = {name: sum(part[name] for part in rounds) for name in ("time/generate_s", "time/grade_s", "rollout/tokens")}
-    last = rounds[-1] if rounds else {}  # none where kept groups filled the step
+    last = rounds[-1] if rounds else {}  # there is no round if surplus groups filled the step
     return {**last, **sums, "rollout/tokens_per_s": sums["rollout/tokens"] / max(sums["time/generate_s"], 1e-9)}
 
 
@@ -118,7 +118,7 @@ def _nothing_usable(sampled: Sequence[Group], rounds: int) -> str:
         f"completions have no score, {cut} were cut at the token limit. Examples:\n{examples}\n"
         "The task is too hard or too easy for this model, or the reward does not read its answers, or (with "
         "algorithm.overlong_filter) most completions are cut. Other prompts, a larger batch.samples_per_prompt or "
-        "batch.max_rounds may help; algorithm.dynamic_sampling: false goes on without an update."
+        "batch.max_rounds may help; with algorithm.dynamic_sampling: false the run goes on without an update."
     )
 
 

@@ -15,7 +15,7 @@ def is_correct(score: Score, reward: str, threshold: float) -> bool:
 def lengths_by_outcome(groups: Sequence[Group], reward: str, threshold: float) -> dict[str, float]:
     """Mean length in tokens of right and of wrong sampled completions; an empty class is left out.
 
-    Wrong answers that grow longer than right ones are how a length bias shows (Dr. GRPO, arXiv 2503.20783, figure 5).
+    A length bias shows in wrong answers that grow longer than right ones (Dr. GRPO, arXiv 2503.20783, figure 5).
     """
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for group in groups:
@@ -35,14 +35,17 @@ def accuracy_metrics(groups: Sequence[Group], reward: str, threshold: float) -> 
         threshold: its smallest value that counts as correct.
 
     Raises:
-        ValueError: not a single completion was scored.
+        ValueError: no completion was scored.
     """
     outcomes = [
         [is_correct(score, reward, threshold) for score in group.scores if score.failure is None] for group in groups
     ]
     scored = [samples for samples in outcomes if samples]
     if not scored:
-        raise ValueError("evaluation: no completion was scored; see the failures in the completions table")
+        raise ValueError(
+            "evaluation: no held-out completion could be graded; try the rewards on a file of completions with "
+            "`llmquest-rl grade`"
+        )
     totals = [score.value for group in groups for score in group.scores if score.value is not None]
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     estimate = accuracy(scored)

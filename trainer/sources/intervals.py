@@ -32,7 +32,7 @@ def wilson(share: float, count: float) -> Estimate:
     Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
 
     Raises:
-        ValueError: no trials, or a share outside [0, 1].
+        ValueError: there are no trials, or the share is outside [0, 1].
     """
     if count <= 0 or not 0 <= share <= 1:
         raise ValueError(f"a share of {share} among {count} trials has no confidence interval")
@@ -46,17 +46,17 @@ def wilson(share: float, count: float) -> Estimate:
 def clustered(means: Sequence[float], samples: int) -> Estimate:
     """The mean over problems of values in [0, 1], each itself a mean or estimate over samples of that problem.
 
-    Samples of one problem are not independent, so what counts is the spread between problems: Wilson's interval with
-    the number of independent trials that would have the same standard error.
+    Samples of one problem are not independent, so the width follows from the spread between problems: it is Wilson's
+    interval with the number of independent trials that would have the same standard error.
     Source: Dean and Pagano (2015), "Evaluating confidence interval methods for binomial proportions in clustered
     surveys", with the standard error of Miller (2024), "Adding error bars to evals", section 2.2.
 
     Args:
         means: one value for each problem, drawn independently.
-        samples: all samples of all problems: the trials cannot be worth more than that.
+        samples: number of samples over all problems, which is the maximum number of independent trials.
 
     Raises:
-        ValueError: no problems.
+        ValueError: there are no problems.
     """
     if not means:
         raise ValueError("no outcomes: nothing was graded")
@@ -69,7 +69,11 @@ def clustered(means: Sequence[float], samples: int) -> Estimate:
 
 
 def accuracy(outcomes: Sequence[Sequence[bool]]) -> Estimate:
-    """The share of right samples, each problem with the same weight: with k samples for each problem, mean@k."""
+    """The share of right samples, each problem with the same weight: with k samples for each problem, mean@k.
+
+    Raises:
+        ValueError: there is no problem, or one without a sample.
+    """
     _check(outcomes)
     if all(len(samples) == 1 for samples in outcomes):
         return wilson(fmean(samples[0] for samples in outcomes), len(outcomes))

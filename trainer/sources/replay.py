@@ -1,7 +1,7 @@
-"""Rollouts on disk: the groups of one step, exactly, so that training can be debugged without an engine.
+"""Saves the groups of a step without loss, and loads them, so that training can be debugged without an engine.
 
-One gzipped file of JSON lines for each step: a header, then one group a line. JSON has no tuples, dates or sets and no
-keys but strings, and data sets have all of these, so what JSON lacks is written as `{"$type": [...]}`.
+Each step is a gzipped file of JSON lines: a header, then one line per group. Values that data sets contain and JSON
+lacks (tuples, sets, dates, keys that are not strings) are written as `{"$type": [...]}`.
 """
 
 import base64
@@ -29,7 +29,7 @@ _FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
 
 def _encode_array(array: NDArray[Any]) -> list[Any]:
     if array.dtype.hasobject or array.dtype.names:
-        raise TypeError(f"an array of {array.dtype} holds more than numbers")
+        raise TypeError(f"an array of {array.dtype} holds more than numbers, which cannot be written")
     return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
 
 
@@ -102,10 +102,10 @@ def load_rollouts(folder: Path, step: int) -> list[Group]:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
         header, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:] if line]
         if header["format"] != FORMAT or header["groups"] != len(rows):
-            raise ValueError(f"its header is {header}, but it has {len(rows)} groups")
+            raise ValueError(f"its header {header} does not match format {FORMAT} and {len(rows)} groups")
         return [_group(_decode(row)) for row in rows]
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: damaged, or no rollouts ({error})") from error
+        raise ValueError(f"{path} is damaged, or is not a file of rollouts ({error})") from error
 
 
 def replay_steps(folder: Path) -> list[int]:
@@ -118,11 +118,11 @@ def check_replay(folder: Path, steps: int) -> None:
     """Check that a run of that many steps can be replayed.
 
     Raises:
-        ValueError: steps are missing; names the first.
+        ValueError: steps are missing; the message names the first.
     """
     missing = sorted(set(range(1, steps + 1)) - set(replay_steps(folder)))
     if missing:
-        raise ValueError(f"{folder}: no rollouts of step {missing[0]}, and the run has {steps} steps: lower `steps`")
+        raise ValueError(f"{folder}: no rollouts of step {missing[0]}, but the run has {steps} steps: lower `steps`")
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -159,7 +159,7 @@ def _encode(value: Any) -> Any:
             return {key: _encode(item) for key, item in value.items()}
         return {"$dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
     if type(value) not in _CODECS:
-        raise TypeError(f"{value!r} is a {type(value).__name__}")
+        raise TypeError(f"{value!r} is a {type(value).__name__}, a type that cannot be written")
     name, encode, _ = _CODECS[type(value)]
     return {f"${name}": encode(value)}
 

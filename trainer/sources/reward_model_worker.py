@@ -21,7 +21,7 @@ from llmquest_rl.types import Score
 from rewards.types import GradeItem
 from rollout.engine import cpu_threads
 from trainer.config.reward_model import RewardModelConfig
-from trainer.learner.microbatches import fitting
+from trainer.learner.microbatches import split_to_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,13 @@ def check_reward_model(setup: RewardModelSetup) -> PromptRenderer:
         hf, shape = read_shape(path)
         if not issubclass(hf.model, SequenceClassifier):
             raise ValueError(
-                f"{path} holds a {hf.architecture}, which gives no score: train one with the objective reward_model, "
-                "or give a ...ForSequenceClassification"
+                f"{path} holds a {hf.architecture}, which gives no score: train a model with the objective "
+                "reward_model, or give a sequence classifier (...ForSequenceClassification)"
             )
         if len(shape.labels) != 1:
-            raise ValueError(f"{path} scores {len(shape.labels)} labels, {', '.join(shape.labels)}: it must have one")
+            raise ValueError(
+                f"{path} scores {len(shape.labels)} labels, {', '.join(shape.labels)}: a reward model has one"
+            )
         check_model_files(path)
         return prompt_renderer(load_tokenizer(path), config.system_prompt, config.chat_template)
     except ValueError as error:
@@ -59,7 +61,7 @@ def check_reward_model(setup: RewardModelSetup) -> PromptRenderer:
 
 
 class RewardModelWorker:
-    """Scores completions with a reward model. A plain class: the cluster makes it an actor, a test uses it as it is."""
+    """Scores completions with a reward model. It is a plain class, which the cluster turns into an actor."""
 
     def __init__(self, setup: RewardModelSetup) -> None:
         """Load the model.
@@ -71,7 +73,7 @@ class RewardModelWorker:
         self.renderer = check_reward_model(setup)
         self.device = torch.device(setup.device)
         model = load_any_model(setup.model_path, getattr(torch, setup.dtype), self.device)
-        assert isinstance(model, SequenceClassifier), "as was checked"
+        assert isinstance(model, SequenceClassifier), "`check_reward_model` allows no other model"
         self.model = model.eval().requires_grad_(False)
         shape: SequenceClassifierConfig = model.config
         self.max_tokens = min(shape.max_positions, setup.config.max_tokens or shape.max_positions)
@@ -99,7 +101,7 @@ class RewardModelWorker:
         ids = conversation_ids({"prompt": item.prompt, "completion": item.completion}, self.renderer)
         if len(ids) > self.max_tokens:
             raise DataError(
-                f"prompt and completion are {len(ids)} tokens, the reward model judges {self.max_tokens} at most"
+                f"prompt and completion are {len(ids)} tokens, but the reward model reads {self.max_tokens} at most"
             )
         return ids
 
@@ -121,7 +123,7 @@ class RewardModelWorker:
         with cpu_threads(self.setup.threads):
             groups = list(self._sequence_groups(items, sequences))
             for sequence_groups in pack(
-                fitting(groups, budget, self.model.shares_prompts, needs_whole_group=False), budget
+                split_to_budget(groups, budget, self.model.shares_prompts, needs_whole_group=False), budget
             ):
                 batch = collate(sequence_groups)
                 values = self.model(batch.to(self.device)).values[:, 0].tolist()
@@ -129,7 +131,7 @@ class RewardModelWorker:
         return found
 
     def _sequence_groups(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> Iterator[SequenceGroup]:
-        """Neighbours with the same prompt together; the token field `items` has their numbers."""
+        """Group neighbouring items with the same prompt; the token field `items` holds the numbers of the items."""
         for _, numbers in groupby(sequences, key=lambda number: items[number].prompt):
             group = list(numbers)
             sequence_group = group_for_scoring([sequences[number] for number in group])

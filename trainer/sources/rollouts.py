@@ -1,4 +1,4 @@
-"""Rollouts: completions of problems with their scores, for training, evaluation and `llmquest-rl rollout` alike.
+"""Rollouts: completions of problems with their scores, for training, evaluation and `llmquest-rl rollout`.
 
 `Rollouts` samples with the rollout workers, and scores every completion with the graders and the reward models.
 """
@@ -20,14 +20,14 @@ from trainer.cluster.worker_group import WorkerGroup
 T = TypeVar("T")
 
 Sampled = tuple[list[Group], dict[str, float]]
-"""Groups, and metrics of how they were made."""
+"""Graded groups, and metrics of sampling and grading."""
 
 
 class RolloutWorkers:
     """The rollout workers of a run. A restarted worker gets the weights of the last sync before it gets work."""
 
     def __init__(self, group: WorkerGroup[RolloutWorker], timeout_s: float) -> None:
-        """`timeout_s` is the longest wait for the answers of one call, in seconds."""
+        """`timeout_s` is the time limit for the answers of one call, in seconds."""
         self.group = group
         self.timeout_s = timeout_s
         self._current: tuple[WeightSnapshot, int] | None = None
@@ -39,7 +39,7 @@ class RolloutWorkers:
         return list(chain.from_iterable(self.group.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
 
     def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
-        """Load new weights into every worker, which first compares them with their checksums."""
+        """Load new weights into every worker, which verifies their checksums first."""
         self._current = None  # a worker that dies while it loads gets these weights when its work is redone
         reports = self.group.call_all(RolloutWorker.load_weights, snapshot, version, timeout_s=self.timeout_s)
         self._current = snapshot, version
@@ -72,9 +72,9 @@ class RewardWorkers:
 
     group: WorkerGroup[GradingWorker]
     timeout_s: float
-    """Longest wait for the scores of one call, in seconds, beside the time of the items."""
+    """Time limit for the scores of one call in seconds, in addition to the time of its items."""
     item_timeout_s: float = 0.0
-    """Longest time of one item, in seconds."""
+    """Time limit for one item, in seconds."""
 
     def grade(self, items: Sequence[GradeItem]) -> list[Score]:
         """Score each item, in order."""
@@ -106,8 +106,8 @@ class Rollouts:
             problems: the problems.
             n: completions of each problem.
             sampling: how tokens are drawn.
-            key: part of the seed of each request, beside the run's seed and the problem's place, e.g. `train/12`.
-            first: the place of the first problem among those of this key; the others follow.
+            key: part of each request's seed, e.g. `train/12`, next to the run's seed, the problem's index and its id.
+            first: index of the first problem among all problems of this key.
 
         Returns:
             Groups in the order of the problems, and metrics of time and throughput.
@@ -150,7 +150,7 @@ class Rollouts:
 
 
 def grade_item(problem: Problem, completion: Completion) -> GradeItem:
-    """The input of a reward: the row as the data set has it, the completion's text, and the completion's length."""
+    """The input of a reward: the data set's row, and the completion with its length and finish reason."""
     extra = {"completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
     return GradeItem(problem.prompt, completion.text, problem.answer, problem.columns | extra)
 
@@ -161,7 +161,7 @@ def seed_for(*parts: object) -> int:
 
 
 def split_evenly(items: Sequence[T], count: int) -> list[list[T]]:
-    """At most `count` contiguous parts whose sizes differ by at most one; no part is empty."""
+    """Split items into at most `count` contiguous parts whose sizes differ by at most one; no part is empty."""
     size, rest = divmod(len(items), count)
     iterator = iter(items)
     return [list(islice(iterator, size + (i < rest))) for i in range(min(count, len(items)))]

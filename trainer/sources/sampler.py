@@ -1,4 +1,4 @@
-"""Samplers: they give a step its graded groups, from live workers or from a folder of saved rollouts."""
+"""Samplers, which provide the graded groups of a step: from live workers, or from a folder of saved rollouts."""
 
 import time
 from collections.abc import Sequence
@@ -17,23 +17,29 @@ from trainer.sources.rollouts import Rollouts, Sampled, grade_item
 
 
 class Sampler(Protocol):
-    """Answers prompts with graded groups."""
+    """Provides graded groups for prompts."""
 
     def groups(self, step: int, stream: PromptStream) -> Sampled:
-        """Groups for training, and metrics. Takes the prompts that it needs off the stream."""
+        """Take prompts from the stream, and return their groups for training, and metrics.
+
+        Raises:
+            TooManyUnscoredError: more completions could not be graded than `graders.max_unscored_share` allows.
+            NothingUsableError: dynamic sampling found no group to learn from.
+            ValueError: saved rollouts are missing or damaged.
+        """
         ...
 
     def held_out(self, problems: Sequence[Problem]) -> Sampled:
-        """Groups for evaluation, and metrics; no groups where nothing can be sampled."""
+        """Groups for evaluation, and metrics. There are no groups if rollouts are replayed, because no engine runs."""
         ...
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
-        """Bring the learners' weights to the workers that sample; returns metrics."""
+        """Sync the learners' weights to the rollout workers; returns metrics."""
         ...
 
 
 def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
-    """Count ungraded completions by cause.
+    """Count completions that could not be graded, by cause.
 
     Raises:
         TooManyUnscoredError: their share is above the limit.
@@ -61,7 +67,7 @@ class LiveSampler:
             if self.dynamic is None:
                 groups, metrics = self._round(step, stream, self.config.batch.prompts_per_step, sampled)
             else:
-                while count := self.dynamic.prompts_to_ask():
+                while count := self.dynamic.prompts_to_sample():
                     self.dynamic.add(*self._round(step, stream, count, sampled))
                 groups, metrics = self.dynamic.finish()
         except (TooManyUnscoredError, NothingUsableError):

@@ -159,7 +159,7 @@ def test_a_vision_language_model_is_assembled_and_sees_pictures(
         "assemble", vision, language, out, "--image-token", "~", "--frozen", "vision.*", "--tokenizer", tiny_model
     )
     assert result.code == 0, result.err
-    assert "~ (id 97) marks each vision token" in result.out
+    assert "~ (id 97) marks image positions" in result.out
     config = json.loads((out / "config.json").read_text())
     assert (config["frozen"], config["image_token_id"], config["eos_token_id"]) == (["vision.*"], 97, 1)
     pictures = ("data.task={name: shapes, held_out: 8}", f"model.path={out}", "rollout.sampling.max_tokens=8")
@@ -168,7 +168,11 @@ def test_a_vision_language_model_is_assembled_and_sees_pictures(
     assert "prompts: none dropped; 157 to 159 tokens" in result.out
     for part, token, says in (
         (tiny_model, "~", "exists and is not empty"),
-        (tiny_model, "<img>", "no token '<img>': choose one that never occurs in texts: <|im_end|>, <|im_start|>"),
+        (
+            tiny_model,
+            "<img>",
+            "no token '<img>': choose one that never occurs in texts, such as <|im_end|>, <|im_start|>",
+        ),
         (tmp_path / "nowhere", "~", "is not a model reference"),
     ):
         folder = out if token == "~" and part == tiny_model else tmp_path / "other"

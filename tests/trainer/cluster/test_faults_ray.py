@@ -178,6 +178,6 @@ def test_a_dead_learner_ends_the_run_and_is_named(runs: Runs, inject: Callable[[
 
 def test_a_worker_that_hangs_is_named(runs: Runs, inject: Callable[[str, str, int, Fault], None]) -> None:
     inject("rollout", "generate", 2, lambda pids: os.kill(pids[0], signal.SIGSTOP))
-    message = r"no answer to generate within 5 s from rollout-0 \(log: .*rollout-0\.log\)\.$"
+    message = r"no answer to generate within 5 s from rollout-0 \(log: .*rollout-0\.log\)\. If the work is only slow"
     with pytest.raises(ClusterError, match=message):
         runs.train(*RAY, *ONE_EACH, "rollout.timeout_s=5")

@@ -342,7 +342,7 @@ def test_sizes_follow_from_the_configuration() -> None:
     numbers = {what: number for what, number, _ in sizes(config)}
     assert numbers["completions per step"] == "24"
     assert numbers["sampled tokens per step"] == "<= 240"
-    assert numbers["prompts asked per step"] == "<= 6"
+    assert numbers["prompts sampled per step"] == "<= 6"
     assert numbers["tokens computed per epoch"] == f"<= {6 * 50 + 240}"
     assert numbers["completions per update"] == "8"
     assert numbers["optimizer updates per step"] == "6"
@@ -355,7 +355,7 @@ def test_dynamic_sampling_asks_more_prompts() -> None:
     values = {**RL, "batch": batch, "algorithm": {"name": "dapo"}, "rollout": {"sampling": {"max_tokens": 10}}}
     numbers = {what: number for what, number, _ in sizes(parse_config(values))}
     assert numbers["completions per step"] == "20"
-    assert numbers["prompts asked per step"] == "<= 21"
+    assert numbers["prompts sampled per step"] == "<= 21"
     assert numbers["sampled tokens per step"] == "<= 840"
 
 

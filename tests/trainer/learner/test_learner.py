@@ -221,7 +221,7 @@ def test_checkpoint_of_another_size_is_refused(open_learner: OpenLearner, tmp_pa
     learner = open_learner()
     learner.save(tmp_path)
     (tmp_path / "learner" / "rng_1.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"written by 2 learner processes, this run has 1"):
+    with pytest.raises(ValueError, match=r"written by 2 learner processes, but this run has 1"):
         learner.load(tmp_path)
 
 

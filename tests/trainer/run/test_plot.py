@@ -55,7 +55,7 @@ def test_default_panels_follow_what_the_run_has(tmp_path: Path, drawn: list[Any]
         "sampled reward, mean: 0.5 → 0.5",
         "held-out accuracy: 0.25 → 0.25",
         "training loss: 4 → 2",
-        "validation loss: 4.5 → 2.5",
+        "held-out loss: 4.5 → 2.5",
     ]
     assert lines(drawn[1])["rl"] == ([0, 2, 4], [0.25, 0.25, 0.25])  # steps without a value are left out
 

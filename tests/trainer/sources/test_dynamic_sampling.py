@@ -104,7 +104,7 @@ def test_at_the_cap_a_step_makes_do_with_what_it_has(pairs: Runs, caplog: pytest
     missing = [int(row["rollout/missing_groups"]) for row in logged]
     assert max(missing) > 0
     assert [len(load_rollouts(run / "rollouts", row["step"])) for row in logged] == [4 - count for count in missing]
-    assert caplog.text.count("batch.max_rounds allows more rounds") == sum(count > 0 for count in missing)
+    assert caplog.text.count("raise batch.max_rounds") == sum(count > 0 for count in missing)
     assert rows(pairs.train("name=replayed", *ON, replay=run / "rollouts"))[-1]["step"] == 3
 
 

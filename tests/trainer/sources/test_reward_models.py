@@ -29,7 +29,7 @@ from trainer import inference
 from trainer.cli.dry_run import dry_run
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.tree import ConfigError
-from trainer.learner.microbatches import fitting
+from trainer.learner.microbatches import split_to_budget
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker
 
 JUDGE = {"name": "judge", "system_prompt": "Add.", "dtype": "float32"}
@@ -130,7 +130,7 @@ def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Pa
     scores = worker(model, max_tokens=60).grade([ITEMS[0], GradeItem("12 + 34=", "4" * 60, None), ITEMS[1]])
     assert [score.failure for score in scores] == [None, "invalid", None]
     assert scores[1].value is None and scores[1].parts == {}
-    assert "the reward model judges 60 at most" in scores[1].detail
+    assert "the reward model reads 60 at most" in scores[1].detail
     plain = worker(model).grade([ITEMS[0], ITEMS[1]])
     assert [scores[0].value, scores[2].value] == pytest.approx([score.value for score in plain], abs=1e-5)
     broken = worker(with_head(model, tmp_path / "nan", float("nan"))).grade(ITEMS[:2])
@@ -211,7 +211,9 @@ def test_a_folder_that_cannot_judge_is_refused_before_the_start(
     two = load_classifier(model, ("good", "bad"), torch.float32)
     save_model(model, disk_tensors(two), tmp_path / "two", config_fields=two.config_fields)
     judged_by(runs, tmp_path / "two")
-    with pytest.raises(ValueError, match="the reward model `judge`: .* scores 2 labels, good, bad: it must have one"):
+    with pytest.raises(
+        ValueError, match="the reward model `judge`: .* scores 2 labels, good, bad: a reward model has one"
+    ):
         runs.train()
 
     judged_by(runs, model, chat_template="missing.jinja")
@@ -260,9 +262,9 @@ def test_pairs_need_a_data_set_of_pairs(runs: Runs) -> None:
 
 def test_pairs_stay_whole_whatever_the_model_can_share() -> None:
     pair = SequenceGroup([1, 2], [[3, 0], [4, 5, 0]], mask=[[False, True], [False, False, True]])
-    assert fitting([pair], 3, shares_prompts=True, needs_whole_group=True) == [pair]
-    [unshared] = fitting([pair], 100, shares_prompts=False, needs_whole_group=True)
+    assert split_to_budget([pair], 3, shares_prompts=True, needs_whole_group=True) == [pair]
+    [unshared] = split_to_budget([pair], 100, shares_prompts=False, needs_whole_group=True)
     assert unshared == SequenceGroup(
         [], [[1, 2, 3, 0], [1, 2, 4, 5, 0]], {}, [[False] * 3 + [True], [False] * 4 + [True]]
     )
-    assert len(fitting([pair], 3, shares_prompts=True, needs_whole_group=False)) == 2
+    assert len(split_to_budget([pair], 3, shares_prompts=True, needs_whole_group=False)) == 2

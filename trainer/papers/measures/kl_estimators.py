@@ -73,13 +73,13 @@ def measure(trained: Trained) -> dict[str, Rows]:
 def next_token_logprobs(model: CausalLM, batch: TokenBatch) -> Tensor:
     """Log-probs of every token at each target's position: float64 `[targets, vocab]`."""
     size = model.config.vocab_size
-    asked = replace(
+    expanded = replace(
         batch,
         sources=batch.sources.repeat_interleave(size),
         targets=torch.arange(size).repeat(len(batch.targets)),
         sequence_ids=batch.sequence_ids.repeat_interleave(size),
     )
-    logprobs: Tensor = model(asked).logprobs
+    logprobs: Tensor = model(expanded).logprobs
     return logprobs.view(-1, size).double().log_softmax(-1)
 
 
