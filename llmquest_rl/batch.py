@@ -159,49 +159,60 @@ def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
         ValueError: a token field or mask does not have one value per completion token; a group has images but no
             prompt; or images differ in size.
     """
-    tokens: list[int] = []
-    lengths: list[int] = []
-    parents: list[int] = []
-    sources: list[int] = []
-    targets: list[int] = []
-    sequence_ids: list[int] = []
     names = list(groups[0].token_fields) if groups else []
-    token_fields: dict[str, list[float]] = {name: [] for name in names}
-    num_sequences = 0
+    packed = _Packed(token_fields={name: [] for name in names})
     for group in groups:
-        parent, last_prompt_index = -1, -1
-        if group.prompt:
-            parent, last_prompt_index = len(lengths), len(tokens) + len(group.prompt) - 1
-            tokens += group.prompt
-            lengths.append(len(group.prompt))
-            parents.append(-1)
-        for i, completion in enumerate(group.completions):
-            kept = [j for j, keep in enumerate(_mask(group, i, names)) if keep and (j > 0 or group.prompt)]
-            start = len(tokens)
-            read = completion[: kept[-1]] if kept else []
-            tokens += read
-            lengths.append(len(read))
-            parents.append(parent)
-            sources += [start + j - 1 if j > 0 else last_prompt_index for j in kept]
-            targets += [completion[j] for j in kept]
-            sequence_ids += [num_sequences] * len(kept)
-            for name in names:
-                values = group.token_fields[name][i]
-                token_fields[name] += [values[j] for j in kept]
-            num_sequences += 1
-    layout = Layout(tuple(lengths), tuple(parents))
+        packed.add(group)
+    layout = Layout(tuple(packed.lengths), tuple(packed.parents))
     images, image_counts = _images(groups)
     return TokenBatch(
-        tokens=torch.tensor(tokens, dtype=torch.long),
+        tokens=torch.tensor(packed.tokens, dtype=torch.long),
         positions=layout.positions(),
         layout=layout,
-        sources=torch.tensor(sources, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        sequence_ids=torch.tensor(sequence_ids, dtype=torch.long),
-        token_fields={name: torch.tensor(values, dtype=torch.float32) for name, values in token_fields.items()},
+        sources=torch.tensor(packed.sources, dtype=torch.long),
+        targets=torch.tensor(packed.targets, dtype=torch.long),
+        sequence_ids=torch.tensor(packed.sequence_ids, dtype=torch.long),
+        token_fields={name: torch.tensor(values, dtype=torch.float32) for name, values in packed.token_fields.items()},
         images=images,
         image_counts=image_counts,
     )
+
+
+@dataclass(slots=True)
+class _Packed:
+    """The lists that become the tensors of a `TokenBatch`, under its names."""
+
+    token_fields: dict[str, list[float]]
+    tokens: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    sequence_ids: list[int] = field(default_factory=list)
+    num_sequences: int = 0
+
+    def add(self, group: SequenceGroup) -> None:
+        """Append a group: the segment of its prompt, then one segment for each completion."""
+        parent, last_prompt_index = -1, -1
+        if group.prompt:
+            parent, last_prompt_index = len(self.lengths), len(self.tokens) + len(group.prompt) - 1
+            self.tokens += group.prompt
+            self.lengths.append(len(group.prompt))
+            self.parents.append(-1)
+        for i, completion in enumerate(group.completions):
+            mask = _mask(group, i, list(self.token_fields))
+            kept = [j for j, keep in enumerate(mask) if keep and (j > 0 or group.prompt)]
+            start = len(self.tokens)
+            read = completion[: kept[-1]] if kept else []
+            self.tokens += read
+            self.lengths.append(len(read))
+            self.parents.append(parent)
+            self.sources += [start + j - 1 if j > 0 else last_prompt_index for j in kept]
+            self.targets += [completion[j] for j in kept]
+            self.sequence_ids += [self.num_sequences] * len(kept)
+            for name, values in self.token_fields.items():
+                values += [group.token_fields[name][i][j] for j in kept]
+            self.num_sequences += 1
 
 
 def _mask(group: SequenceGroup, i: int, names: Sequence[str]) -> list[bool]:
