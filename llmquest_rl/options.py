@@ -4,6 +4,7 @@ Unknown keys are errors, values are frozen, and docstrings become the reference.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -67,6 +68,14 @@ def _function_options(name: str) -> type[FunctionOptions]:
         ) from error
     made.function_name = name
     return made
+
+
+def call_users_function(function: Callable[..., Any], options: Options, seed: int) -> Any:
+    """Call a user's function with its options as keyword arguments, and with `seed` if it has such a parameter."""
+    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
+    if "seed" in inspect.signature(function).parameters:
+        keywords["seed"] = seed
+    return function(**keywords)
 
 
 def _restore(name: str, values: dict[str, Any]) -> FunctionOptions:

@@ -1,7 +1,7 @@
 """Makes `.venv` with everything that training, tests and checks need. Run by `make setup`; needs only Python and pip.
 
-Whatever pip is configured with (a folder of wheels, another index, a certificate) is handed on to uv, which does the
-installing because it is many times faster. A second run with nothing changed returns at once.
+uv installs the packages, because it is many times faster than pip. It gets pip's settings: a folder of wheels, another
+index, a certificate. A second run with nothing changed returns at once.
 """
 
 import ast
@@ -22,7 +22,7 @@ STAMP = VENV / "installed"
 SYSTEM_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 UV = "uv==0.13.9"
 PIP_SECTIONS = ("global", "install", ":env:")
-"""Where pip's settings for an installation stand; the later ones win."""
+"""Sections of pip's configuration that apply to an installation; later ones override earlier ones."""
 OWN_PACKAGES = ("llmquest_rl", "rollout", "rewards", "trainer")
 
 
@@ -64,7 +64,7 @@ def pip_command() -> list[str] | None:
 
 
 def pip_settings(pip: list[str]) -> dict[str, str]:
-    """What pip is configured with for an installation, by environment or file: values by name."""
+    """Pip's settings for an installation, from the environment and from files: values by name."""
     listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True).stdout.splitlines()
     entries = [line.partition("=") for line in listed]
     return {
@@ -76,7 +76,7 @@ def pip_settings(pip: list[str]) -> dict[str, str]:
 
 
 def uv_variable(name: str) -> str | None:
-    """What uv calls one of pip's settings that say where packages are found; None for any other setting."""
+    """The variable of uv for a setting of pip about the places of packages; None for any other setting."""
     if name == "cert":
         return "SSL_CERT_FILE"
     if name == "find-links" or "index" in name.split("-"):
@@ -85,13 +85,13 @@ def uv_variable(name: str) -> str | None:
 
 
 def uv_environment(pip: list[str]) -> dict[str, str]:
-    """The environment in which uv finds packages where pip finds them; what the user set for uv comes first."""
+    """The environment in which uv finds the same packages as pip. Variables that the user set for uv come first."""
     env = dict(os.environ)
     for name, value in pip_settings(pip).items():
         variable = uv_variable(name)
         if value and variable is not None and variable not in env:
             env[variable] = value
-            say(f"pip's {name} is handed on to uv")
+            say(f"pip's {name} is passed on to uv")
     if SYSTEM_CERTIFICATES.exists():  # behind a proxy of a company its certificate is there, and not among uv's own
         env.setdefault("UV_SYSTEM_CERTS", "1")
     # As pip does: the best version of all indexes, not the first index that has the name.
@@ -106,7 +106,7 @@ def local_torch(env: dict[str, str]) -> bool:
 
 
 def stamp(device: str) -> str:
-    """Changes when what has to be installed changes."""
+    """A text that changes with the list of packages."""
     files = [HERE / f"{device}.txt", HERE / f"overrides-{device}.txt", ROOT / "pyproject.toml", Path(__file__)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"{device} {sys.version_info.major}.{sys.version_info.minor} {ROOT} {digest}"
@@ -156,7 +156,7 @@ def compile_folder(*arguments: str) -> None:
 
 
 def main() -> None:
-    # This file is run by whatever Python there is.
+    # The user's Python runs this file, and may be older.
     if sys.version_info < (3, 11):  # noqa: UP036
         found = sys.version.split()[0]
         sys.exit(f"setup: Python 3.11 or newer is needed, this is {found}; try: make setup PYTHON=python3.12")

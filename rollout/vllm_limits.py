@@ -62,7 +62,7 @@ def check_installed(device: str) -> None:
         )
 
 
-def read_shape(model_path: Path) -> dict[str, Any]:
+def read_vllm_shape(model_path: Path) -> dict[str, Any]:
     """Read config.json and rename GPT-2's fields to the usual names.
 
     Raises:
@@ -138,7 +138,7 @@ def kv_cache_bytes(shape: dict[str, Any], gigabytes: float | None, setup: Engine
     layer with a window may need one page more, because its window can start anywhere in a page.
 
     Args:
-        shape: config.json, see `read_shape`.
+        shape: config.json, see `read_vllm_shape`.
         gigabytes: the configured size; None = not configured.
         setup: gives the number of sequences, their length and the dtype.
     """

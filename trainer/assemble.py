@@ -9,7 +9,8 @@ from llmquest_rl.data.rows import DataError
 from rewards.grader import Grader, check_rewards
 from rollout.engine import check_engine
 from rollout.worker import RolloutWorker
-from trainer.cluster.worker_group import Cluster, ResourceRequest, open_cluster
+from trainer.cluster.open_cluster import open_cluster
+from trainer.cluster.worker_group import Cluster, ResourceRequest
 from trainer.components import RunComponents
 from trainer.config.load import dump
 from trainer.config.reward_model import RewardModelConfig
@@ -141,6 +142,10 @@ class OpenDataset:
     """Opens the source of objectives that learn from given sequences; reads the data before any process starts."""
 
     def __init__(self, components: RunComponents, replay: Path | None) -> None:
+        if replay is not None:
+            raise ValueError(
+                "--replay trains on saved rollouts, but this objective learns from a data set: leave it out"
+            )
         self.requests = [learner_request(components.config)]
         self.source = DatasetSource(components.sequences, components.objective, components.config)
 

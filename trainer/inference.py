@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 
 from llmquest_rl.types import Group, Request
 from trainer.assemble import rollout_requests, start_rollouts
-from trainer.cluster.worker_group import open_cluster
+from trainer.cluster.open_cluster import open_cluster
 from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.learner.group import MODEL

@@ -2,7 +2,7 @@
 
 Each function takes the rewards of one group `[samples]` and the lengths of its completions in tokens `[samples]`, and
 returns advantages `[samples]`. If all rewards of a group are equal, the caller sets its advantages to 0, unless the
-function does not compare the samples (`Advantage.compares`).
+function is not group-relative (`Advantage.group_relative`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ AdvantageFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 class Advantage(Variant[AdvantageFunction]):
     """Advantages of one group `[samples]`, and their properties."""
 
-    compares: bool = True
+    group_relative: bool = True
     """Whether the samples of a group are compared with each other: a group of one, or of equal rewards, has
     advantages of 0."""
     by_mean: bool = False
@@ -115,5 +115,5 @@ ADVANTAGES: dict[str, Advantage] = {
     "leave_one_out": Advantage(leave_one_out, by_mean=True),
     "length_weighted_mean": Advantage(length_weighted_mean),
     "pass_at_k": Advantage(pass_at_k, PassK, " (k {pass_k})", in_deviations=True),
-    "reward": Advantage(reward, compares=False),
+    "reward": Advantage(reward, group_relative=False),
 }

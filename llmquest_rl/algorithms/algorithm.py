@@ -16,6 +16,7 @@ from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.variant import Weight
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 
 
@@ -117,7 +118,7 @@ class SharedSettings(Options):
     def _is_a_variant(cls, name: str, info: ValidationInfo) -> str:
         known = CELLS[str(info.field_name)]
         if name not in known:
-            raise ValueError(f"there is no {name!r}; there are: {', '.join(known)}")
+            raise ValueError(f"there is no {name!r}{did_you_mean(name, known, list_all=True)}")
         return name
 
     @model_validator(mode="after")

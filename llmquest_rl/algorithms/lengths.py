@@ -64,12 +64,12 @@ LengthPenaltyFunction: TypeAlias = "Callable[[Tensor, Tensor, int], Tensor]"
 class LengthPenalty(Variant[LengthPenaltyFunction]):
     """A length penalty, and its properties."""
 
-    compares: bool = False
+    group_relative: bool = False
     """Whether the lengths of a group are compared with each other: a group of one has no penalty."""
 
 
 LENGTH_PENALTIES: dict[str, LengthPenalty] = {
     "none": LengthPenalty(none),
     "soft_overlong": LengthPenalty(soft_overlong, Overlong),
-    "relative": LengthPenalty(relative, LengthWeight, compares=True),
+    "relative": LengthPenalty(relative, LengthWeight, group_relative=True),
 }

@@ -1,12 +1,12 @@
 """The table of algorithms: each algorithm of the literature is a row of cells, and every cell can be replaced."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from llmquest_rl.algorithms.algorithm import Algorithm
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.variant import Row
+from llmquest_rl.loader import did_you_mean
 
 __all__ = ["PRESETS", "ROWS", "Algorithm", "resolve"]
 
@@ -252,7 +252,5 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Algorithm:
         ValueError: there is no such row, no such cell, or a cell does not take the value.
     """
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(PRESETS)}"
-        raise ValueError(f"no algorithm is called {name!r}; {hint}")
+        raise ValueError(f"no algorithm is called {name!r}{did_you_mean(name, PRESETS)}")
     return Algorithm(**{**PRESETS[name], **(overrides or {})})

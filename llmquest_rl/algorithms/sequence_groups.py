@@ -37,7 +37,7 @@ def make_sequence_groups(
     """Make one sequence group of each group, with the token fields `advantages` and `rollout_logprobs`.
 
     Unscored samples and empty completions are in neither the baseline nor the loss; with `overlong_filter` completions
-    cut at the token limit are in the baseline only. If the algorithm compares, the advantages of a group with one
+    cut at the token limit are in the baseline only. If advantages are group-relative, those of a group with one
     sample left, or with equal rewards, are zero. A group without a sample left makes no sequence group.
 
     Args:
@@ -63,7 +63,7 @@ def make_sequence_groups(
 def is_usable(group: Group, algorithm: Algorithm) -> bool:
     """Whether a group has a gradient: some completion that is in the loss has an advantage other than 0.
 
-    With rewards of 0 and 1 and an advantage that compares, this is 0 < correct completions < all (DAPO, arXiv
+    With rewards of 0 and 1 and a group-relative advantage, this is 0 < correct completions < all (DAPO, arXiv
     2503.14476, equation 11), among the completions with a score and a token. As in the paper, the length penalty does
     not count. `overlong_filter` does: a group is not usable if only its cut completions have an advantage.
     """
@@ -132,7 +132,7 @@ def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) ->
     compared = torch.cat((rewards, rewards.new_tensor(phantom)))
     nothing_differs = len(rewards) < 2 or bool((compared == compared[0]).all())
     advantage = ADVANTAGES[algorithm.advantage]
-    if nothing_differs and advantage.compares:
+    if nothing_differs and advantage.group_relative:
         return torch.zeros_like(rewards)
     return advantage.configured(algorithm)(compared, lengths)[: len(rewards)]
 

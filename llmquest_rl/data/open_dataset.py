@@ -1,6 +1,5 @@
 """Opens the data set that a section of the configuration names: a module with `load`, or a user's own function."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -9,7 +8,7 @@ from llmquest_rl.data.dataset import DatasetContext, RowKind, SupervisedData, re
 from llmquest_rl.data.datasets.labelled import labels_of
 from llmquest_rl.data.datasets.preferences import pairs
 from llmquest_rl.data.rows import MAX_ROWS, DataError
-from llmquest_rl.options import Options
+from llmquest_rl.options import Options, call_users_function
 
 VALIDATION_SHARE = 0.05
 
@@ -36,10 +35,7 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
         loaded = function(options, context)
         assert isinstance(loaded, SupervisedData), f"{name}: load must return SupervisedData"
         return loaded
-    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
-    if "seed" in inspect.signature(function).parameters:
-        keywords["seed"] = context.seed
-    result = function(**keywords)
+    result = call_users_function(function, options, context.seed)
     if isinstance(result, SupervisedData):
         return result
     if not isinstance(result, Iterable):

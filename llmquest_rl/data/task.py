@@ -1,6 +1,5 @@
 """A task: problems to train on, and held-out problems that are never trained on."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,7 +17,7 @@ from llmquest_rl.data.rows import (
     held_out_keys,
     question_key,
 )
-from llmquest_rl.options import Options
+from llmquest_rl.options import Options, call_users_function
 
 REDRAWS = 256
 PROBED_PER_HELD_OUT = 4
@@ -139,10 +138,7 @@ def open_task(name: str, function: Callable[..., Any], options: Options, seed: i
         loaded = function(options, seed, malformed)
         assert isinstance(loaded, Task), f"{name}: load must return a Task"
         return loaded
-    keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
-    if "seed" in inspect.signature(function).parameters:
-        keywords["seed"] = seed
-    result = function(**keywords)
+    result = call_users_function(function, options, seed)
     if isinstance(result, Task):
         return result
     short = name.rpartition(":")[2]

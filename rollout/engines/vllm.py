@@ -45,7 +45,7 @@ from rollout.vllm_limits import (
     check_prompts,
     cpu_options,
     installed_version,
-    read_shape,
+    read_vllm_shape,
 )
 from rollout.weights import check_fit, check_newer
 
@@ -79,7 +79,7 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
         ValueError: vLLM is missing or cannot serve the model; the message gives the reason and the remedy.
     """
     check_installed(setup.device)
-    shape = read_shape(model_path)
+    shape = read_vllm_shape(model_path)
     check_context(model_path, shape.get("max_position_embeddings"), setup)
     check_architecture(model_path, shape)
     if setup.device == "cpu":
@@ -295,10 +295,6 @@ class VllmEngine:
 def _device_options(model_path: Path, config: Config, setup: EngineSetup) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that depend on the device."""
     if setup.device == "cuda":
-        return {
-            "enforce_eager": config.enforce_eager,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "enable_sleep_mode": True,
-            "enable_prefix_caching": True,
-        }
-    return cpu_options(read_shape(model_path), config.kv_cache_gb, setup)
+        given = config.model_dump(include={"enforce_eager", "gpu_memory_utilization"})
+        return given | {"enable_sleep_mode": True, "enable_prefix_caching": True}
+    return cpu_options(read_vllm_shape(model_path), config.kv_cache_gb, setup)

@@ -113,7 +113,7 @@ def test_the_order_of_a_group_does_not_matter(rewards: list[float], seed: int, n
 @given(
     different,
     st.integers(0, 2**31),
-    st.sampled_from(sorted(name for name, advantage in ADVANTAGES.items() if advantage.compares)),
+    st.sampled_from(sorted(name for name, advantage in ADVANTAGES.items() if advantage.group_relative)),
 )
 def test_adding_a_constant_to_all_rewards_changes_nothing(rewards: list[float], seed: int, name: str) -> None:
     lengths = tensor(lengths_for(rewards, seed))

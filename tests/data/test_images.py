@@ -235,15 +235,15 @@ def test_a_table_has_images_beside_its_file(jsonl: Callable[..., str], seeing: P
     rows.append({"prompt": "None?", "answer": "y", "picture": None})
     task = load_table(jsonl, rows, MalformedRows(), held_out_share=0.2)
     stream = PromptStream(task, seeing, seed=0, max_prompt_tokens=40)
-    samples = [*stream.take(4), *stream.held_out(1)]
-    assert len({sample.id for sample in samples}) == 5, "one question about three images is three questions"
-    for sample in samples:
-        paths = {"x": [0, 1], "y": []}.get(sample.answer, [sample.answer])
-        assert sample.prompt_ids.count(MARK) == 3 * len(paths)
-        assert (sample.images is None) == (not paths)
-        if sample.images is not None:
-            assert (sample.images == READER.read([tmp_path / "images" / f"{i}.png" for i in paths])).all()
-        assert "picture" not in sample.columns
+    problems = [*stream.take(4), *stream.held_out(1)]
+    assert len({problem.id for problem in problems}) == 5, "one question about three images is three questions"
+    for problem in problems:
+        paths = {"x": [0, 1], "y": []}.get(problem.answer, [problem.answer])
+        assert problem.prompt_ids.count(MARK) == 3 * len(paths)
+        assert (problem.images is None) == (not paths)
+        if problem.images is not None:
+            assert (problem.images == READER.read([tmp_path / "images" / f"{i}.png" for i in paths])).all()
+        assert "picture" not in problem.columns
     with pytest.raises(DataError, match="have more than 20 tokens"):
         PromptStream(task, seeing, seed=0, max_prompt_tokens=20).take(5)
 
@@ -268,10 +268,10 @@ def drawn(seed: int) -> list[dict[str, Any]]:
 
 def test_functions_of_users_give_images(seeing: PromptRenderer, context: Callable[..., DatasetContext]) -> None:
     task = open_task("file.py:drawn", drawn, Options(), 0, MalformedRows())
-    (sample,) = PromptStream(task, seeing, seed=0).take(1)
-    assert sample.images is not None
-    assert (sample.images == READER.read([pixels(6, 6, 3, seed=sample.answer)])).all()
-    assert sample.columns == {"level": sample.answer}
+    (problem,) = PromptStream(task, seeing, seed=0).take(1)
+    assert problem.images is not None
+    assert (problem.images == READER.read([pixels(6, 6, 3, seed=problem.answer)])).all()
+    assert problem.columns == {"level": problem.answer}
     with pytest.raises(DataError, match="row 0: an image \\(int\\): not a readable image"):
         open_task("f.py:f", lambda: [{"prompt": "a", "answer": 1, "images": 3}], Options(), 0, MalformedRows())
 
@@ -421,6 +421,6 @@ def test_gold_answers_about_shapes_become_replies(
 
 def test_rows_of_a_text_model_stay_as_they_were(renderer: PromptRenderer) -> None:
     rows = ListedRows([Row(str(i), f"{i}?", str(i)) for i in range(3)])
-    (sample,) = PromptStream(Task("t", rows, rows), renderer, seed=0).take(1)
-    assert sample.images is None
-    assert json.dumps(sample.prompt_ids)
+    (problem,) = PromptStream(Task("t", rows, rows), renderer, seed=0).take(1)
+    assert problem.images is None
+    assert json.dumps(problem.prompt_ids)

@@ -34,15 +34,15 @@ def finite(count: int) -> Task:
 def test_an_epoch_gives_every_row_once_in_a_new_order(plain: PromptRenderer) -> None:
     stream = PromptStream(finite(20), plain, seed=0)
     first, second = stream.take(20), stream.take(20)
-    assert Counter(sample.id for sample in first) == Counter(sample.id for sample in second)
-    assert len({sample.id for sample in first}) == 20
-    assert [sample.id for sample in first] != [sample.id for sample in second]
+    assert Counter(problem.id for problem in first) == Counter(problem.id for problem in second)
+    assert len({problem.id for problem in first}) == 20
+    assert [problem.id for problem in first] != [problem.id for problem in second]
     assert stream.epoch == 2.0
     assert [s.id for s in PromptStream(finite(20), plain, seed=1).take(20)] != [s.id for s in first]
 
 
 def test_a_task_smaller_than_a_step_goes_on_with_its_next_epoch(plain: PromptRenderer) -> None:
-    ids = Counter(sample.id for sample in PromptStream(finite(3), plain, seed=0).take(9))
+    ids = Counter(problem.id for problem in PromptStream(finite(3), plain, seed=0).take(9))
     assert set(ids.values()) == {3}
 
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_other_data_is_refused(plain: PromptRenderer) -> None:
 
 def test_long_prompts_are_dropped_and_counted(plain: PromptRenderer) -> None:
     stream = PromptStream(listed(["short", "long " * 50, "also short"]), plain, seed=0, max_prompt_tokens=10)
-    assert {sample.prompt for sample in stream.take(20)} == {"short", "also short"}
+    assert {problem.prompt for problem in stream.take(20)} == {"short", "also short"}
     assert stream.counters["dropped_long_prompts"] in (9, 10)
 
 
@@ -110,7 +110,7 @@ def test_held_out_samples_are_fixed_and_leave_the_stream_where_it_was(renderer: 
     task = arithmetic.load(arithmetic.Config(held_out=30), 0, MalformedRows())
     stream, other = PromptStream(task, renderer, seed=0), PromptStream(task, renderer, seed=0)
     held_out = stream.held_out(12)
-    assert len({sample.id for sample in held_out}) == 12
+    assert len({problem.id for problem in held_out}) == 12
     assert len(stream.held_out(1000)) == 30
     other.take(5)
     assert other.held_out(12) == held_out
@@ -121,8 +121,8 @@ def test_held_out_samples_are_fixed_and_leave_the_stream_where_it_was(renderer: 
 def test_a_check_renders_rows_and_leaves_the_stream_where_it_was(renderer: PromptRenderer) -> None:
     task = arithmetic.load(arithmetic.Config(), 0, MalformedRows())
     stream, untouched = PromptStream(task, renderer, seed=0), PromptStream(task, renderer, seed=0)
-    samples, check = check_task(stream)
-    assert len(samples) == 10 and samples == untouched.take(10) == stream.take(10)
+    problems, check = check_task(stream)
+    assert len(problems) == 10 and problems == untouched.take(10) == stream.take(10)
     assert check.lengths.shortest <= check.lengths.mean <= check.lengths.longest
 
 

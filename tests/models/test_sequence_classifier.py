@@ -21,8 +21,8 @@ from llmquest_rl.models.checkpoint.load_save import load_any_model, load_model, 
 from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig, decoders
 from llmquest_rl.models.weight_map import disk_tensors, named_weights
+from tests.models.checkpoint.test_parity import first_case, named_gradients, reference_gradients
 from tests.models.families import CASES, FAMILIES, LANGUAGE_MODELS, case_name, tiny_folder, write_reference
-from tests.models.test_parity import first_case, named_gradients, reference_gradients
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""One real vLLM for all tests of this folder: it starts once per process, and each test pushes its own weights."""
+"""One real vLLM for all tests of this folder: it starts once per process, and each test syncs its own weights."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,7 +46,7 @@ def shared_vllm(model_path: Path) -> Iterator[RolloutWorker]:
 @pytest.fixture
 def vllm_worker(shared_vllm: RolloutWorker, pretrained: dict[str, Tensor]) -> RolloutWorker:
     """vLLM in float32 with the pretrained weights."""
-    push(shared_vllm, pretrained)
+    sync_weights(shared_vllm, pretrained)
     return shared_vllm
 
 
@@ -104,7 +104,7 @@ def _call(method: str, *args: Any) -> Any:
     return attrgetter(method)(_worker)(*args)
 
 
-def push(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:
+def sync_weights(worker: RolloutWorker, tensors: dict[str, Tensor]) -> int:
     """Give a worker new weights; returns their version."""
     return worker.load_weights(take_snapshot(tensors.items()), next(VERSIONS)).version
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout.engine import EngineError, EngineSetup, check_engine, choose_engine, engine_config
 from rollout.worker import RolloutWorker
-from tests.rollout.conftest import perturbed, push, reference_logprobs
+from tests.rollout.conftest import perturbed, reference_logprobs, sync_weights
 
 QUESTIONS = ["What is 3 + 4? Reply with the number only.", "Name a colour.", "Count from one to five."]
 
@@ -57,7 +57,7 @@ def test_sampled_logprobs_are_the_models_before_and_after_a_live_update(
     before = vllm_worker.generate(requests(prompts), sampling)
     torch.testing.assert_close(*reported_and_reference(before, prompts, model_path, pretrained), rtol=0, atol=1e-4)
     changed = perturbed(pretrained)
-    version = push(vllm_worker, changed)
+    version = sync_weights(vllm_worker, changed)
     after = vllm_worker.generate(requests(prompts), sampling)
     torch.testing.assert_close(*reported_and_reference(after, prompts, model_path, changed), rtol=0, atol=1e-4)
     assert {c.weight_version for c in flat(after)} == {version}
@@ -70,7 +70,7 @@ def test_given_tokens_are_scored_by_the_weights_in_use(
 ) -> None:
     changed = perturbed(pretrained, seed=1)
     old = vllm_worker.engine.logprobs(prompts)
-    push(vllm_worker, changed)
+    sync_weights(vllm_worker, changed)
     new = vllm_worker.engine.logprobs(prompts)
     for scored, tensors in ((old, pretrained), (new, changed)):
         reference = reference_logprobs(model_path, tensors, prompts)
@@ -155,11 +155,11 @@ def test_foreign_or_old_weights_are_refused_and_change_nothing(
     changed = perturbed(pretrained)
     missing = {name: t for name, t in changed.items() if name != "model.layers.3.self_attn.k_proj.weight"}
     with pytest.raises(ValueError, match=r"missing: model\.layers\.3\.self_attn\.k_proj\.weight"):
-        push(vllm_worker, missing)
+        sync_weights(vllm_worker, missing)
     with pytest.raises(ValueError, match=r"unknown: model\.extra"):
-        push(vllm_worker, {**changed, "model.extra": torch.zeros(1)})
+        sync_weights(vllm_worker, {**changed, "model.extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \[3\] instead of \[576\]"):
-        push(vllm_worker, {**changed, "model.norm.weight": torch.zeros(3)})
+        sync_weights(vllm_worker, {**changed, "model.norm.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="not newer"):
         vllm_worker.engine.load_weights(changed.items(), version)
     assert vllm_worker.engine.describe()["version"] == version
@@ -169,10 +169,10 @@ def test_foreign_or_old_weights_are_refused_and_change_nothing(
 def test_broken_weights_are_an_error_that_names_the_request(
     vllm_worker: RolloutWorker, prompts: list[list[int]], pretrained: dict[str, Tensor]
 ) -> None:
-    push(vllm_worker, {**pretrained, "model.norm.weight": torch.full((576,), torch.nan)})
+    sync_weights(vllm_worker, {**pretrained, "model.norm.weight": torch.full((576,), torch.nan)})
     with pytest.raises(EngineError, match="nan as log-prob of token 0 of a completion of request 0"):
         vllm_worker.generate(requests(prompts), Sampling(max_tokens=2))
-    push(vllm_worker, pretrained)
+    sync_weights(vllm_worker, pretrained)
     assert flat(vllm_worker.generate(requests(prompts), Sampling(max_tokens=2)))
 
 

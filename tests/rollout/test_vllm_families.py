@@ -26,9 +26,9 @@ from llmquest_rl.models.vlm import VLMConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, check_engine, choose_engine, engine_config
-from rollout.vllm_limits import kv_cache_bytes, read_shape
+from rollout.vllm_limits import kv_cache_bytes, read_vllm_shape
 from rollout.worker import RolloutWorker
-from tests.rollout.conftest import WorkerElsewhere, push
+from tests.rollout.conftest import WorkerElsewhere, sync_weights
 from tests.rollout.tiny_shapes import TINY
 
 CONTEXT = 96
@@ -106,7 +106,7 @@ def test_logprobs_are_those_of_transformers_and_ours_before_and_after_a_live_upd
     try:
         assert_close(worker.engine.logprobs(SEQUENCES), reference(old, SEQUENCES), dtype)
         assert_close(native(old, SEQUENCES), reference(old, SEQUENCES), "float32")
-        push(worker, dict(disk_tensors(load_model(new, torch.float32))))
+        sync_weights(worker, dict(disk_tensors(load_model(new, torch.float32))))
         assert_close(worker.engine.logprobs(SEQUENCES), reference(new, SEQUENCES), dtype)
         assert_close(worker.engine.logprobs(SEQUENCES), native(new, SEQUENCES), dtype)
         prompts = [sequence[: len(sequence) // 2 + 1] for sequence in SEQUENCES]
@@ -158,7 +158,7 @@ def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tup
         worker = RolloutWorker("vllm", engine_config("vllm")(), old, setup)
         (kernels,) = worker.engine._llm.apply_model(kernel_names)
         before = worker.engine.logprobs(SEQUENCES)
-        push(worker, dict(disk_tensors(load_model(new, torch.float32))))
+        sync_weights(worker, dict(disk_tensors(load_model(new, torch.float32))))
         served.append(Served(kernels, before, worker.engine.logprobs(SEQUENCES)))
         worker.close()
     from vllm.platforms import current_platform
@@ -263,6 +263,6 @@ def test_the_tiny_shapes_are_not_refused(name: str, tmp_path: Path) -> None:
 def test_memory_for_all_sequences_at_full_length(
     name: str, page_bytes: int, pages_of_a_sequence: int, tmp_path: Path
 ) -> None:
-    shape = read_shape(write_config(tmp_path / "model", TINY[name]))
+    shape = read_vllm_shape(write_config(tmp_path / "model", TINY[name]))
     setup = EngineSetup(context_tokens=CONTEXT, max_sequences=8, dtype=DTYPES.get(name, "float32"))
     assert kv_cache_bytes(shape, None, setup) == (8 * pages_of_a_sequence + 2) * page_bytes

@@ -19,7 +19,7 @@ from llmquest_rl.models.weight_map import named_weights
 from tests.models.families import LANGUAGE_MODELS, tiny_folder
 from tests.trainer.conftest import Runs, assert_equal_runs, rows, saved
 from tests.trainer.learner.learner_cases import Case, make_setup, minibatches, run_group, run_steps, whole_weights
-from tests.trainer.learner.test_learner_group import assert_same
+from tests.trainer.learner.test_group import assert_same
 from tests.trainer.test_families import tiny_of
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.algorithm_table import algorithm_table
-from trainer.config.reference_docs import reference
+from trainer.config.reference_docs import reference, table_cell
 from trainer.run.metric_table import AREAS, METRICS
 
 DOCS = Path("docs")
@@ -43,7 +43,7 @@ def metrics_page() -> str:
     lines = [METRICS_INTRODUCTION]
     for area, sentence in AREAS.items():
         rows = [
-            (f"`{key}`", unit, _cell(meaning))
+            (f"`{key}`", unit, table_cell(meaning))
             for key, (unit, meaning) in METRICS.items()
             if key.partition("/")[0] == area
         ]
@@ -54,7 +54,7 @@ def metrics_page() -> str:
 def algorithms_block() -> str:
     """The table that `llmquest-rl algorithms` prints, in Markdown."""
     columns = algorithm_table().columns
-    rows = zip(*([_cell(str(cell)) for cell in column.cells] for column in columns), strict=True)
+    rows = zip(*([table_cell(str(cell)) for cell in column.cells] for column in columns), strict=True)
     return "\n".join(_table([str(column.header) for column in columns], [(f"`{name}`", *rest) for name, *rest in rows]))
 
 
@@ -73,11 +73,6 @@ def with_block(page: str, block: str) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-
-
-def _cell(text: str) -> str:
-    """One line that does not end the table's cell."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 
@@ -203,19 +202,3 @@ class InlineCluster(Cluster):
 
     def close(self) -> None:
         """Do nothing: no process was started."""
-
-
-CLUSTERS = {
-    "inline": "trainer.cluster.worker_group:InlineCluster",
-    "ray": "trainer.cluster.ray_cluster:RayCluster",
-}
-
-
-def open_cluster(config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> Cluster:
-    """Open the kind of cluster that `config.kind` names. Ray is imported only where it is used.
-
-    Raises:
-        ClusterError: the cluster is too small; the message says which resource is missing.
-    """
-    module, name = CLUSTERS[config.kind].split(":")
-    return cast(Cluster, getattr(import_module(module), name)(config, requests, log_dir))

@@ -107,7 +107,7 @@ def _rows(
             continue
         meaning = field.description or (_sentence(inner) if inner is not None else "")
         default = _default_value(field) if defaults is None else getattr(defaults, key)
-        yield f"| `{prefix}{key}` | {_type(field.annotation)} | {_default(default)} | {_cell(meaning)} |"
+        yield f"| `{prefix}{key}` | {_type(field.annotation)} | {_default(default)} | {table_cell(meaning)} |"
         if nested and inner is not None:
             one = default if isinstance(default, inner) else None
             yield from _rows(inner, nested=True, prefix=f"{prefix}{key}{'.' if one else '.0.'}", defaults=one)
@@ -145,9 +145,9 @@ def _default(value: Any) -> str:
         return f"`{{name: {value.name}}}`"
     if isinstance(value, BaseModel):
         return "see below"
-    return f"`{_cell(json.dumps(to_jsonable_python(value), ensure_ascii=False))}`"
+    return f"`{table_cell(json.dumps(to_jsonable_python(value), ensure_ascii=False))}`"
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
     """Text on one line, with the table's separator escaped."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")

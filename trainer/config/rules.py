@@ -122,7 +122,7 @@ RULES = [
     ),
     Rule(
         "batch.samples_per_prompt",
-        lambda c: c.batch.samples_per_prompt > 1 or not _advantage(c).compares,
+        lambda c: c.batch.samples_per_prompt > 1 or not _advantage(c).group_relative,
         "this algorithm compares the samples of a group: set at least 2, or algorithm.advantage: reward",
         applies_to="rollout",
     ),
@@ -135,13 +135,13 @@ RULES = [
     ),
     Rule(
         "algorithm.length_penalty",
-        lambda c: c.batch.samples_per_prompt > 1 or not LENGTH_PENALTIES[c.algorithm.length_penalty].compares,
+        lambda c: c.batch.samples_per_prompt > 1 or not LENGTH_PENALTIES[c.algorithm.length_penalty].group_relative,
         "this penalty compares the lengths of a group: set batch.samples_per_prompt to 2 or more, or use soft_overlong",
         applies_to="rollout",
     ),
     Rule(
         "algorithm.normalization",
-        lambda c: _advantage(c).compares or not _normalization(c).needs_comparison,
+        lambda c: _advantage(c).group_relative or not _normalization(c).needs_comparison,
         "it assumes that groups of equal rewards have no advantages, but they have, because this algorithm does not "
         "compare within groups: choose another normalization",
         applies_to="rollout",
@@ -170,7 +170,7 @@ RULES = [
     ),
     Rule(
         "algorithm.dynamic_sampling",
-        lambda c: _advantage(c).compares or not c.algorithm.dynamic_sampling,
+        lambda c: _advantage(c).group_relative or not c.algorithm.dynamic_sampling,
         "this algorithm does not compare within groups, so groups of equal rewards have a gradient: set it to false",
         applies_to="rollout",
     ),

@@ -91,7 +91,7 @@ def save(
         write(temporary)
         (temporary / STATE).write_text(json.dumps(state))
         _seal(temporary, step, best)
-        _publish(temporary, final)
+        _move_into_place(temporary, final)
     except BaseException as error:
         full = _is_disk_full(error, folder)
         # If a file cannot be removed now, e.g. because another process still writes to it, the next save removes it.
@@ -183,7 +183,7 @@ def _seal(path: Path, step: int, score: Best | None) -> None:
         _sync(sub_folder)
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def _move_into_place(temporary: Path, final: Path) -> None:
     if final.exists():
         # `latest` finds this name as well, so a crash between the two renames loses nothing.
         replaced = final.with_name(f"{final.name}.replaced")

@@ -20,6 +20,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.types import Completion, Group, Score
 from trainer.run.folder import RunFolder
 
@@ -42,7 +43,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in PACKAGES:
-            raise ValueError(f"tracking.trackers: {name!r} does not exist; there are: {', '.join(sorted(PACKAGES))}")
+            hint = did_you_mean(name, sorted(PACKAGES), list_all=True)
+            raise ValueError(f"tracking.trackers: {name!r} does not exist{hint}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(
                 f"tracking.trackers: {name!r} needs a package that is not installed: pip install {PACKAGES[name]}"

@@ -12,7 +12,8 @@ from llmquest_rl.types import Sampling
 from rollout.engine import EngineSetup, engine_config
 from rollout.worker import RolloutWorker
 from tests.trainer.cluster.workers import Worker
-from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port, open_cluster
+from trainer.cluster.open_cluster import open_cluster
+from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port
 from trainer.config.schema import ClusterConfig
 
 NEEDS = [ResourceRequest("workers", 2, cpus=1, gpus=0), ResourceRequest("frail", 2, cpus=1, gpus=0)]

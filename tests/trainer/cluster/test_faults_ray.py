@@ -147,7 +147,7 @@ def test_dead_workers_and_graders_are_replaced_and_nothing_changes(
 def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
     runs: Runs, judge: Path, inject: Callable[[str, str, int, Fault], None]
 ) -> None:
-    """One of its two processes dies while it judges the second step; there are no other judges."""
+    """One of its two processes dies while it scores the second step; there are no other reward workers."""
     runs.values["rewards"] = []
     model = trained_model(str(judge))
     reward_model = {"name": "judge", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}

@@ -12,7 +12,7 @@ import pytest
 from llmquest_rl.models.checkpoint.count import count_parameters
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from rollout.engine import check_context
-from rollout.vllm_limits import check_architecture, read_shape
+from rollout.vllm_limits import check_architecture, read_vllm_shape
 from trainer.assemble import learner_request, rollout_requests
 from trainer.components import RunComponents
 from trainer.config.load import load_config
@@ -141,7 +141,7 @@ def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folder
         parts.check_experts()
         setup = parts.learner_setup(folder)
         assert (setup.device, setup.dtype) == ("cuda", "bfloat16"), label
-        shape = read_shape(folder)
+        shape = read_vllm_shape(folder)
         check_architecture(folder, shape)
         check_context(folder, shape["max_position_embeddings"], parts.engine_setup)
 

@@ -1,4 +1,4 @@
-"""Weights that are pushed every few steps, and ratios to the policy that sampled."""
+"""Weights that are synced every few steps, and ratios to the policy that sampled."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from trainer.run.tracking import JsonLines
 from trainer.sources.replay import load_rollouts
 
 
-def test_weights_are_pushed_every_few_steps_and_staleness_says_so(runs: Runs) -> None:
+def test_weights_are_synced_every_few_steps_and_staleness_says_so(runs: Runs) -> None:
     run = runs.train("rollout.weight_sync_interval=2", "steps=5", "eval.every=0", "rollout.max_logprob_gap=null")
     found = rows(run)
     assert [row["rollout/staleness"] for row in found] == [0, 1, 0, 1, 0]

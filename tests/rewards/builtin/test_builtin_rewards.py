@@ -19,7 +19,7 @@ from rewards.grader import GradeItem, Grader
 from rewards.load import load_reward, read_return
 
 BUILTINS = REWARDS.names()
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLES = [
     pytest.param(name, *example, id=f"{name}-{number}")
     for name in BUILTINS

@@ -8,7 +8,7 @@ import torch
 
 from llmquest_rl.models.checkpoint.count import config_files, count_parameters
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "models"
+CONFIGS = Path(__file__).parents[3] / "configs" / "models"
 
 PARAMETERS = {
     "deepseek-v3": 671_026_404_352,
