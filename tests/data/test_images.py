@@ -138,7 +138,7 @@ def test_a_preprocessor_config_that_is_not_done_here_is_refused(content: str, sa
     [
         ("missing.png", "missing.png.*No such file"),
         (b"no image", "cannot identify"),
-        (3, "a int is neither a path"),
+        (3, "a int is not an image: expected a path"),
         (np.zeros((4, 4, 3)), "uint8"),
         (np.zeros((2, 4, 4, 3), np.uint8), "shape \\[2, 4, 4, 3\\]"),
         ({"bytes": None, "path": "gone.png"}, "gone.png"),
