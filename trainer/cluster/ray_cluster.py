@@ -61,7 +61,7 @@ class RayCluster(Cluster):
             return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{worker}.log"))
 
         def build(actor: ActorHandle, worker: int) -> Any:
-            if collective and not rendezvous:
+            if collective and request.count > 1 and not rendezvous:  # a single worker meets nobody
                 rendezvous.update(self._rendezvous(actor, f"{name}-{worker}"))
             return actor.build.remote(cls, kwargs(worker) | rendezvous)
 
