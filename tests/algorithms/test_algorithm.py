@@ -338,7 +338,7 @@ class _Checks(Options):
 def test_two_settings_of_one_name_are_an_error(
     settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two declarations of one name, one would hide the other: a shared setting, another variant's, a validator."""
+    """If one name is declared twice, one would hide the other: a shared setting, another variant's, a validator."""
     assert settings_of_variants(SharedSettings)
     monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
     with pytest.raises(TypeError, match=f"both declare '{name}'"):

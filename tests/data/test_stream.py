@@ -57,7 +57,7 @@ def test_a_resumed_stream_gives_what_an_uninterrupted_one_gives(
     plain: PromptRenderer, size: int | None, before: list[int], after: list[int], seed: int
 ) -> None:
     def stream() -> PromptStream:
-        """Of finite data every third prompt is too long, so that drops are resumed as well."""
+        """In finite data every third prompt is too long, so that drops are resumed as well."""
         words = [f"number {i}" + " and more words" * (i % 3 == 2) * 9 for i in range(size or 0)]
         task = arithmetic.load(arithmetic.Config(held_out=2), 0, MalformedRows()) if size is None else listed(words)
         return PromptStream(task, plain, seed, max_prompt_tokens=24)

@@ -89,7 +89,7 @@ class Case:
 
 
 def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[str, float]:
-    """Train on the same data whatever the number of processes."""
+    """Train on the same data with any number of processes."""
     metrics: dict[str, float] = {}
     for step in range(first, case.steps):
         shares = [
