@@ -55,7 +55,7 @@ FURTHER = {
 }
 """Commands that are not on the page and succeed, too."""
 REFUSED = {
-    f"{RL} algorithm.name=grpo algorithm.epsilon=0.3": "is read only with surrogate: spo, so here epsilon: 0.3 would change",
+    f"{RL} algorithm.name=grpo algorithm.epsilon=0.3": "is read only with surrogate: spo, so here epsilon: 0.3",
     f"{RL} algorithm.name=spo algorithm.epsilo=0.3": "algorithm.epsilo: unknown key; did you mean epsilon",
     f"{RL} algorithm.name=spo algorithm.epsilon=-1.0": "algorithm.epsilon: expected greater than 0",
     f"{UNLIKELY} objective.strenth=2.0": "objective.strenth: unknown key; did you mean strength",
