@@ -115,8 +115,10 @@ def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int,
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
     """Advantages `[samples]` of each group."""
     estimated = [_group_advantages(part.rewards, part.lengths, algorithm) for part in compared]
-    rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
-    normalized = NORMALIZATIONS[algorithm.normalization].configured(algorithm)(estimated, rewards, lengths)
+    normalized = estimated
+    if algorithm.normalization != "none":
+        rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
+        normalized = NORMALIZATIONS[algorithm.normalization].configured(algorithm)(estimated, rewards, lengths)
     limit = algorithm.advantage_limit
     weighted = [_times_sign_weight(group, algorithm) for group in normalized]
     return weighted if limit is None else [group.clamp(-limit, limit) for group in weighted]
