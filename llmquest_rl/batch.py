@@ -132,11 +132,6 @@ class TokenBatch:
     """The experts that the old policy's routers chose, int16 `[layers with experts, tokens, k]`; None = not recorded.
     They are not a token field, because token fields have values for targets only."""
 
-    @property
-    def num_sequences(self) -> int:
-        """Number of completions in the batch, up to the last one that has a target."""
-        return int(self.sequence_ids.max()) + 1 if self.sequence_ids.numel() else 0
-
     def to(self, device: torch.device | str) -> TokenBatch:
         """A copy of the batch with every tensor on `device`."""
         moved = {

@@ -58,3 +58,9 @@ def test_every_rule_says_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("trainer.config.rules.RULES", [replace(rule, applies_to="any") for rule in RULES])
     assert broken(DATA_SET) == ["data.task", "rewards"]
     assert broken(ROLLOUTS) == ["data.dataset"]
+
+
+def test_a_microbatch_may_be_exactly_as_long_as_the_longest_sequence() -> None:
+    lengths = {"data": {**ROLLOUTS["data"], "max_prompt_tokens": 100}, "rollout": {"sampling": {"max_tokens": 50}}}
+    assert broken({**ROLLOUTS, **lengths, "batch": {"tokens_per_microbatch": 150}}) == []
+    assert broken({**ROLLOUTS, **lengths, "batch": {"tokens_per_microbatch": 149}}) == ["batch.tokens_per_microbatch"]

@@ -105,6 +105,7 @@ def test_at_the_cap_a_step_makes_do_with_what_it_has(pairs: Runs, caplog: pytest
     assert max(missing) > 0
     assert [len(load_rollouts(run / "rollouts", row["step"])) for row in logged] == [4 - count for count in missing]
     assert caplog.text.count("raise batch.max_rounds") == sum(count > 0 for count in missing)
+    assert f"this step has {max(missing)} groups fewer" in caplog.text
     assert rows(pairs.train("name=replayed", *ON, replay=run / "rollouts"))[-1]["step"] == 3
 
 
