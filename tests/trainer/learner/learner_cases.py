@@ -4,10 +4,13 @@ python -m tests.trainer.learner.learner_cases CASE.pt RANK      (CASE.pt: a `Cas
 """
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +107,7 @@ def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]
     """Real processes over gloo: [ranks][setups] of final weights and metrics."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.pt"
-        torch.save(case, path)
+        torch.save(replace(case, port=quiet_ports(len(case.setups))), path)
         command = [sys.executable, "-m", "tests.trainer.learner.learner_cases", str(path)]
         processes = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -118,6 +121,19 @@ def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]
         for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output
         return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(case.world_size)]
+
+
+def quiet_ports(count: int) -> int:
+    """The first of `count` free ports in a row, below the range from which other processes get theirs."""
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, count):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports")
 
 
 def main() -> None:

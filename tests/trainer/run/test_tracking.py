@@ -169,7 +169,7 @@ def test_the_printed_table_shows_text_as_it_is() -> None:
 
 
 def test_an_unknown_or_missing_tracker_is_an_error_before_the_start(folder: RunFolder) -> None:
-    with pytest.raises(ValueError, match="'tensorbord' does not exist; there are: .*tensorboard.*wandb"):
+    with pytest.raises(ValueError, match="'tensorbord' does not exist; did you mean tensorboard\\? There are: .*wandb"):
         check_trackers(["tensorbord"])
     missing = next(name for name in ("aim", "comet_ml", "clearml") if importlib.util.find_spec(name) is None)
     with pytest.raises(ValueError, match=f"pip install {missing}"):
