@@ -66,13 +66,11 @@ def read_vllm_shape(model_path: Path) -> dict[str, Any]:
     """Read config.json and rename GPT-2's fields to the usual names.
 
     Raises:
-        ValueError: the folder has no config.json.
+        ValueError: config.json is missing or damaged.
     """
-    path = model_path / "config.json"
-    if not path.exists():
-        raise ValueError(f"{model_path} has no config.json: give a folder of the Hugging Face layout")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {USUAL_NAMES.get(key, key): value for key, value in content.items()}
+    from llmquest_rl.models.checkpoint.weight_files import read_json  # imports torch
+
+    return {USUAL_NAMES.get(key, key): value for key, value in read_json(model_path / "config.json").items()}
 
 
 def check_architecture(model_path: Path, shape: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from trainer.cluster.hardware import available_cores, choose_dtype
-from trainer.config.rules import optimizer_updates
+from trainer.config.rules import build_objective, optimizer_updates
 from trainer.config.schema import Config
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
@@ -35,11 +35,7 @@ class RunComponents:
 
     @cached_property
     def objective(self) -> Objective:
-        section = self.config.objective
-        objective: Objective = section.module.build(
-            section.options, self.config.algorithm, self.config.rollout.sampling
-        )
-        return objective
+        return build_objective(self.config)
 
     @cached_property
     def model_path(self) -> Path:

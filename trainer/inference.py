@@ -14,7 +14,7 @@ from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.learner.group import MODEL
 from trainer.run import checkpoint
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, check_new_folder
 from trainer.sources.eval_metrics import accuracy_metrics
 from trainer.sources.replay import save_rollouts
 from trainer.sources.rollouts import Rollouts, seed_for
@@ -60,8 +60,7 @@ def export(run: str, out: Path, which: str = "latest") -> Path:
         CheckpointError: there is no such checkpoint, or it is damaged.
         ValueError: `out` exists and is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: choose another folder")
+    check_new_folder(out)
     shutil.copytree(trained_model(run, which), out, dirs_exist_ok=True)
     return out
 

@@ -4,7 +4,6 @@ It is the default where vLLM is not installed, and the reference for tests of ot
 bit for bit; `llmquest_rl.generation.engine` lists the conditions.
 """
 
-import json
 from pathlib import Path
 
 from pydantic import Field
@@ -33,15 +32,11 @@ def check(model_path: Path, config: Config, setup: EngineSetup) -> None:
     """Check that the model's architecture is implemented and supports the context length.
 
     Raises:
-        ValueError: the architecture is unknown, its positions are too few, or the folder has no config.json.
+        ValueError: the architecture is unknown, its positions are too few, or config.json is missing or damaged.
     """
-    from llmquest_rl.models.architectures import find_architecture
+    from llmquest_rl.models.checkpoint.load_save import read_shape
 
-    path = model_path / "config.json"
-    if not path.exists():
-        raise ValueError(f"{model_path} has no config.json: give a model folder in the Hugging Face layout")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    shape = find_architecture(values, path).config.from_hf(values)
+    _, shape = read_shape(model_path)
     check_context(model_path, getattr(shape, "max_positions", None), setup)
 
 

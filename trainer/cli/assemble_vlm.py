@@ -11,6 +11,7 @@ from llmquest_rl.models.base import image_format
 from llmquest_rl.models.checkpoint.assemble_vlm import assemble
 from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.load_save import read_shape
+from trainer.run.folder import check_new_folder
 
 
 def assemble_folder(
@@ -36,8 +37,7 @@ def assemble_folder(
     Raises:
         ValueError: `out` is not empty, a model cannot be loaded or does not fit, or the tokenizer lacks the token.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: choose another folder")
+    check_new_folder(out)
     with TemporaryDirectory() as scratch:
         tower, decoder = _folder(vision, Path(scratch, "vision")), _folder(language, Path(scratch, "language"))
         source = decoder if tokenizer is None else resolve_model(tokenizer)

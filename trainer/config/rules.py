@@ -28,7 +28,8 @@ class Rule:
     """The source of the objective's batches. The rule does not apply to configurations with another source."""
 
 
-def _objective(config: Config) -> Objective:
+def build_objective(config: Config) -> Objective:
+    """The objective of a run. It tells where batches come from and which log-probs they need."""
     section = config.objective
     objective: Objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
     return objective
@@ -36,7 +37,7 @@ def _objective(config: Config) -> Objective:
 
 def from_rollouts(config: Config) -> bool:
     """Whether the objective learns from rollouts (RL) rather than from given sequences."""
-    return _objective(config).source == "rollout"
+    return build_objective(config).source == "rollout"
 
 
 def optimizer_updates(config: Config) -> int:
@@ -51,7 +52,7 @@ def updates_per_step(config: Config) -> int:
 
 def _computes_old_logprobs(config: Config) -> bool:
     """Whether the learner computes the old policy's log-probs, and records the experts of a mixture with them."""
-    return "old_logprobs" in _objective(config).computed_logprobs(updates_per_step(config))
+    return "old_logprobs" in build_objective(config).computed_logprobs(updates_per_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -87,7 +88,7 @@ def _items_per_step(config: Config) -> int:
 def _longest_item(config: Config) -> int:
     if from_rollouts(config):
         return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-    return config.batch.tokens_per_sequence * (2 if _objective(config).needs_whole_group else 1)
+    return config.batch.tokens_per_sequence * (2 if build_objective(config).needs_whole_group else 1)
 
 
 RULES = [
@@ -285,6 +286,6 @@ RULES = [
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """(key, message) of every rule that the configuration breaks."""
-    source = _objective(config).source
+    source = build_objective(config).source
     applicable = [rule for rule in RULES if rule.applies_to in ("any", source)]
     return [(rule.key, rule.message) for rule in applicable if not rule.holds(config)]

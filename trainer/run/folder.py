@@ -173,3 +173,13 @@ def _take_lock(lock: Path) -> str | None:
     if not owner:
         return None
     return f"{lock.parent}: took over the lock of process {owner.split()[0]}, which no longer exists"
+
+
+def check_new_folder(out: Path) -> None:
+    """Check that a model can be written into the folder `out` without touching other files.
+
+    Raises:
+        ValueError: `out` exists and is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty: choose another folder")
