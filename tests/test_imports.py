@@ -36,6 +36,15 @@ check_model_files(path)
 load_tokenizer(path)
 """
 
+LEARNER = """
+from pathlib import Path
+from trainer.components import RunComponents
+from trainer.config.load import load_config
+from trainer.learner.learner import Learner
+config = load_config("configs/quickstart.yaml", ["model.dtype=float32"])
+Learner(RunComponents(config).learner_setup(Path("runs"))).close()
+"""
+
 ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--help": ("import trainer.cli.main", ("torch", "transformers", "numpy", "pydantic", "yaml", *SERVERS)),
     "a mistyped key": (MISTYPED, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
@@ -45,6 +54,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("transformers.generation", "datasets", "matplotlib", *COMPILER, *SERVERS),
     ),
     "learner": ("import trainer.learner.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
+    "learner, built": (LEARNER, ("transformers", "datasets", "ray", "vllm")),
     "native worker": (
         "import rollout.worker, rollout.native_engine",
         ("transformers", "datasets", *COMPILER, *SERVERS),

@@ -38,7 +38,6 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
     """Wrap the model and its optimizer in a DeepSpeed engine. The process must have joined its process group before."""
     import deepspeed.ops
     from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin
 
     # DeepSpeed would compile its shared-memory collectives for CPUs at their first use, which takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -49,13 +48,24 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
     dtype = getattr(torch, setup.dtype)
     config = zero_config(setup.learner, dtype, setup.optimizer.max_grad_norm, vectors)
     with redirect_stdout(io.StringIO()) as output:
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False))
+        accelerator = Accelerator(deepspeed_plugin=_plugin(config))
         engine, _ = accelerator.prepare(model, optimizer)
     log.debug("DeepSpeed: %s", output.getvalue())
     reduces_itself = engine.zero_optimization_stage() > 1 or hasattr(engine.optimizer, "reduce_gradients")
     if world_size == 1 and not reduces_itself:
         engine.enable_backward_allreduce = False  # it would copy every gradient twice in vain
     return engine
+
+
+def _plugin(config: dict[str, Any]) -> Any:
+    """Accelerate's plugin with DeepSpeed's configuration."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    class Plugin(DeepSpeedPlugin):  # type: ignore[misc]
+        def set_deepspeed_weakref(self) -> None:
+            """Leave out the object that tells models of transformers about ZeRO-3: it imports transformers."""
+
+    return Plugin(hf_ds_config=config, zero3_init_flag=False)
 
 
 def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
