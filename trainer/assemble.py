@@ -17,6 +17,7 @@ from trainer.config.reward_model import RewardModelConfig
 from trainer.config.schema import Config
 from trainer.learner.group import LearnerGroup
 from trainer.learner.learner import Learner
+from trainer.learner.setup import LearnerSetup
 from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
@@ -64,10 +65,11 @@ def assemble(config: Config, resume_from: Path | None, replay: Path | None) -> I
         if message := stack.enter_context(folder.locked()):
             log.warning("%s", message)
         folder.config.write_text(dump(config))
+        setup = components.learner_setup(folder.path)
         stop = stack.enter_context(StopSignal())
         cluster = open_cluster(config.cluster, open_source.requests, folder.logs)
         stack.callback(cluster.close)
-        learners = start_learners(components, cluster, folder)
+        learners = start_learners(setup, config, cluster)
         stack.callback(learners.close)
         source = open_source(cluster, learners, folder, stack)
         done = resume(folder, source, learners) if resume_from else 0
@@ -98,14 +100,13 @@ def group_name(model: RewardModelConfig) -> str:
     return f"reward-model-{model.name}"
 
 
-def start_learners(components: RunComponents, cluster: Cluster, folder: RunFolder) -> LearnerGroup:
+def start_learners(setup: LearnerSetup, config: Config, cluster: Cluster) -> LearnerGroup:
     """Begin to build the learner processes."""
-    config = components.config
-    setup, size = components.learner_setup(folder.path), config.learner.processes
+    size = config.learner.processes
     group = cluster.spawn(
         Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
     )
-    return LearnerGroup(group, config.learner.timeout_s, config.cluster.start_timeout_s)
+    return LearnerGroup(group, config.learner.timeout_s)
 
 
 def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
@@ -150,7 +151,7 @@ class OpenDataset:
         self.source = DatasetSource(components.sequences, components.objective, components.config)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
-        learners.wait_ready()
+        learners.group.wait_ready()
         return self.source
 
 
@@ -187,7 +188,6 @@ class OpenRollouts:
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         replayed = None if self.replay is None else ReplayedSampler(self.replay)
         sampler = replayed or self._live(cluster, learners, folder, stack)
-        learners.wait_ready()
         return RolloutSource(self.prompts, sampler, self.components.objective, self.components.config)
 
     def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> Sampler:
@@ -195,11 +195,10 @@ class OpenRollouts:
         model_path = self.components.model_path
         if config.model.init == "random":  # only the learners have these weights: engines start from a copy
             model_path = folder.path / "initial"
-            learners.wait_ready()
             learners.export(model_path)
         rollouts = start_rollouts(self.components, cluster, model_path)
         stack.callback(rollouts.close)
-        rollouts.wait_ready(config.cluster.start_timeout_s)
+        rollouts.wait_ready()  # not the learners: sampling begins while they build their models
         return LiveSampler(rollouts, config, folder.rollouts if config.rollout.save else None)
 
 

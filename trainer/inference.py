@@ -89,7 +89,7 @@ def live_rollouts(config: Config) -> Iterator[LiveRollouts]:
         stack.callback(cluster.close)
         rollouts = start_rollouts(components, cluster, components.model_path)
         stack.callback(rollouts.close)
-        rollouts.wait_ready(config.cluster.start_timeout_s)
+        rollouts.wait_ready()
         yield LiveRollouts(components, rollouts)
     shutil.rmtree(logs)  # kept after an error, whose message names them
 

@@ -25,7 +25,12 @@ from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest,
 from trainer.config.schema import ClusterConfig  # noqa: E402
 
 PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
-"""Environment variables with these prefixes reach every actor."""
+"""Environment variables with these prefixes reach the actors of a cluster that was joined. Those of a local cluster
+inherit all variables."""
+
+SENDS_TENSORS = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
+"""Environment of actors that put tensors into the object store, so that their readers need no copy. Ray then imports
+torch when it starts the process: not for graders."""
 
 
 class RayCluster(Cluster):
@@ -58,6 +63,7 @@ class RayCluster(Cluster):
         def start(worker: int) -> ActorHandle:
             place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=first + worker)
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "scheduling_strategy": place}
+            options["runtime_env"] = SENDS_TENSORS if collective else None  # learners send their weights
             return ray.remote(Host).options(**options).remote(str(self.log_dir / f"{name}-{worker}.log"))
 
         def build(actor: ActorHandle, worker: int) -> Any:
@@ -65,7 +71,7 @@ class RayCluster(Cluster):
                 rendezvous.update(self._rendezvous(actor, f"{name}-{worker}"))
             return actor.build.remote(cls, kwargs(worker) | rendezvous)
 
-        return RayWorkerGroup(name, request.count, start, build, max_restarts, self.log_dir)
+        return RayWorkerGroup(name, request.count, start, build, max_restarts, self.start_timeout_s, self.log_dir)
 
     def _rendezvous(self, actor: ActorHandle, name: str) -> dict[str, Any]:
         try:
@@ -81,12 +87,8 @@ class RayCluster(Cluster):
         ray.shutdown()
 
     def _connect(self, requests: list[ResourceRequest]) -> None:
-        # Tensors travel through the object store without a copy; driver and actors must agree on it.
-        env = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
-        env |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        os.environ.update(RAY_ENABLE_ZERO_COPY_TORCH_TENSORS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-        common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False}
-        common["logging_level"] = logging.ERROR
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address := os.environ.get("RAY_ADDRESS"):
             self._join(address, common)
             return
@@ -96,8 +98,9 @@ class RayCluster(Cluster):
         ray.init("local", num_cpus=slots, include_dashboard=False, **common)
 
     def _join(self, address: str, options: dict[str, Any]) -> None:
+        env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         try:
-            ray.init(address, **options)
+            ray.init(address, runtime_env={"env_vars": env}, **options)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise ClusterError(
                 f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Is it running (`ray status`)? If it "

@@ -79,6 +79,7 @@ class RayWorkerGroup(WorkerGroup[Worker]):
         start: Callable[[int], ActorHandle],
         build: Callable[[ActorHandle, int], Any],
         max_restarts: int,
+        start_timeout_s: float,
         log_dir: Path,
     ) -> None:
         """`start` starts a worker's process; `build` builds the worker in it and returns a reference to wait for."""
@@ -87,24 +88,28 @@ class RayWorkerGroup(WorkerGroup[Worker]):
         self.build = build
         self.max_restarts = max_restarts
         self.log_dir = log_dir
-        self.start_timeout_s = 0.0
+        self.start_timeout_s = start_timeout_s
         self.silent: set[int] = set()
         self.actors = [start(i) for i in range(size)]
         self.built = [build(actor, i) for i, actor in enumerate(self.actors)]
+        self.is_ready = False
 
-    def wait_ready(self, timeout_s: float) -> None:
-        self.start_timeout_s = timeout_s
-        self._gather(self.built, range(self.size), "start", timeout_s)
+    def wait_ready(self) -> None:
+        if not self.is_ready:
+            self._gather(self.built, range(self.size), "start", self.start_timeout_s)
+            self.is_ready = True
 
     def call(
         self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> Answer:
+        self.wait_ready()
         ref = self.actors[worker].call.remote(method.__name__, *arguments)
         return cast(Answer, self._gather([ref], [worker], method.__name__, timeout_s)[0])
 
     def call_all(
         self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> list[Answer]:
+        self.wait_ready()
         if self.max_restarts:
             queues: list[deque[Work]] = [deque([(i, arguments)]) for i in range(self.size)]
             return self._work(method.__name__, queues, timeout_s)
@@ -114,6 +119,7 @@ class RayWorkerGroup(WorkerGroup[Worker]):
     def call_deferred(
         self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> list[Answer]:
+        self.wait_ready()
         pairs = [
             actor.call_deferred.options(num_returns=2).remote(method.__name__, *arguments) for actor in self.actors
         ]
@@ -123,6 +129,7 @@ class RayWorkerGroup(WorkerGroup[Worker]):
     def call_each(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
+        self.wait_ready()
         refs = [
             actor.call.remote(method.__name__, *arguments) for actor, arguments in zip(self.actors, work, strict=True)
         ]
@@ -131,6 +138,7 @@ class RayWorkerGroup(WorkerGroup[Worker]):
     def map(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
+        self.wait_ready()
         queue: deque[Work] = deque(enumerate(work))
         return self._work(method.__name__, [queue] * self.size, timeout_s)
 

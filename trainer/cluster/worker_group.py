@@ -56,11 +56,11 @@ class WorkerGroup(ABC, Generic[Worker]):
         """Called with the number of a restarted worker before it gets work again, e.g. to load the current weights."""
 
     @abstractmethod
-    def wait_ready(self, timeout_s: float) -> None:
-        """Return when every worker is built.
+    def wait_ready(self) -> None:
+        """Return when every worker is built. The first call of a method waits for that, too.
 
         Raises:
-            ClusterError: a worker does not start within `timeout_s` seconds.
+            ClusterError: a worker does not start within `cluster.start_timeout_s`.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class InlineWorkerGroup(WorkerGroup[Worker]):
         super().__init__(name, len(workers))
         self.workers = workers
 
-    def wait_ready(self, timeout_s: float) -> None:
+    def wait_ready(self) -> None:
         """Return at once: the workers were built before the group."""
 
     def call(

@@ -30,15 +30,10 @@ class StepBatch:
 class LearnerGroup:
     """The learner processes, which hold one model together: every call is a collective and goes to all of them."""
 
-    def __init__(self, group: WorkerGroup[Learner], timeout_s: float, start_timeout_s: float) -> None:
-        """`timeout_s` limits each call and `start_timeout_s` the start, in seconds."""
+    def __init__(self, group: WorkerGroup[Learner], timeout_s: float) -> None:
+        """`timeout_s` is the time limit of each call, in seconds."""
         self.group = group
         self.timeout_s = timeout_s
-        self.start_timeout_s = start_timeout_s
-
-    def wait_ready(self) -> None:
-        """Return when every learner holds its model."""
-        self.group.wait_ready(self.start_timeout_s)
 
     def update(self, batch: StepBatch) -> dict[str, float]:
         """Run the step's optimizer updates; each learner gets its share of every minibatch. Returns the metrics.

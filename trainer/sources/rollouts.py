@@ -93,11 +93,11 @@ class Rollouts:
     """Each of them scores every completion; the values add up."""
     seed: int
 
-    def wait_ready(self, timeout_s: float) -> None:
+    def wait_ready(self) -> None:
         """Return when every worker is built."""
-        self.workers.group.wait_ready(timeout_s)
+        self.workers.group.wait_ready()
         for reward in self.rewards:
-            reward.group.wait_ready(timeout_s)
+            reward.group.wait_ready()
 
     def run(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: str, first: int = 0) -> Sampled:
         """Complete each problem `n` times and grade the completions.

@@ -11,7 +11,7 @@ import pytest
 from llmquest_rl.types import Sampling
 from rollout.engine import EngineSetup, engine_config
 from rollout.worker import RolloutWorker
-from tests.trainer.cluster.workers import Worker
+from tests.trainer.cluster.workers import Slow, Worker
 from trainer.cluster.open_cluster import open_cluster
 from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port
 from trainer.config.schema import ClusterConfig
@@ -33,7 +33,6 @@ def cluster(logs: Path) -> Iterator[Cluster]:
 
 def test_answers_come_in_order_and_workers_differ(cluster: Cluster) -> None:
     group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
-    group.wait_ready(60)
     assert group.call_all(Worker.whoami, timeout_s=30) == [0, 1]
     assert group.map(Worker.square, [(x,) for x in range(7)], timeout_s=30) == [x * x for x in range(7)]
     assert group.call_each(Worker.store, [("a",), ("b",)], timeout_s=30) == ["a", "b"]
@@ -81,14 +80,22 @@ def test_an_actor_finds_the_engine_and_the_options_of_a_users_file(cluster: Clus
     name = f"{tmp_path}/engine.py"
     worker = {"engine": name, "config": engine_config(name)(size=5), "model_path": tmp_path, "setup": EngineSetup(8)}
     group = cluster.spawn(RolloutWorker, "workers", lambda i: worker)
-    group.wait_ready(60)
     assert group.call(0, RolloutWorker.generate, [], Sampling(), timeout_s=30) == [[5, 2]]
+    group.close()
+
+
+def test_the_first_call_waits_until_every_worker_is_built_and_raises_why_one_was_not(cluster: Cluster) -> None:
+    group = cluster.spawn(Slow, "workers", lambda i: {"number": i})
+    assert group.call_all(Slow.whoami, timeout_s=0.5) == [0, 1], "the time of the start is not that of the call"
+    group.close()
+    group = cluster.spawn(Slow, "workers", lambda i: {"number": i + 1})
+    with pytest.raises(ValueError, match="its model is damaged"):
+        group.call_all(Slow.whoami, timeout_s=30)
     group.close()
 
 
 def test_a_worker_that_does_not_answer_is_named(cluster: Cluster, logs: Path) -> None:
     group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
-    group.wait_ready(60)
     group.call(1, Worker.say, "hello from the worker", timeout_s=30)
     assert "hello from the worker" in (logs / "workers-1.log").read_text()
     with pytest.raises(ClusterError, match=r"no answer to hang within 0.5 s from workers-1"):
@@ -98,7 +105,6 @@ def test_a_worker_that_does_not_answer_is_named(cluster: Cluster, logs: Path) ->
 
 def test_a_dead_worker_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path: Path) -> None:
     group = cluster.spawn(Worker, "frail", lambda i: {"number": i}, max_restarts=2)
-    group.wait_ready(60)
     restored: list[int] = []
     group.on_restart = lambda worker: restored.append(group.call(worker, Worker.whoami, timeout_s=30))
     work = [(str(tmp_path / ("death" if x == 1 else "none")), x) for x in range(4)]
@@ -112,7 +118,6 @@ def test_a_dead_worker_is_rebuilt_and_its_work_redone(cluster: Cluster, tmp_path
 
 def test_a_worker_that_may_not_be_restarted_ends_the_run(cluster: Cluster) -> None:
     group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
-    group.wait_ready(60)
     with pytest.raises(ClusterError, match="workers-0 died during die"):
         group.call(0, Worker.die, timeout_s=30)
     group.close()
@@ -136,7 +141,7 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
 def test_inline_workers_are_objects_next_door() -> None:
     cluster = open_cluster(ClusterConfig(kind="inline"), NEEDS, Path())
     group = cluster.spawn(Worker, "workers", lambda i: {"number": i})
-    group.wait_ready(1)
+    group.wait_ready()
     assert group.map(Worker.square, [(2,), (3,), (4,)], timeout_s=1) == [4, 9, 16]
     assert (
         group.call_each(Worker.store, [(1,), (2,)], timeout_s=1) == group.call_all(Worker.stored, timeout_s=1) == [1, 2]

@@ -50,3 +50,13 @@ class Worker:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class Slow(Worker):
+    """A worker that takes `number` seconds to be built; number 2 cannot be."""
+
+    def __init__(self, number: int) -> None:
+        time.sleep(number)
+        if number == 2:
+            raise ValueError("its model is damaged")
+        super().__init__(number)
