@@ -6,6 +6,7 @@ with torch. Importing torch takes seconds, so these files write `from llmquest_r
 """
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,17 @@ else:
 
     class _Deferred(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module(self.__name__), name)
+            return getattr(self._import(), name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            setattr(importlib.import_module(self.__name__), name, value)
+            setattr(self._import(), name, value)
+
+        def _import(self) -> ModuleType:
+            """Import torch, and put it in the place of this object in every file that has it."""
+            module = importlib.import_module(self.__name__)
+            for file in list(sys.modules.values()):
+                if file.__dict__.get("torch") is self:
+                    file.__dict__["torch"] = module
+            return module
 
     torch = _Deferred("torch")

@@ -20,13 +20,8 @@ def failure_counts(scores: Sequence[Score]) -> dict[str, int]:
     return dict(Counter(score.failure for score in scores if score.failure is not None))
 
 
-def unscored_share(scores: Sequence[Score]) -> float:
-    """Share of the scores that failed. A reward that does not apply has not failed."""
-    return sum(failure_counts(scores).values()) / len(scores) if scores else 0.0
-
-
-def check_unscored(scores: Sequence[Score], items: Iterable[GradeItem], limit: float) -> None:
-    """Check that not too many scores failed.
+def check_unscored(scores: Sequence[Score], items: Iterable[GradeItem], limit: float) -> dict[str, int]:
+    """Number of failed scores by kind. A reward that does not apply has not failed.
 
     Args:
         scores: The scores of one step, in the order of `items`.
@@ -35,10 +30,11 @@ def check_unscored(scores: Sequence[Score], items: Iterable[GradeItem], limit: f
     Raises:
         TooManyUnscoredError: the share is larger; the message has the counts by kind and some examples.
     """
-    share = unscored_share(scores)
+    failures = failure_counts(scores)
+    share = sum(failures.values()) / max(1, len(scores))
     if share <= limit:
-        return
-    counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(failure_counts(scores).items()))
+        return failures
+    counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(failures.items()))
     failed = [(item, score) for item, score in zip(items, scores, strict=True) if score.failure is not None]
     examples = "\n".join(_example(item, score) for item, score in _one_of_each_kind_first(failed)[:EXAMPLES_SHOWN])
     raise TooManyUnscoredError(

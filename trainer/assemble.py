@@ -25,7 +25,7 @@ from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
-from trainer.sources.rollouts import RewardWorkers, Rollouts, RolloutWorkers
+from trainer.sources.rollouts import RewardWorkers, Rollouts
 from trainer.sources.sampler import LiveSampler, ReplayedSampler, Sampler
 from trainer.training_run import TrainingRun, resume
 
@@ -119,8 +119,7 @@ def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path
         "setup": components.engine_setup,
     }
     group = cluster.spawn(RolloutWorker, "rollout", lambda i: kwargs, max_restarts=MAX_RESTARTS)
-    workers = RolloutWorkers(group, config.rollout.timeout_s)
-    return Rollouts(workers, start_reward_workers(components, cluster), config.seed)
+    return Rollouts(group, start_reward_workers(components, cluster), config.seed, config.rollout.timeout_s)
 
 
 def start_reward_workers(components: RunComponents, cluster: Cluster) -> list[RewardWorkers]:

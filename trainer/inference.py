@@ -129,5 +129,5 @@ def answer_prompts(config: Config, prompts: list[str], n: int) -> list[list[str]
             Request(renderer.prompt_ids(prompt), n, seed_for(config.seed, "generate", i))
             for i, prompt in enumerate(prompts)
         ]
-        answers = live.rollouts.workers.generate(requests, config.rollout.sampling)
+        answers = live.rollouts.generate(requests, config.rollout.sampling)
     return [[completion.text for completion in group] for group in answers]

@@ -77,9 +77,10 @@ class PromptStream:
         self._dropped_long_held_out = 0
 
     @property
-    def epoch(self) -> float:
-        """Number of passes through the data so far; 0 for endless data."""
-        return self._position / self._order.size if self._order.size else 0.0
+    def metrics(self) -> dict[str, float]:
+        """The passes through the data so far (0 for endless data), and the number of rows left out, by cause."""
+        epoch = self._position / self._order.size if self._order.size else 0.0
+        return {"data/epoch": epoch} | {f"data/{name}": float(count) for name, count in self.counters.items()}
 
     @property
     def counters(self) -> dict[str, int]:
@@ -179,9 +180,10 @@ class SequenceGroupStream:
         self._position = 0
 
     @property
-    def epoch(self) -> float:
-        """Number of passes through the data so far."""
-        return self._position / len(self._data.train)
+    def metrics(self) -> dict[str, float]:
+        """The passes through the data so far, and the number of rows left out while loading, by cause."""
+        epoch = self._position / len(self._data.train)
+        return {"data/epoch": epoch} | {f"data/{name}": float(count) for name, count in self.counters.items()}
 
     @property
     def counters(self) -> dict[str, int]:

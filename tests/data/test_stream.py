@@ -37,7 +37,7 @@ def test_an_epoch_gives_every_row_once_in_a_new_order(plain: PromptRenderer) -> 
     assert Counter(problem.id for problem in first) == Counter(problem.id for problem in second)
     assert len({problem.id for problem in first}) == 20
     assert [problem.id for problem in first] != [problem.id for problem in second]
-    assert stream.epoch == 2.0
+    assert stream.metrics["data/epoch"] == 2.0
     assert [s.id for s in PromptStream(finite(20), plain, seed=1).take(20)] != [s.id for s in first]
 
 

@@ -13,7 +13,7 @@ import pytest
 import rewards
 from llmquest_rl.types import Score
 from rewards.config import GraderConfig, RewardConfig
-from rewards.failures import TooManyUnscoredError, check_unscored, unscored_share
+from rewards.failures import TooManyUnscoredError, check_unscored
 from rewards.grader import GradeItem, Grader, check_rewards
 from rewards.load import RewardError
 
@@ -301,8 +301,7 @@ def test_an_unscored_share_above_the_limit_stops_with_examples() -> None:
     completions = ["fine"] * 6 + ["nan", "exit", "exception", "nan"]
     scores = grade(completions, "reward")
     items = [item(completion) for completion in completions]
-    assert unscored_share(scores) == 0.4
-    check_unscored(scores, items, 0.4)
+    assert check_unscored(scores, items, 0.4) == {"crash": 1, "exception": 1, "invalid": 2}
     with pytest.raises(TooManyUnscoredError) as caught:
         check_unscored(scores, items, 0.39)
     message = str(caught.value)

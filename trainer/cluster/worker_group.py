@@ -99,7 +99,10 @@ class WorkerGroup(ABC, Generic[Worker]):
 
 
 class InlineWorkerGroup(WorkerGroup[Worker]):
-    """Workers as objects in this process: for a debugger, a notebook or a test. Time limits do not apply."""
+    """Workers as objects in this process: for a debugger, a notebook or a test. Time limits do not apply.
+
+    A call looks up the worker's own method of that name, which may override the one that the caller named.
+    """
 
     def __init__(self, name: str, workers: list[Any]) -> None:
         super().__init__(name, len(workers))
@@ -111,33 +114,30 @@ class InlineWorkerGroup(WorkerGroup[Worker]):
     def call(
         self, worker: int, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> Answer:
-        return _call(self.workers[worker], method, arguments)
+        return cast(Answer, getattr(self.workers[worker], method.__name__)(*arguments))
 
     def call_all(
         self, method: Callable[[Worker, *Arguments], Answer], *arguments: *Arguments, timeout_s: float
     ) -> list[Answer]:
-        return [_call(worker, method, arguments) for worker in self.workers]
+        return [getattr(worker, method.__name__)(*arguments) for worker in self.workers]
 
     call_deferred = call_all
 
     def call_each(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
-        return [_call(worker, method, arguments) for worker, arguments in zip(self.workers, work, strict=True)]
+        return [
+            getattr(worker, method.__name__)(*arguments) for worker, arguments in zip(self.workers, work, strict=True)
+        ]
 
     def map(
         self, method: Callable[[Worker, *Arguments], Answer], work: Sequence[tuple[*Arguments]], *, timeout_s: float
     ) -> list[Answer]:
-        return [_call(self.workers[i % self.size], method, arguments) for i, arguments in enumerate(work)]
+        return [getattr(self.workers[i % self.size], method.__name__)(*arguments) for i, arguments in enumerate(work)]
 
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
-
-
-def _call(worker: Any, method: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer:
-    """Call the worker's own method of that name, which may override the one that the caller named."""
-    return cast(Answer, getattr(worker, method.__name__)(*arguments))
 
 
 @dataclass(frozen=True)

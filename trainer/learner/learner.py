@@ -106,8 +106,7 @@ class Learner:
         self._set_threads()
         self.model.train()
         started = time.perf_counter()
-        plan = self._plan(minibatches)
-        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(len(minibatches) * epochs))
+        plan = self._plan(minibatches, updates=len(minibatches) * epochs)
         prepared = time.perf_counter()
         metrics = Metrics()
         for _ in range(epochs):
@@ -176,22 +175,19 @@ class Learner:
         self.engine.step()
         return float(norm)
 
-    def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]]) -> Plan:
-        budget, needs_whole_group = self.setup.tokens_per_microbatch, self.setup.objective.needs_whole_group
+    def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]], updates: int) -> Plan:
+        """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
+        objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
         fitted = [
-            split_to_budget(sequence_groups, budget, self.model.shares_prompts, needs_whole_group)
+            split_to_budget(sequence_groups, budget, self.model.shares_prompts, objective.needs_whole_group)
             for sequence_groups in minibatches
         ]
-        return plan_microbatches(fitted, budget, image_format(self.model.config))
-
-    def _with_computed_logprobs(self, plan: Plan, token_fields: Sequence[str]) -> Plan:
-        """The plan with the log-probs that need no gradient: of the old policy and of the frozen reference."""
+        plan = plan_microbatches(fitted, budget, image_format(self.model.config))
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
-        for name in token_fields:
+        for name in objective.computed_logprobs(updates):
             model = models[name]
             assert model is not None, f"the objective needs {name}, but no reference model"
-            is_policy = model is self.engine
-            plan = add_logprobs(plan, name, model, self.setup.objective.temperature, self.device, is_policy)
+            plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
         return plan
 
     @torch.no_grad()
@@ -203,8 +199,7 @@ class Learner:
         """
         self._set_threads()
         self.model.eval()
-        plan = self._plan([sequence_groups])
-        plan = self._with_computed_logprobs(plan, self.setup.objective.computed_logprobs(1))
+        plan = self._plan([sequence_groups], updates=1)
         metrics = Metrics()
         for batch in plan[0]:
             metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])

@@ -66,9 +66,8 @@ class DatasetSource:
 
     def next(self, step: int) -> StepBatch:
         sequence_groups = self.stream.take(self.batch.sequences_per_step)
-        metrics = {"data/epoch": self.stream.epoch} | _counters(self.stream.counters)
         step_minibatches = weighted_minibatches(sequence_groups, self.objective, self.batch)
-        return StepBatch(step_minibatches, self.batch.epochs_per_step, metrics)
+        return StepBatch(step_minibatches, self.batch.epochs_per_step, self.stream.metrics)
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         return {}
@@ -94,6 +93,7 @@ class RolloutSource:
         self.batch = config.batch
         self.max_tokens = config.rollout.sampling.max_tokens
         self.correct = config.correct_if
+        self.skips_groups = config.batch.zero_advantage_groups == "skip" and config.algorithm.needs_advantage
         self.weight_sync_interval = config.rollout.weight_sync_interval
         self.resumed = False
         self.held_out = stream.held_out(config.data.eval_size)
@@ -103,12 +103,13 @@ class RolloutSource:
         groups, metrics = self.sampler.groups(step, self.stream)
         sequence_groups, group_metrics = make_sequence_groups(groups, self.algorithm, self.max_tokens)
         metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
-        metrics |= _counters(self.stream.counters) | {"data/epoch": self.stream.epoch}
+        metrics |= self.stream.metrics
         self._watch_zero_advantage(sequence_groups, groups)
         metrics["reward/zero_advantage_steps"] = float(self.zero_advantage_steps)
         step_minibatches = weighted_minibatches(sequence_groups, self.objective, self.batch)
-        if self.batch.zero_advantage_groups == "skip":
-            step_minibatches = self._with_signal(step_minibatches)
+        if self.skips_groups:  # after the weights, which count them
+            kept = [list(filter(_has_signal, minibatch)) for minibatch in step_minibatches]
+            step_minibatches = list(filter(None, kept))
         return StepBatch(step_minibatches, self.batch.epochs_per_step, metrics, groups)
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
@@ -127,15 +128,6 @@ class RolloutSource:
         self.stream.load_state_dict(state["stream"])
         self.zero_advantage_steps = state["zero_advantage_steps"]
         self.resumed = True  # the workers still have the weights that the run began with
-
-    def _with_signal(self, minibatches: list[list[SequenceGroup]]) -> list[list[SequenceGroup]]:
-        """Drop groups whose advantages are all 0: they have no gradient, and the token weights already count them."""
-        if not self.algorithm.needs_advantage:
-            return minibatches
-        kept = [
-            [sequence_group for sequence_group in minibatch if _has_signal(sequence_group)] for minibatch in minibatches
-        ]
-        return [minibatch for minibatch in kept if minibatch]
 
     def _watch_zero_advantage(self, sequence_groups: Sequence[SequenceGroup], groups: Sequence[Group]) -> None:
         """Count consecutive steps in which no group has an advantage; after several, show the user some completions."""
@@ -160,7 +152,3 @@ def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
     """Number of steps by which the learners were ahead of the oldest weights that sampled."""
     versions = [completion.weight_version for group in groups for completion in group.completions]
     return {"rollout/staleness": float(step - 1 - min(versions))} if versions else {}
-
-
-def _counters(counters: dict[str, int]) -> dict[str, float]:
-    return {f"data/{name}": float(count) for name, count in counters.items()}

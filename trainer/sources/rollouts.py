@@ -23,41 +23,6 @@ Sampled = tuple[list[Group], dict[str, float]]
 """Graded groups, and metrics of sampling and grading."""
 
 
-class RolloutWorkers:
-    """The rollout workers of a run. A restarted worker gets the weights of the last sync before it gets work."""
-
-    def __init__(self, group: WorkerGroup[RolloutWorker], timeout_s: float) -> None:
-        """`timeout_s` is the time limit for the answers of one call, in seconds."""
-        self.group = group
-        self.timeout_s = timeout_s
-        self._current: tuple[WeightSnapshot, int] | None = None
-        group.on_restart = self._restore
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete each request `n` times: `[requests][n]`, in the order of the requests."""
-        work = [(share, sampling) for share in split_evenly(requests, self.group.size)]
-        return list(chain.from_iterable(self.group.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
-
-    def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
-        """Load new weights into every worker, which verifies their checksums first."""
-        self._current = None  # a worker that dies while it loads gets these weights when its work is redone
-        reports = self.group.call_all(RolloutWorker.load_weights, snapshot, version, timeout_s=self.timeout_s)
-        self._current = snapshot, version
-        return reports
-
-    def sleep(self) -> None:
-        """Free the memory that only sampling needs."""
-        self.group.call_all(RolloutWorker.sleep, timeout_s=self.timeout_s)
-
-    def wake(self) -> None:
-        """Undo `sleep`."""
-        self.group.call_all(RolloutWorker.wake, timeout_s=self.timeout_s)
-
-    def _restore(self, worker: int) -> None:
-        if self._current is not None:
-            self.group.call(worker, RolloutWorker.load_weights, *self._current, timeout_s=self.timeout_s)
-
-
 class GradingWorker(Protocol):
     """A worker that scores completions: a grader, or a process of a reward model."""
 
@@ -84,20 +49,52 @@ class RewardWorkers:
         return list(chain.from_iterable(self.group.map(GradingWorker.grade, work, timeout_s=timeout_s)))
 
 
-@dataclass
 class Rollouts:
-    """Samples completions and grades them."""
+    """Samples completions and grades them. A restarted rollout worker gets the weights of the last sync before work."""
 
-    workers: RolloutWorkers
-    rewards: list[RewardWorkers]
-    """Each of them scores every completion; the values add up."""
-    seed: int
+    def __init__(
+        self, workers: WorkerGroup[RolloutWorker], rewards: list[RewardWorkers], seed: int, timeout_s: float
+    ) -> None:
+        """Take the workers of a run.
+
+        Args:
+            workers: the rollout workers.
+            rewards: each of them scores every completion; the values add up.
+            seed: the run's seed.
+            timeout_s: time limit for the answers of one call of the rollout workers, in seconds.
+        """
+        self.workers = workers
+        self.rewards = rewards
+        self.seed = seed
+        self.timeout_s = timeout_s
+        self._current: tuple[WeightSnapshot, int] | None = None
+        workers.on_restart = self._restore
 
     def wait_ready(self) -> None:
         """Return when every worker is built."""
-        self.workers.group.wait_ready()
+        self.workers.wait_ready()
         for reward in self.rewards:
             reward.group.wait_ready()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Complete each request `n` times: `[requests][n]`, in the order of the requests."""
+        work = [(share, sampling) for share in split_evenly(requests, self.workers.size)]
+        return list(chain.from_iterable(self.workers.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
+
+    def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
+        """Load new weights into every rollout worker, which verifies their checksums first."""
+        self._current = None  # a worker that dies while it loads gets these weights when its work is redone
+        reports = self.workers.call_all(RolloutWorker.load_weights, snapshot, version, timeout_s=self.timeout_s)
+        self._current = snapshot, version
+        return reports
+
+    def sleep(self) -> None:
+        """Free the memory that only sampling needs."""
+        self.workers.call_all(RolloutWorker.sleep, timeout_s=self.timeout_s)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self.workers.call_all(RolloutWorker.wake, timeout_s=self.timeout_s)
 
     def run(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: str, first: int = 0) -> Sampled:
         """Complete each problem `n` times and grade the completions.
@@ -117,7 +114,7 @@ class Rollouts:
             Request(problem.prompt_ids, n, seed_for(self.seed, key, i, problem.id), problem.images)
             for i, problem in enumerate(problems, start=first)
         ]
-        completions = self.workers.generate(requests, sampling)
+        completions = self.generate(requests, sampling)
         generated = time.perf_counter()
         scores = self._grade(problems, completions)
         graded = time.perf_counter()
@@ -127,16 +124,20 @@ class Rollouts:
             "time/grade_s": graded - generated,
             "rollout/tokens": float(tokens),
             "rollout/tokens_per_s": tokens / (generated - started),
-            "rollout/worker_restarts": float(self.workers.group.restarts),
+            "rollout/worker_restarts": float(self.workers.restarts),
             "reward/grader_restarts": float(sum(reward.group.restarts for reward in self.rewards)),
         }
         return [Group(*parts) for parts in zip(problems, completions, scores, strict=True)], metrics
 
     def close(self) -> None:
         """End every worker."""
-        self.workers.group.close()
+        self.workers.close()
         for reward in self.rewards:
             reward.group.close()
+
+    def _restore(self, worker: int) -> None:
+        if self._current is not None:
+            self.workers.call(worker, RolloutWorker.load_weights, *self._current, timeout_s=self.timeout_s)
 
     def _grade(self, problems: Sequence[Problem], completions: list[list[Completion]]) -> list[list[Score]]:
         items = [

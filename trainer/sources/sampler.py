@@ -8,7 +8,7 @@ from typing import Protocol
 
 from llmquest_rl.data.stream import PromptStream
 from llmquest_rl.types import Group, Problem
-from rewards.failures import TooManyUnscoredError, check_unscored, failure_counts
+from rewards.failures import TooManyUnscoredError, check_unscored
 from trainer.config.schema import Config
 from trainer.learner.group import LearnerGroup
 from trainer.sources.dynamic_sampling import DynamicSampling, NothingUsableError
@@ -46,8 +46,8 @@ def check_groups(groups: Sequence[Group], limit: float) -> dict[str, float]:
     """
     scores = [score for group in groups for score in group.scores]
     items = (grade_item(group.problem, completion) for group in groups for completion in group.completions)
-    check_unscored(scores, items, limit)
-    return {f"reward/failed_{kind}": float(count) for kind, count in failure_counts(scores).items()}
+    failures = check_unscored(scores, items, limit)
+    return {f"reward/failed_{kind}": float(count) for kind, count in failures.items()}
 
 
 class LiveSampler:
@@ -75,7 +75,7 @@ class LiveSampler:
                 save_rollouts(self.save_to, step, sampled)  # all of them: the user will want to look at them
             raise
         if self.config.rollout.sleep:
-            self.rollouts.workers.sleep()
+            self.rollouts.sleep()
         if self.save_to is not None:
             save_rollouts(self.save_to, step, groups)
         return groups, metrics
@@ -98,10 +98,10 @@ class LiveSampler:
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         started = time.perf_counter()
         if self.config.rollout.sleep:
-            self.rollouts.workers.wake()
+            self.rollouts.wake()
         if self.dynamic is not None:
             self.dynamic.forget()
-        reports = self.rollouts.workers.sync_weights(learners.weight_snapshot(), version)
+        reports = self.rollouts.sync_weights(learners.weight_snapshot(), version)
         assert all(report.version == version for report in reports)
         return {
             "time/sync_s": time.perf_counter() - started,
