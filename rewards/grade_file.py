@@ -47,7 +47,7 @@ class Summary:
 
     @property
     def mean(self) -> float | None:
-        """Mean score of the scored rows; None without any."""
+        """Mean score of the scored rows; None if no row has a score."""
         return self.total / self.scored if self.scored else None
 
     @property
@@ -130,8 +130,8 @@ def grade_file(rewards: Sequence[RewardConfig], path: Path, out: Path, config: G
 
     Args:
         path: Rows with `completion` and the columns that the rewards need: `answer`, `prompt` and any others.
-        out: A row for each row, in order: `line`, `score`, `scores` by name, `failure`, `detail`, `seconds`. The file
-            appears when it is complete.
+        out: One output line for each input line, in order: `line`, `score`, `scores` by name, `failure`, `detail`,
+            `seconds`. The file appears when it is complete.
 
     Raises:
         RewardError: a reward cannot be imported, or needs a column that the first row lacks.

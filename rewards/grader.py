@@ -80,11 +80,6 @@ class Grader:
             if missing:
                 raise RewardError(missing_message(name, missing, available))
 
-    @property
-    def replaced(self) -> int:
-        """Number of worker processes that were replaced so far, because they died or were killed."""
-        return self._pool.replaced
-
     def close(self) -> None:
         """End every worker process."""
         self._pool.close()

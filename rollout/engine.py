@@ -124,7 +124,7 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
     """Check that an engine can serve a model, before anything is started.
 
     Raises:
-        ValueError: It cannot. The message gives the reason and an engine that can.
+        ValueError: the engine cannot serve the model; the message gives the reason and an engine that can.
     """
     _check_generates(model_path)
     ENGINES.module(name).check(model_path, config, setup)

@@ -48,6 +48,10 @@ def test_folders_have_few_enough_files_to_be_read() -> None:
 def test_every_folder_says_what_lives_in_it() -> None:
     folders = {path.parent for path in SOURCES}
     assert [relative(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+    docstrings = {
+        folder: ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "" for folder in folders
+    }
+    assert [relative(folder) for folder, text in docstrings.items() if "import" not in text] == []
 
 
 def test_files_are_short_enough_to_be_read() -> None:

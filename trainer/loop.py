@@ -13,6 +13,10 @@ def train(config: Config, resume: Path | None = None, replay: Path | None = None
         config: the resolved configuration.
         resume: a run folder to continue from its newest complete checkpoint.
         replay: a folder of saved rollouts to train on instead of sampling.
+
+    Raises:
+        ValueError, ClusterError: the run cannot start (see `assemble`).
+        WeightsDifferError, TooManySkippedUpdatesError, DiskFullError: it cannot go on; the last checkpoint is complete.
     """
     with assemble(config, resume, replay) as (run, source, learners):
         for step in run.steps():

@@ -169,12 +169,12 @@ def _group_metrics(groups: Sequence[Group]) -> Metrics:
     metrics = Metrics()
     rewards = [[score.value for score in group.scores if score.value is not None] for group in groups]
     scored = list(chain.from_iterable(rewards))
-    problems = sum(len(group.scores) for group in groups)
+    completions = sum(len(group.scores) for group in groups)
     metrics.mean("reward/mean", sum(scored), len(scored))
     metrics.mean("reward/std", _std(scored))
     metrics.mean("reward/group_std", sum(_std(values) for values in rewards), len(rewards))
     metrics.mean("reward/zero_std_group_share", sum(len(set(values)) < 2 for values in rewards), len(rewards))
-    metrics.mean("reward/unscored_share", problems - len(scored), problems)
+    metrics.mean("reward/unscored_share", completions - len(scored), completions)
     metrics.sum("reward/scored_samples", len(scored))
     for score in chain.from_iterable(group.scores for group in groups):
         for name, part in score.parts.items():

@@ -1,4 +1,5 @@
 """Workarounds for defects of other packages.
 
 This package imports no other file of this repository.
+`data` and `rewards` may import it.
 """

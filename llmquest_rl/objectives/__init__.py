@@ -4,6 +4,7 @@ The file has `Config(Options)`, the keys next to `name:` in the configuration, a
 which returns an `Objective`. A dictionary `METRICS` may describe the metrics of its loss for docs/metrics.md. No other
 file changes, because the learner uses only the members of this protocol. This package may import
 `llmquest_rl.algorithms`, batches and metrics, but no model.
+Only `trainer` imports it.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_a_hang_is_charged_once_and_replaced_in_less_than_a_second() -> None:
         scores = grader.grade([item(text) for text in ["0"] * 40 + ["1000"] + ["0"] * 40])
         seconds = time.monotonic() - before
         assert [score.failure for score in scores] == [None] * 40 + ["timeout"] + [None] * 40
-        assert grader.replaced == 1
+        assert grader._pool.replaced == 1
         assert len({score.parts["process"] for score in scores if score.parts}) == 2
         assert seconds < 1.0 + 1.0
 

@@ -163,12 +163,12 @@ def runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture(scope="session")
-def judge(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_model_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a reward model that was trained to prefer characters before `A`, which takes some seconds."""
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("scorer")
     pairs = write_pairs(folder / "pairs.jsonl", 6000)
     values = tiny_values(tiny_model) | {
-        "name": "judge",
+        "name": "scorer",
         "steps": 120,
         "objective": {"name": "reward_model", "center": 0.01},
         "data": {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add.", "eval_size": 100},

@@ -106,10 +106,10 @@ def test_the_colour_of_a_picture_is_learned(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_needs_no_tokenizer_of_a_vision_transformer(runs: Runs, tmp_path: Path) -> None:
-    findings = {found.name: found for found in dry_run(pictures(runs, tmp_path / "vit").config())}
-    assert findings["tokenizer"].text == "none: the model reads only images"
-    assert "6 to 6 tokens" in findings["sequences"].text
-    assert all(found.passed for found in findings.values())
+    results = {found.name: found for found in dry_run(pictures(runs, tmp_path / "vit").config())}
+    assert results["tokenizer"].text == "none: the model reads only images"
+    assert "6 to 6 tokens" in results["sequences"].text
+    assert all(found.passed for found in results.values())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ LAST_LINE = {"eval/accuracy": "held-out accuracy", "eval/loss": "held-out loss"}
 console = Console()
 app = typer.Typer(
     help="Train language models with reinforcement learning, pretraining or supervised fine-tuning.",
-    epilog="Start with: llmquest-rl train configs/quickstart.yaml. `llmquest-rl COMMAND --help` explains a command.",
+    epilog="Start with: llmquest-rl train configs/quickstart.yaml. `llmquest-rl COMMAND --help` explains a command, "
+    "and --debug after any command shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,11 +46,14 @@ Overrides = Annotated[
 ]
 Source = Annotated[
     Path,
-    typer.Argument(help="A recipe (YAML), or a run folder: its configuration with the model that the run trained."),
+    typer.Argument(
+        metavar="SOURCE",
+        help="A recipe (YAML), or a run folder: its configuration with the model that the run trained.",
+    ),
 ]
 Checkpoint = Annotated[str, typer.Option(help="Checkpoint of the run: latest, best, or the number of a step.")]
 RunReference = Annotated[
-    str, typer.Argument(help="A run folder, runs/NAME for the newest run of that name, or runs/latest.")
+    str, typer.Argument(metavar="RUN", help="A run folder, runs/NAME for the newest run of that name, or runs/latest.")
 ]
 
 
@@ -136,7 +140,7 @@ def rollout(
 @app.command(rich_help_panel=PANEL)
 def export(
     run: RunReference,
-    out: Annotated[Path, typer.Argument(help="Output folder; it must be new or empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; it must be new or empty.")],
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Copy the trained model of a run into a folder that transformers, vLLM and the Hub can load."""
@@ -147,7 +151,9 @@ def export(
 
 @app.command(rich_help_panel=PANEL)
 def plot(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or runs/NAME for the newest run of a name.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUNS", help="Run folders, or runs/NAME for the newest run of a name.")
+    ],
     metric: Annotated[
         list[str] | None, typer.Option(help="A key of metrics.jsonl, e.g. reward/mean; may be repeated.")
     ] = None,

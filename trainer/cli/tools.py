@@ -21,7 +21,9 @@ tools = typer.Typer()
 
 @tools.command(rich_help_panel=CHECKS)
 def grade(
-    file: Annotated[Path, typer.Argument(help="JSONL file with the columns `completion`, `answer` and any others.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL file with the columns `completion`, `answer` and any others.")
+    ],
     reward: Annotated[
         list[str],
         typer.Option(
@@ -45,7 +47,7 @@ def grade(
 
 @tools.command(rich_help_panel=CHECKS)
 def parity(
-    path: Annotated[str, typer.Argument(help="A model folder, a Hub id, or smollm2-135m-instruct.")],
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a Hub id, or smollm2-135m-instruct.")],
     tolerance: Annotated[float, typer.Option(help="Maximum difference of a logit.")] = 1e-3,
 ) -> None:
     """Compare our float32 logits with those of transformers; exit code 1 above the tolerance."""
@@ -65,7 +67,8 @@ def parity(
 @tools.command(rich_help_panel=CHECKS)
 def models(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="config.json files, or folders with them; default: configs/models.")
+        list[Path] | None,
+        typer.Argument(metavar="PATHS", help="config.json files, or folders with them; default: configs/models."),
     ] = None,
 ) -> None:
     """List the architectures and count the parameters of model configurations, without allocating them."""
@@ -86,12 +89,18 @@ def models(
 @tools.command(rich_help_panel=CHECKS)
 def assemble(
     vision: Annotated[
-        str, typer.Argument(help="Vision Transformer: a model folder, a Hub id, or a config.json for random weights.")
+        str,
+        typer.Argument(
+            metavar="VISION", help="Vision Transformer: a model folder, a Hub id, or a config.json for random weights."
+        ),
     ],
     language: Annotated[
-        str, typer.Argument(help="Text decoder: a model folder, a Hub id, or a config.json for random weights.")
+        str,
+        typer.Argument(
+            metavar="LANGUAGE", help="Text decoder: a model folder, a Hub id, or a config.json for random weights."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Output folder; it must be new or empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; it must be new or empty.")],
     image_token: Annotated[
         str, typer.Option(help="A reserved token of the tokenizer that marks image positions, e.g. '<empty_output>'.")
     ],
@@ -125,7 +134,9 @@ def algorithms() -> None:
 
 
 @tools.command(rich_help_panel=LISTS)
-def configs(folder: Annotated[Path, typer.Argument(help="Folder with recipes.")] = Path("configs")) -> None:
+def configs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with recipes.")] = Path("configs"),
+) -> None:
     """List the recipes with a one-line description of each."""
     from trainer.config.recipes import recipes
 
@@ -138,7 +149,10 @@ def configs(folder: Annotated[Path, typer.Argument(help="Folder with recipes.")]
 @tools.command(rich_help_panel=LISTS)
 def reproduce(
     recipe: Annotated[
-        str | None, typer.Argument(help="A name in configs/papers, or a file; without one, the command lists them.")
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A name in configs/papers, or a file; without one, the command lists them."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of runs (seeds) of each compared setting.")] = 3,
     out: Annotated[

@@ -1,4 +1,8 @@
-"""Keys that earlier versions called differently. The error for an old key names the new one."""
+"""Old names of keys and metrics. The error for an old name gives the new one."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 RENAMED: dict[str, str] = {
     "algorithm.entropy_share": "algorithm.top_entropy_fraction",
@@ -16,3 +20,21 @@ RENAMED: dict[str, str] = {
     "rollout.push_every": "rollout.weight_sync_interval",
 }
 """New key by old key."""
+
+RENAMED_METRICS: dict[str, str] = {
+    "learner/bad_steps": "learner/skipped_updates",
+    "reward/uniform_group_share": "reward/zero_std_group_share",
+    "reward/uniform_steps": "reward/zero_advantage_steps",
+    "rollout/pushed_mb": "rollout/synced_mb",
+}
+"""New metric by old metric."""
+
+
+def _check_metric(name: str) -> str:
+    if new := RENAMED_METRICS.get(name):
+        raise ValueError(f"this metric is now called {new}")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_check_metric)]
+"""The name of a metric in a configuration or a recipe."""

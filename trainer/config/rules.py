@@ -42,17 +42,17 @@ def from_rollouts(config: Config) -> bool:
 
 def optimizer_updates(config: Config) -> int:
     """Number of optimizer updates in the whole run."""
-    return config.steps * updates_per_step(config)
+    return config.steps * updates_in_a_step(config)
 
 
-def updates_per_step(config: Config) -> int:
+def updates_in_a_step(config: Config) -> int:
     """Number of optimizer updates in one step: minibatches times epochs."""
     return config.batch.minibatches_per_step * config.batch.epochs_per_step
 
 
 def _computes_old_logprobs(config: Config) -> bool:
     """Whether the learner computes the old policy's log-probs, and records the experts of a mixture with them."""
-    return "old_logprobs" in build_objective(config).computed_logprobs(updates_per_step(config))
+    return "old_logprobs" in build_objective(config).computed_logprobs(updates_in_a_step(config))
 
 
 def _samples_per_step(config: Config) -> int:
@@ -183,7 +183,7 @@ RULES = [
     ),
     Rule(
         "algorithm.surrogate",
-        lambda c: _has_ratio(c) or updates_per_step(c) == 1,
+        lambda c: _has_ratio(c) or updates_in_a_step(c) == 1,
         "this surrogate has no importance ratio, so a step's data are good for one update only: set "
         "batch.minibatches_per_step and batch.epochs_per_step to 1, or use clip or clipped_weight",
         applies_to="rollout",

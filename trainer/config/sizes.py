@@ -2,14 +2,14 @@
 
 from rich.table import Table
 
-from trainer.config.rules import from_rollouts, optimizer_updates, updates_per_step
+from trainer.config.rules import from_rollouts, optimizer_updates, updates_in_a_step
 from trainer.config.schema import Config
 
 
 def sizes(config: Config) -> list[tuple[str, str, str]]:
     """Derived sizes of a run as rows (name, value, explanation)."""
     batch, learners = config.batch, config.learner.processes
-    updates = updates_per_step(config)
+    updates = updates_in_a_step(config)
     rows = _rollout_sizes(config) if from_rollouts(config) else _dataset_sizes(config)
     cluster, reward_models = config.cluster, sum(model.workers for model in config.reward_models)
     sampling_gpus = (

@@ -53,9 +53,10 @@ TAG = "learner"
 
 
 class Learner:
-    """A plain class, which the cluster turns into an actor; with `cluster: inline` it runs in the caller's process.
+    """One learner process: it holds the model and its optimizer, and trains on its share of every minibatch.
 
-    Every method is a collective: all processes call it, in the same order.
+    The cluster makes it a Ray actor; with `cluster: inline` it runs in the caller's process. Every method is a
+    collective: all processes call it, in the same order.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Learner:
         self.updates += 1
         if norm is None:
             self.skipped_updates.record_skipped(
-                self.updates, sequence_groups, self.setup.folder / f"bad_batch_update{self.updates}_rank{self.rank}.pt"
+                self.updates, sequence_groups, self.setup.folder / f"skipped_update{self.updates}_rank{self.rank}.pt"
             )
             return
         self.skipped_updates.in_a_row = 0

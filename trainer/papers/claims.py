@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from llmquest_rl.options import Options
+from trainer.config.renamed_keys import MetricName
 from trainer.papers.series import Results, Window, window_mean
 
 
@@ -21,7 +22,7 @@ class _Claim(Options):
 
     says: str
     """The claim in words."""
-    metric: str
+    metric: MetricName
     over: Window = (0.8, 1.0)
     """Start and end of the part of each run over which the metric is averaged, as fractions of its steps."""
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import AutoLocator
 from pydantic import PositiveInt
 
 from llmquest_rl.options import Options
+from trainer.config.renamed_keys import MetricName
 from trainer.papers.series import Results, Rows, points, smooth
 from trainer.run.plot import COLOURS, Curve, draw, legend, save, style_axes
 
@@ -23,7 +24,7 @@ SMALL = 0.3
 class Panel(Options):
     """One panel of a figure."""
 
-    metric: str
+    metric: MetricName
     title: str
     x: str = "step"
     """Key of the x axis: `step`, `generated tokens`, or a key of a measure's rows."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TORCH_TEXTS = ("iostream error", "unexpected pos")
 """Messages of torch.save when the disk is full; they do not name the cause."""
@@ -222,7 +222,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from None
     if not known:
-        raise CheckpointError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
+        raise CheckpointError(
+            f"checkpoint {path} was written by another version (format {manifest['format']}; this version reads "
+            f"{FORMAT}), so it cannot be resumed: start a new run from its weights with model.path={path}/model"
+        )
     return manifest
 
 

@@ -101,11 +101,16 @@ def load_rollouts(folder: Path, step: int) -> list[Group]:
     try:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
         header, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:] if line]
-        if header["format"] != FORMAT or header["groups"] != len(rows):
-            raise ValueError(f"its header {header} does not match format {FORMAT} and {len(rows)} groups")
-        return [_group(_decode(row)) for row in rows]
+        if header["format"] == FORMAT:
+            if header["groups"] != len(rows):
+                raise ValueError(f"it has {len(rows)} of {header['groups']} groups")
+            return [_group(_decode(row)) for row in rows]
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is damaged, or is not a file of rollouts ({error})") from error
+    raise ValueError(
+        f"{path} was saved by another version (format {header['format']}; this version reads {FORMAT}): sample again "
+        "with `llmquest-rl rollout`"
+    )
 
 
 def replay_steps(folder: Path) -> list[int]:

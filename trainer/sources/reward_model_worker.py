@@ -82,15 +82,15 @@ class RewardModelWorker:
         """Score each item, in order. An item that the model cannot read gets the failure `invalid`."""
         started = time.perf_counter()
         sequences: dict[int, list[int]] = {}
-        problems: dict[int, str] = {}
+        errors: dict[int, str] = {}
         for number, item in enumerate(items):
             try:
                 sequences[number] = self.token_ids(item)
             except DataError as error:
-                problems[number] = str(error)
+                errors[number] = str(error)
         scores = self._scores(items, sequences)
         seconds = (time.perf_counter() - started) / max(1, len(items))
-        return [self._score(scores.get(number), problems.get(number), seconds) for number in range(len(items))]
+        return [self._score(scores.get(number), errors.get(number), seconds) for number in range(len(items))]
 
     def token_ids(self, item: GradeItem) -> list[int]:
         """The tokens of an item, exactly as in a training pair with this prompt and reply `[tokens]`.
@@ -109,10 +109,10 @@ class RewardModelWorker:
         """Free the model; the worker cannot be used afterwards. Idempotent."""
         self.__dict__.pop("model", None)
 
-    def _score(self, value: float | None, problem: str | None, seconds: float) -> Score:
+    def _score(self, value: float | None, error: str | None, seconds: float) -> Score:
         name, weight = self.setup.config.name, self.setup.config.weight
         if value is None or not torch.tensor(value).isfinite():
-            return Score(None, {}, "invalid", f"{name}: {problem or f'the score is {value}'}", seconds)
+            return Score(None, {}, "invalid", f"{name}: {error or f'the score is {value}'}", seconds)
         return Score(weight * value, {name: value}, None, "", seconds)
 
     @torch.no_grad()

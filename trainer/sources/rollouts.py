@@ -50,7 +50,7 @@ class RewardWorkers:
 
 
 class Rollouts:
-    """Samples completions and grades them. A restarted rollout worker gets the weights of the last sync before work."""
+    """Samples completions and grades them. A restarted rollout worker gets the weights of the last sync."""
 
     def __init__(
         self, workers: WorkerGroup[RolloutWorker], rewards: list[RewardWorkers], seed: int, timeout_s: float
@@ -77,7 +77,12 @@ class Rollouts:
             reward.group.wait_ready()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete each request `n` times: `[requests][n]`, in the order of the requests."""
+        """Complete each request `n` times: `[requests][n]`, in the order of the requests.
+
+        Raises:
+            ClusterError: a worker does not answer within the time limit, or dies too often.
+            ValueError: a prompt does not fit the engine's context.
+        """
         work = [(share, sampling) for share in split_evenly(requests, self.workers.size)]
         return list(chain.from_iterable(self.workers.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
 
@@ -108,6 +113,9 @@ class Rollouts:
 
         Returns:
             Groups in the order of the problems, and metrics of time and throughput.
+
+        Raises:
+            ClusterError: a worker does not answer within the time limit, or dies too often.
         """
         started = time.perf_counter()
         requests = [

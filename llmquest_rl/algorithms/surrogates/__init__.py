@@ -3,6 +3,7 @@
 The file has a function `loss(tokens)`, or `loss(tokens, settings)` with a class of its own settings, and ends with
 `SURROGATE = Surrogate(loss, ...)`. It may import `ratios` and `variant`, and no other file changes.
 All tensors here are `[targets]`.
+`cells` finds the files; objectives may import this one.
 """
 
 from __future__ import annotations

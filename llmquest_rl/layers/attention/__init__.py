@@ -2,4 +2,5 @@
 
 This package may import the flat layer files (`linear`, `norm`, `rope`) and `llmquest_rl.batch`, but neither `moe` nor
 `recurrent`.
+Models and generation may import it.
 """

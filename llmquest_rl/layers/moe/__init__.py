@@ -2,4 +2,5 @@
 
 This package may import the flat layer files (`linear`) and `llmquest_rl.batch`, but neither `attention` nor
 `recurrent`.
+Models and generation may import it.
 """

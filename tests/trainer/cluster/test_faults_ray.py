@@ -145,15 +145,15 @@ def test_dead_workers_and_graders_are_replaced_and_nothing_changes(
 
 
 def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
-    runs: Runs, judge: Path, inject: Callable[[str, str, int, Fault], None]
+    runs: Runs, reward_model_run: Path, inject: Callable[[str, str, int, Fault], None]
 ) -> None:
     """One of its two processes dies while it scores the second step; there are no other reward workers."""
     runs.values["rewards"] = []
-    model = trained_model(str(judge))
-    reward_model = {"name": "judge", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}
+    model = trained_model(str(reward_model_run))
+    reward_model = {"name": "scorer", "path": str(model), "system_prompt": "Add.", "dtype": "float32", "workers": 2}
     runs.values["reward_models"] = [reward_model]
     expected = runs.train(*RAY, *ONE_EACH, "cluster.kind=inline", "name=inline")
-    inject("reward-model-judge", "grade", 2, kill(1))
+    inject("reward-model-scorer", "grade", 2, kill(1))
     run = runs.train(*RAY, *ONE_EACH)
     assert [row["reward/grader_restarts"] for row in rows(run)] == [0, 1, 1]
     for step in (1, 2, 3):
@@ -162,8 +162,8 @@ def test_a_dead_reward_model_is_rebuilt_and_nothing_changes(
             assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
             assert [s.value for s in group.scores] == pytest.approx([s.value for s in other.scores], abs=1e-5)
     assert sorted(path.name for path in (run / "logs").iterdir() if "reward-model" in path.name) == [
-        "reward-model-judge-0.log",
-        "reward-model-judge-1.log",
+        "reward-model-scorer-0.log",
+        "reward-model-scorer-1.log",
     ]
 
 

@@ -8,11 +8,12 @@ import yaml
 from rich.console import Console
 
 from trainer.config.load import ConfigError, dump, load_config, parse_config
-from trainer.config.renamed_keys import RENAMED
+from trainer.config.renamed_keys import RENAMED, RENAMED_METRICS
 from trainer.config.rules import RULES, from_rollouts
 from trainer.config.schema import Config
 from trainer.config.sections import section_class
 from trainer.config.sizes import sizes, sizes_table
+from trainer.run.metric_table import METRICS
 
 RL: dict[str, Any] = {
     "name": "a",
@@ -383,6 +384,13 @@ def test_the_objective_says_where_batches_come_from() -> None:
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_old_key_is_told_its_new_name(old: str, new: str) -> None:
     assert problems_of(changed(RL, old, 1)) == [f"file.yaml: {old}: this key is now called {new}"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_METRICS.items())
+def test_an_old_metric_is_told_its_new_name(old: str, new: str) -> None:
+    [problem] = problems_of(changed(RL, "checkpoint.best_metric", old))
+    assert f"checkpoint.best_metric: this metric is now called {new}" in problem
+    assert new in METRICS
 
 
 @pytest.mark.parametrize("new", RENAMED.values())

@@ -94,7 +94,7 @@ def assert_unchanged(learner: Learner, before: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_equals_plain_pytorch(folder: Path, open_learner: OpenLearner, stage: int) -> None:
-    """Updates have several minibatches, passes and microbatches, a reference model, clipping, decay and a schedule."""
+    """Updates have minibatches, epochs and microbatches, a reference model, clipping, decay and a schedule."""
     learner = open_learner(stage, tokens_per_microbatch=40)
     for step in range(2):
         metrics = learner.update(minibatches(step), 2)

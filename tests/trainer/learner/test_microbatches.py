@@ -37,7 +37,7 @@ def _nothing_kept() -> Iterator[None]:
 
 
 def trained(folder: Path, tokens_per_microbatch: int, stage: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and metrics after two steps of two updates and two passes, with old and reference log-probs."""
+    """Weights and metrics after two steps of two updates and two epochs, with old and reference log-probs."""
     objective = Watched(POLICY.algorithm, POLICY.temperature, POLICY.max_tokens)
     learner_config = LearnerConfig.model_validate({"zero_stage": stage, "timeout_s": 60})
     setup = make_setup(folder, objective=objective, learner=learner_config, tokens_per_microbatch=tokens_per_microbatch)

@@ -169,6 +169,14 @@ def test_the_message_names_the_file_and_its_size(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_checkpoint_of_another_version_says_how_to_keep_its_weights(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, write_weights, {}, keep_last=1)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(CheckpointError, match=f"another version .format 1; .* model.path={path}/model"):
+        load(path)
+
+
 def test_no_checkpoint_is_an_error_that_tells_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         latest(tmp_path / "never")

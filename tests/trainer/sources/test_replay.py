@@ -1,5 +1,6 @@
 """Saved rollouts are replayed exactly, or an error gives the reason."""
 
+import gzip
 import math
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
@@ -105,6 +106,14 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, damage: Any) -> None:
     path = save_rollouts(tmp_path, 2, [group()] * 50)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="damaged"):
+        load_rollouts(tmp_path, 2)
+
+
+def test_a_file_of_another_version_says_so(tmp_path: Path) -> None:
+    path = save_rollouts(tmp_path, 2, [group()])
+    lines = gzip.decompress(path.read_bytes()).replace(b'"format": 2', b'"format": 1', 1)
+    path.write_bytes(gzip.compress(lines))
+    with pytest.raises(ValueError, match=r"another version \(format 1; this version reads 2\): sample again"):
         load_rollouts(tmp_path, 2)
 
 

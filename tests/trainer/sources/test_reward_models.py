@@ -32,7 +32,7 @@ from trainer.config.tree import ConfigError
 from trainer.learner.microbatches import split_to_budget
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker
 
-JUDGE = {"name": "judge", "system_prompt": "Add.", "dtype": "float32"}
+REWARD_MODEL = {"name": "scorer", "system_prompt": "Add.", "dtype": "float32"}
 ITEMS = [
     GradeItem("12 + 34=", "46", None),
     GradeItem("12 + 34=", "zzz", None),
@@ -43,20 +43,20 @@ ITEMS = [
 
 
 @pytest.fixture(scope="session")
-def model(judge: Path) -> Path:
+def model(reward_model_run: Path) -> Path:
     """The trained reward model's folder."""
-    return inference.trained_model(str(judge))
+    return inference.trained_model(str(reward_model_run))
 
 
 def worker(path: Path, **changes: Any) -> RewardModelWorker:
-    config = RewardModelConfig.model_validate(JUDGE | {"path": str(path)} | changes)
+    config = RewardModelConfig.model_validate(REWARD_MODEL | {"path": str(path)} | changes)
     return RewardModelWorker(RewardModelSetup(config, path))
 
 
-def judged_by(runs: Runs, path: Path, **changes: Any) -> None:
+def scored_by(runs: Runs, path: Path, **changes: Any) -> None:
     """The run has one reward model and no reward."""
     runs.values["rewards"] = []
-    runs.values["reward_models"] = [JUDGE | {"path": str(path)} | changes]
+    runs.values["reward_models"] = [REWARD_MODEL | {"path": str(path)} | changes]
 
 
 def with_head(model: Path, folder: Path, value: float) -> Path:
@@ -68,20 +68,20 @@ def with_head(model: Path, folder: Path, value: float) -> Path:
     return folder
 
 
-def test_it_learns_which_reply_was_chosen(judge: Path) -> None:
-    first, *_, last = rows(judge)
+def test_it_learns_which_reply_was_chosen(reward_model_run: Path) -> None:
+    first, *_, last = rows(reward_model_run)
     assert last["eval/accuracy"] >= 0.9 > 0.7 > first["eval/accuracy"], "of pairs that it was not trained on"
     assert last["eval/loss"] < 0.4 < first["eval/loss"]
     assert abs(last["eval/reward_mean"]) < 0.5 * last["eval/reward_std"], "scores are around 0, as `center` asks"
     assert last["eval/pairs"] == 100
 
 
-def test_the_worker_gives_the_scores_that_the_learner_gave(judge: Path, model: Path) -> None:
+def test_the_worker_gives_the_scores_that_the_learner_gave(reward_model_run: Path, model: Path) -> None:
     """The worker scores the texts of the learner's validation pairs; the learner's metrics hold the expected values."""
     judging = worker(model)
-    pairs = [json.loads(line) for line in (judge.parents[2] / "pairs.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (reward_model_run.parents[2] / "pairs.jsonl").read_text().splitlines()]
     context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"))
-    data = preferences.load(preferences.Config(path=str(judge.parents[2] / "pairs.jsonl")), context)
+    data = preferences.load(preferences.Config(path=str(reward_model_run.parents[2] / "pairs.jsonl")), context)
     held_out = {
         tuple(sequence_group.prompt + ids[:-1])
         for sequence_group in data.validation
@@ -91,7 +91,7 @@ def test_the_worker_gives_the_scores_that_the_learner_gave(judge: Path, model: P
     read = [tuple(judging.token_ids(item)) for item in items]
     assert held_out <= set(read), "a rollout is judged by the tokens of a training pair"
 
-    last = rows(judge)[-1]
+    last = rows(reward_model_run)[-1]
     scored = dict(zip(read, [score.value for score in judging.grade(items)], strict=True))
     validated = SequenceGroupStream(data, 0).validation(100)
     chosen, rejected = (
@@ -112,8 +112,8 @@ def test_scores_are_those_of_transformers_however_they_are_batched(model: Path, 
     scores = judging.grade([*ITEMS, ITEMS[1]])
     with torch.no_grad():
         expected = [float(theirs(torch.tensor([judging.token_ids(item)])).logits) for item in ITEMS]
-    assert [score.parts["judge"] for score in scores] == pytest.approx([*expected, expected[1]], abs=1e-5)
-    assert [score.value for score in scores] == pytest.approx([0.5 * score.parts["judge"] for score in scores])  # type: ignore[operator]
+    assert [score.parts["scorer"] for score in scores] == pytest.approx([*expected, expected[1]], abs=1e-5)
+    assert [score.value for score in scores] == pytest.approx([0.5 * score.parts["scorer"] for score in scores])  # type: ignore[operator]
     assert judging.grade([]) == []
 
 
@@ -139,13 +139,13 @@ def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Pa
 
 def test_a_policy_learns_from_it_alone(runs: Runs, model: Path) -> None:
     """The policy learns to write the characters that the reward model prefers: those before `A`."""
-    judged_by(runs, model, weight=0.5)
+    scored_by(runs, model, weight=0.5)
     runs.values["rewards"] = [{"function": f"{REWARDS}:low_characters", "weight": 0.0}]  # to be looked at only
-    run = runs.train("steps=8", "eval.at_start=true", "eval.every=8", "eval.reward=judge", "eval.threshold=0.0")
+    run = runs.train("steps=8", "eval.at_start=true", "eval.every=8", "eval.reward=scorer", "eval.threshold=0.0")
     first, last = rows(run)[0], rows(run)[-1]
     assert last["eval/reward"] > first["eval/reward"] + 0.3
     assert last["reward/low_characters"] > rows(run)[1]["reward/low_characters"] + 0.1
-    assert last["reward/mean"] == pytest.approx(0.5 * last["reward/judge"], rel=1e-5)
+    assert last["reward/mean"] == pytest.approx(0.5 * last["reward/scorer"], rel=1e-5)
     assert last["eval/accuracy"] > 0.5, "a score above 0 counts as correct"
 
 
@@ -153,14 +153,14 @@ def test_rewards_and_reward_models_add_up(runs: Runs, model: Path, tmp_path: Pat
     """A second reward model always says the same."""
     same = with_head(model, tmp_path / "same", 0.0)
     runs.values["reward_models"] = [
-        JUDGE | {"path": str(model), "weight": 0.25},
+        REWARD_MODEL | {"path": str(model), "weight": 0.25},
         {"name": "zero", "path": str(same), "weight": 3.0},
     ]
     row = rows(runs.train("steps=1", "optimizer.warmup_steps=0"))[-1]
-    expected = row["reward/low_characters"] + 0.25 * row["reward/judge"]
+    expected = row["reward/low_characters"] + 0.25 * row["reward/scorer"]
     assert row["reward/zero"] == 0 and row["reward/mean"] == pytest.approx(expected, rel=1e-5)
     metrics, groups = inference.evaluate(runs.config())
-    assert {"low_characters", "judge", "zero"} == set(groups[0].scores[0].parts)
+    assert {"low_characters", "scorer", "zero"} == set(groups[0].scores[0].parts)
     assert metrics["eval/reward"] != 0
 
 
@@ -182,7 +182,7 @@ def test_scores_are_combined() -> None:
 def test_resumed_at_every_step_nothing_changes(
     objective: str, runs: Runs, model: Path, interrupt_at: Callable[[int], None]
 ) -> None:
-    judged_by(runs, model)
+    scored_by(runs, model)
     if objective == "reward_model":
         pairs = write_pairs(runs.folder / "pairs.jsonl", 200)
         runs.values["data"] = {
@@ -200,36 +200,36 @@ def test_resumed_at_every_step_nothing_changes(
 def test_a_folder_that_cannot_judge_is_refused_before_the_start(
     runs: Runs, model: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    judged_by(runs, tiny_model)
+    scored_by(runs, tiny_model)
     for start in (runs.train, lambda: list(dry_run(runs.config()))):
         with pytest.raises(
-            ValueError, match="the reward model `judge`: .* holds a LlamaForCausalLM, which gives no score"
+            ValueError, match="the reward model `scorer`: .* holds a LlamaForCausalLM, which gives no score"
         ):
             start()
     assert not (runs.folder / "runs").exists()
 
     two = load_classifier(model, ("good", "bad"), torch.float32)
     save_model(model, disk_tensors(two), tmp_path / "two", config_fields=two.config_fields)
-    judged_by(runs, tmp_path / "two")
+    scored_by(runs, tmp_path / "two")
     with pytest.raises(
-        ValueError, match="the reward model `judge`: .* scores 2 labels, good, bad: a reward model has one"
+        ValueError, match="the reward model `scorer`: .* scores 2 labels, good, bad: a reward model has one"
     ):
         runs.train()
 
-    judged_by(runs, model, chat_template="missing.jinja")
-    with pytest.raises(ValueError, match="the reward model `judge`: .*missing.jinja is neither a file"):
+    scored_by(runs, model, chat_template="missing.jinja")
+    with pytest.raises(ValueError, match="the reward model `scorer`: .*missing.jinja is neither a file"):
         runs.train()
 
 
 def test_a_dry_run_says_who_judges(runs: Runs, model: Path) -> None:
-    judged_by(runs, model)
-    findings = {finding.name: finding for finding in dry_run(runs.config())}
-    assert findings["rewards"].text == "none: only reward models score completions"
-    assert findings["reward models"].text == f"judge: {model}, float32"
+    scored_by(runs, model)
+    results = {result.name: result for result in dry_run(runs.config())}
+    assert results["rewards"].text == "none: only reward models score completions"
+    assert results["reward models"].text == f"scorer: {model}, float32"
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no judge": ({"rewards": []}, "give at least one reward"),
+    "no reward": ({"rewards": []}, "give at least one reward"),
     "the name of a reward": ({"reward_models": [{"name": "low_characters", "path": "x"}]}, "has the name of another"),
     "twice": ({"reward_models": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "has the name of another"),
     "no path": ({"reward_models": [{"name": "a"}]}, "path"),

@@ -1,4 +1,7 @@
-"""Measures: numbers that recipes compute from trained models. Each file has the functions `measure` and `labels`."""
+"""Measures: numbers that recipes compute from trained models. Each file has the functions `measure` and `labels`.
+
+A measure may import the library, `trainer.config` and `trainer.inference`; only `trainer.papers` imports it.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
