@@ -13,9 +13,10 @@ from pydantic import (
 )
 
 from llmquest_rl.algorithms.advantages import ADVANTAGES
-from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
+from llmquest_rl.algorithms.cells import CELLS, SURROGATES
 from llmquest_rl.algorithms.ratios import RATIOS
-from llmquest_rl.algorithms.variant import Weight
+from llmquest_rl.algorithms.unused_settings import Reader, readers_of_variants
+from llmquest_rl.algorithms.variant import Weight, settings_of_variants
 from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 
@@ -151,8 +152,27 @@ class SharedSettings(Options):
         return self.beta == 0 and self.entropy_bonus == 0
 
 
-class Algorithm(*settings_of_variants(SharedSettings), SharedSettings):  # type: ignore[misc]
+class Algorithm(*settings_of_variants(CELLS, SharedSettings), SharedSettings):  # type: ignore[misc]
     """One row: the cells of a policy-gradient algorithm, with the settings of every variant that they can name."""
 
     # To a type checker the settings of variants are `Any`. The functions of the variants, which read them, get the
     # algorithm as an object of their own settings' class.
+
+
+def _corrects(algorithm: Algorithm) -> bool:
+    return algorithm.old_policy == "learner" and algorithm.tis_cap is not None
+
+
+_CORRECTED = Reader("old_policy: learner and a tis_cap", _corrects)
+_WITH_KL = Reader("a beta above 0", lambda algorithm: algorithm.beta > 0)
+
+READERS: dict[str, Reader] = {
+    "ratio": Reader("a surrogate that has a ratio", lambda algorithm: SURROGATES[algorithm.surrogate].has_ratio),
+    "kl": _WITH_KL,
+    "kl_in": _WITH_KL,
+    "is_correction": _CORRECTED,
+    "tis_floor": _CORRECTED,
+    "tis_cap": _CORRECTED,
+    **dict(readers_of_variants(CELLS)),
+}
+"""The condition under which each setting is read, by its name; a setting that is missing here always is."""

@@ -1,63 +1,47 @@
 """Finds settings that the chosen variants do not read: they would change nothing, silently."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from llmquest_rl.algorithms.algorithm import Algorithm
-from llmquest_rl.algorithms.cells import CELLS, SURROGATES
+from llmquest_rl.algorithms.variant import Cells
+from llmquest_rl.options import Options
 
 
-class _Reader(NamedTuple):
+class Reader(NamedTuple):
     """The condition under which a setting is read."""
 
     condition: str
-    holds: Callable[[Algorithm], bool]
+    holds: Callable[[Any], bool]
+    """Whether a row with the user's settings fulfils it."""
 
 
-def _corrects(algorithm: Algorithm) -> bool:
-    return algorithm.old_policy == "learner" and algorithm.tis_cap is not None
-
-
-_CORRECTED = _Reader("old_policy: learner and a tis_cap", _corrects)
-_WITH_KL = _Reader("a beta above 0", lambda algorithm: algorithm.beta > 0)
-_SHARED = {
-    "ratio": _Reader("a surrogate that has a ratio", lambda algorithm: SURROGATES[algorithm.surrogate].has_ratio),
-    "kl": _WITH_KL,
-    "kl_in": _WITH_KL,
-    "is_correction": _CORRECTED,
-    "tis_floor": _CORRECTED,
-    "tis_cap": _CORRECTED,
-}
-
-
-def _of_variants() -> Iterator[tuple[str, _Reader]]:
+def readers_of_variants(cells: Cells) -> Iterator[tuple[str, Reader]]:
     """Every setting that belongs to variants of a cell, with the variants that read it."""
-    for cell, variants in CELLS.items():
+    for cell, variants in cells.items():
         for setting in dict.fromkeys(setting for variant in variants.values() for setting in variant.reads):
             names = [name for name, variant in variants.items() if setting in variant.reads]
-            yield setting, _one_of(cell, names)
+            if len(names) < len(variants):
+                yield setting, _one_of(cell, names)
 
 
-def _one_of(cell: str, names: list[str]) -> _Reader:
-    return _Reader(f"{cell}: {' or '.join(names)}", lambda algorithm: getattr(algorithm, cell) in names)
+def _one_of(cell: str, names: list[str]) -> Reader:
+    return Reader(f"{cell}: {' or '.join(names)}", lambda row: getattr(row, cell) in names)
 
 
-READERS: dict[str, _Reader] = {**_SHARED, **dict(_of_variants())}
-
-
-def check_read(algorithm: Algorithm, row: Algorithm) -> None:
+def check_read(given: Options, row: Options, readers: Mapping[str, Reader]) -> None:
     """Check that the chosen variants read every setting that the user gave in addition to a row's name.
 
     Args:
-        algorithm: the row with the user's settings.
+        given: the row with the user's settings.
         row: the row without the user's settings.
+        readers: the condition under which each setting is read; a setting without one always is.
 
     Raises:
         ValueError: a setting differs from the row's, but nothing reads it. null is accepted, because it has no effect.
     """
-    for setting, reader in READERS.items():
-        value = getattr(algorithm, setting)
-        if value not in (None, getattr(row, setting)) and not reader.holds(algorithm):
+    for setting, reader in readers.items():
+        value = getattr(given, setting)
+        if value not in (None, getattr(row, setting)) and not reader.holds(given):
             raise ValueError(
                 f"{setting} is read only with {reader.condition}, so here {setting}: {value} would change nothing: "
                 "leave it out"

@@ -53,3 +53,26 @@ class Row(NamedTuple):
     """Its name in the literature, and an arXiv number."""
     cells: Mapping[str, Any]
     """Keys of the section `algorithm`; keys that are left out have their defaults."""
+
+
+Cells = Mapping[str, Mapping[str, Variant[Any]]]
+"""The variants of each cell by name."""
+
+
+def settings_of_variants(cells: Cells, shared: type[Options]) -> list[type[Options]]:
+    """The settings classes of all variants of the cells, from which a row inherits together with `shared`.
+
+    Raises:
+        TypeError: two of these classes, or one of them and `shared`, declare a setting or a validator of the same name.
+    """
+    variants = [variant for table in cells.values() for variant in table.values()]
+    found = dict.fromkeys(variant.settings for variant in variants if variant.settings is not None)
+    bases = [one for one in found if not any(issubclass(other, one) for other in found if other is not one)]
+    declared: dict[str, type] = {}
+    for base in (*bases, shared):
+        for name in (*base.model_fields, *base.__pydantic_decorators__.model_validators):
+            owner = next(one for one in base.__mro__ if name in (vars(one) | vars(one).get("__annotations__", {})))
+            if declared.setdefault(name, owner) is not owner:
+                places = " and ".join(one.__module__ for one in (declared[name], owner))
+                raise TypeError(f"{places} both declare {name!r}: rename one of them, or let both use one class")
+    return bases

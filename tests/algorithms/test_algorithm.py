@@ -13,13 +13,14 @@ from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
 from llmquest_rl.algorithms.algorithm import SharedSettings
-from llmquest_rl.algorithms.cells import CELLS, SURROGATES, settings_of_variants
+from llmquest_rl.algorithms.cells import CELLS, SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, KLEstimator, k2
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import PRESETS, ROWS, Algorithm, resolve
 from llmquest_rl.algorithms.ratios import LOG_LIMIT, RATIOS, sequence_mean, sequence_sum, sum_to_end
 from llmquest_rl.algorithms.surrogates import Tokens
+from llmquest_rl.algorithms.variant import settings_of_variants
 from llmquest_rl.options import Options
 from tests.algorithms.cases import bounds
 
@@ -339,7 +340,7 @@ def test_two_settings_of_one_name_are_an_error(
     settings: type[Options], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If one name is declared twice, one would hide the other: a shared setting, another variant's, a validator."""
-    assert settings_of_variants(SharedSettings)
+    assert settings_of_variants(CELLS, SharedSettings)
     monkeypatch.setitem(CELLS, "kl", {**KL_ESTIMATORS, "new": KLEstimator(k2, settings)})
     with pytest.raises(TypeError, match=f"both declare '{name}'"):
-        settings_of_variants(SharedSettings)
+        settings_of_variants(CELLS, SharedSettings)

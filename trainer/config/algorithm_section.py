@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
+from llmquest_rl.algorithms.algorithm import READERS
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.algorithms.unused_settings import check_read
 
@@ -26,5 +27,5 @@ class AlgorithmSection(Algorithm):
 
     @model_validator(mode="after")
     def _all_is_read(self) -> Self:
-        check_read(self, resolve(self.name))
+        check_read(self, resolve(self.name), READERS)
         return self
