@@ -5,16 +5,17 @@
 * `path/to/file.py:function` or `package.module:function` is one function of a user's module.
 
 Relative paths start at the current folder, and modules are looked for there, too. A process executes a file once; the
-file may import its neighbours. This module uses the standard library alone, because every grader process loads it.
+file may import its neighbours (`llmquest_rl/user_files`). This module uses the standard library alone, because every
+grader process loads it.
 """
 
 import importlib
-import inspect
 import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -22,11 +23,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llmquest_rl.user_files import module_name
+from llmquest_rl.user_files import FINDER, OUR_PACKAGES, module_name
 
 ROOT = Path(__file__).parent.parent
 NOT_USERS = (
-    *(f"{ROOT / package}/" for package in ("llmquest_rl", "rewards", "rollout", "trainer")),
+    *(f"{ROOT / package}/" for package in OUR_PACKAGES),
     *(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "purelib", "platlib")),
     "<frozen ",
 )
@@ -66,7 +67,7 @@ class ComponentKind:
             raise ComponentError(f"{name!r}: {self.noun} is a whole module, not one function; write {location!r}")
         module = _import_users(location) if is_users_own(name) else self._import_builtin(name)
         for required in () if function else self.functions:
-            _function(module, required)
+            _function(module, required, f" (or name one function: {location}:...)" if self.can_be_function else "")
         return module
 
     def function(self, name: str) -> Callable[..., Any]:
@@ -90,7 +91,7 @@ class ComponentKind:
                 f"{name!r} needs the package {error.name!r}, which is not installed; run `make setup`"
             ) from error
         except Exception as error:
-            raise ComponentError(f"{name!r} cannot be imported: {_failing_line(error)}") from error
+            raise ComponentError(f"{name!r} cannot be imported: {failing_line(error)}") from error
 
 
 def _folders(package: str) -> Iterable[str]:
@@ -122,8 +123,12 @@ def locate(name: str) -> tuple[str, str]:
     location, colon, function = name.rpartition(":") if ":" in name else (name, "", "")
     if colon and not function.isidentifier():
         raise ComponentError(f"{name!r} should end in `:function`, the name of a function")
-    if location.endswith(".py") and not Path(location).expanduser().is_file():
-        raise ComponentError(f"there is no file {location} (relative paths start at {Path.cwd()})")
+    file = Path(location).expanduser()
+    if location.endswith(".py") and not file.is_file():
+        missing = f"{location} is a folder, not a file" if file.is_dir() else f"there is no file {location}"
+        raise ComponentError(f"{missing} (relative paths start at {Path.cwd()})")
+    if not location.endswith(".py") and not all(part.isidentifier() for part in location.split(".")):
+        raise ComponentError(f"{location!r} is neither a file that ends in .py nor the name of a module")
     return location, function
 
 
@@ -151,12 +156,9 @@ def did_you_mean(word: str, known: Iterable[str], list_all: bool = False) -> str
 
 
 def _import_users(location: str) -> ModuleType:
-    is_file = location.endswith(".py")
-    if not is_file and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its folder
     try:
-        return importlib.import_module(module_name(Path(location).expanduser()) if is_file else location)
+        return _import_file(Path(location).expanduser()) if location.endswith(".py") else _import_module(location)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if location == missing or location.startswith(f"{missing}."):
@@ -164,29 +166,60 @@ def _import_users(location: str) -> ModuleType:
                 f"there is no module {missing!r}, neither in the current folder {Path.cwd()} nor installed"
             ) from error
         raise ComponentError(
-            f"{location} cannot be imported: {_failing_line(error)}. Install the package that has {missing!r}, e.g. "
+            f"{location} cannot be imported: {failing_line(error)}. Install the package that has {missing!r}, e.g. "
             f"`pip install {missing.partition('.')[0]}`, or, if it is a file of yours, put it beside the importing file"
         ) from error
     except (Exception, SystemExit) as error:  # anything can happen while a user's module is executed
-        raise ComponentError(f"{location} cannot be imported: {_failing_line(error)}") from error
+        raise ComponentError(f"{location} cannot be imported: {failing_line(error)}") from error
 
 
-def _failing_line(error: BaseException) -> str:
+def _import_file(file: Path) -> ModuleType:
+    path = file.resolve()
+    loaded = (module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(path))
+    return next(loaded, None) or importlib.import_module(module_name(file))
+
+
+def _import_module(name: str) -> ModuleType:
+    spec = find_spec(name)
+    if spec is not None and spec.origin is not None and not spec.origin.startswith(NOT_USERS):
+        FINDER.add_folder(Path(spec.origin).parent)
+        if (same := sys.modules.get(module_name(Path(spec.origin)))) is not None:
+            return same
+    return importlib.import_module(name)
+
+
+@contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """Tell an exception of a user's component by the line that raised it. Exceptions of built-ins pass unchanged.
+
+    Raises:
+        ComponentError: the component that `name` points to is a user's, and it raised an exception of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_ours = type(error).__module__.partition(".")[0] in OUR_PACKAGES
+        if is_ours or not is_users_own(name):
+            raise
+        raise ComponentError(f"{name} failed: {failing_line(error)}") from error
+
+
+def failing_line(error: BaseException) -> str:
     """The last line of the user's own code that ran, and the exception that it led to."""
-    if isinstance(error, SyntaxError):
-        file, line, text, message = error.filename, error.lineno, error.text, error.msg
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        users = [frame for frame in frames if not frame.filename.startswith(NOT_USERS)]
-        last = (users or frames)[-1]
-        file, line, text, message = last.filename, last.lineno, last.line, str(error)
-    return f"{file}, line {line}, `{(text or '').strip()}`: {type(error).__name__}: {message}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(NOT_USERS)]
+    where = (frames[-1].filename, frames[-1].lineno, frames[-1].line) if frames else None
+    message = str(error)
+    if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
+        where, message = (str(error.filename), error.lineno, error.text), error.msg
+    place = "" if where is None else f"{where[0]}, line {where[1]}, `{(where[2] or '').strip()}`: "
+    return f"{place}{type(error).__name__}: {message}"
 
 
-def _function(module: ModuleType, name: str) -> Callable[..., Any]:
+def _function(module: ModuleType, name: str, hint: str = "") -> Callable[..., Any]:
     function: object = getattr(module, name, None)
     if not callable(function):
-        known = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+        known = [key for key, value in own.items() if getattr(value, "__module__", None) == module.__name__]
         place = module.__file__ or module.__name__
-        raise ComponentError(f"{place} has no function {name!r}{did_you_mean(name, known)}")
+        raise ComponentError(f"{place} has no function {name!r}{did_you_mean(name, known)}{hint}")
     return function

@@ -4,13 +4,14 @@ Unknown keys are errors, values are frozen, and docstrings become the reference.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
-from llmquest_rl.loader import ComponentError, ComponentKind, users_function
+from llmquest_rl.loader import ComponentError, ComponentKind, did_you_mean, users_code, users_function
 
 
 class Options(BaseModel):
@@ -70,12 +71,38 @@ def _function_options(name: str) -> type[FunctionOptions]:
     return made
 
 
-def call_users_function(function: Callable[..., Any], options: Options, seed: int) -> Any:
-    """Call a user's function with its options as keyword arguments, and with `seed` if it has such a parameter."""
+def checked_options(kind: ComponentKind, name: str, values: Mapping[str, Any]) -> Options:
+    """The options of a component, from plain values.
+
+    Raises:
+        ValueError: an option does not exist or has the wrong type. The message is one sentence for each of them.
+        ComponentError: the component cannot be loaded.
+    """
+    known = options_class(kind, name)
+    try:
+        return known(**values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_wrong(name, part, known) for part in error.errors())) from error
+
+
+def _wrong(name: str, error: ErrorDetails, known: type[Options]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"`{name}` has no option `{key}`{did_you_mean(key, known.model_fields)}"
+    return f"`{name}`: {key}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+
+
+def call_users_function(name: str, function: Callable[..., Any], options: Options, seed: int) -> Any:
+    """Call a user's function with its options as keyword arguments, and with `seed` if it has such a parameter.
+
+    Raises:
+        ComponentError: the function raised an exception; the message names its line.
+    """
     keywords: dict[str, Any] = {key: getattr(options, key) for key in type(options).model_fields}
     if "seed" in inspect.signature(function).parameters:
         keywords["seed"] = seed
-    return function(**keywords)
+    with users_code(name):
+        return function(**keywords)
 
 
 def _restore(name: str, values: dict[str, Any]) -> FunctionOptions:

@@ -1,12 +1,14 @@
 """The configuration of rewards: their names, options and weights, and the limits for their worker processes."""
 
+from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from llmquest_rl.loader import absolute_name, did_you_mean, is_users_own, locate
-from llmquest_rl.options import Options, options_class
+from llmquest_rl.loader import ComponentError, absolute_name, locate
+from llmquest_rl.options import Options, checked_options
 from rewards.builtin import REWARDS
+from rewards.signature import Arguments, check_options, declared_arguments
 
 
 class RewardConfig(Options):
@@ -22,8 +24,8 @@ class RewardConfig(Options):
     """The label in logs, unique in the list. With `function` it may be left out: it is then the function's name.
     Without `function` it is the name of a built-in reward."""
     function: str
-    """A built-in reward (`exact_number`), `module:function` or `path/file.py:function`. It may be left out if `name` is
-    a built-in."""
+    """A built-in reward (`exact_number`), `module:function` or `path/file.py:function`, or a file or module of the form
+    of a built-in: `path/file.py`. It may be left out if `name` is a built-in."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of this reward in the total; 0 = the reward is only logged."""
 
@@ -38,46 +40,54 @@ class RewardConfig(Options):
             raise ValueError(
                 "a reward needs `name` (a built-in) or `function` (module:function or path/file.py:function)"
             )
-        name = data.get("name") or function.rpartition(":")[2]
+        name = data.get("name") or (function.rpartition(":")[2] if ":" in function else Path(function).stem)
         return {**data, "function": absolute_name(function), "name": name}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.is_builtin:
-            self.builtin_config()
-        elif not locate(self.function)[1]:
-            raise ValueError(
-                f"reward `{self.name}`: `{self.function}` should end in `:function`, the name of the function"
-            )
+        """Check the reward's options. The file of a function is read here, but executed in worker processes only."""
+        if self.is_module:
+            self.module_options()
+            return self
+        location, function = locate(self.function)
+        arguments = declared_arguments(Path(location), function) if location.endswith(".py") else None
+        if arguments is not None:
+            self.check_arguments(arguments)
         return self
 
+    def check_arguments(self, arguments: Arguments) -> None:
+        """Check that the reward's function has an argument for every option.
+
+        Raises:
+            ValueError: it has not; the message names the arguments that resemble the option.
+        """
+        try:
+            check_options(arguments, self.options, RewardConfig.model_fields)
+        except ValueError as error:
+            raise ValueError(f"reward `{self.name}`: {error}") from error
+
     @property
-    def is_builtin(self) -> bool:
-        return not is_users_own(self.function)
+    def is_module(self) -> bool:
+        """Whether the reward is a whole module with the function `reward`: a built-in, or a user's of the same form."""
+        return ":" not in self.function
 
     @property
     def options(self) -> dict[str, Any]:
         """The options: all keys but `name`, `function` and `weight`."""
         return dict(self.model_extra or {})
 
-    def builtin_config(self) -> Options:
-        """The typed options of a built-in reward.
+    def module_options(self) -> Options:
+        """The typed options of a reward that is a module.
 
         Raises:
             ValueError: the reward or an option does not exist, or an option has the wrong type.
         """
-        config_class = options_class(REWARDS, self.function)
-        for key in self.options:
-            if key not in config_class.model_fields:
-                hint = did_you_mean(key, config_class.model_fields)
-                raise ValueError(f"reward `{self.function}` has no option `{key}`{hint}")
         try:
-            return config_class(**self.options)
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            )
-            raise ValueError(f"reward `{self.function}`: {problems}") from error
+            return checked_options(REWARDS, self.function, self.options)
+        except ComponentError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"reward {error}") from error
 
 
 class GraderConfig(Options):

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmquest_rl.types import Score
 from rewards.config import GraderConfig, RewardConfig
 from rewards.failures import failure_counts
@@ -99,7 +101,11 @@ def parse_reward(text: str) -> RewardConfig:
             options[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             options[key.strip()] = value
-    return RewardConfig.model_validate({"function": function, **options})
+    try:
+        return RewardConfig.model_validate({"function": function, **options})
+    except ValidationError as error:
+        messages = [part["msg"].removeprefix("Value error, ") for part in error.errors()]
+        raise ValueError(f"--reward {text}: {'; '.join(messages)}") from error
 
 
 def read_rows(path: Path) -> Iterator[Row]:

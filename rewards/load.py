@@ -1,20 +1,19 @@
 """Loads a reward function, calls it with the arguments that its signature accepts, and checks its return value."""
 
-import inspect
 import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llmquest_rl.loader import ComponentError, did_you_mean
+from llmquest_rl.loader import ComponentError
 from rewards.builtin import REWARDS
 from rewards.config import RewardConfig
+from rewards.signature import arguments_of
 from rewards.types import GradeItem, RewardFunction
 
 OWN_ARGUMENTS = ("prompt", "completion", "answer")
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class RewardError(ValueError):
@@ -85,21 +84,19 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     except ComponentError as error:
         raise RewardError(f"reward `{config.name}`: {error}") from error
     try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"reward `{config.name}`: {config.function} has no readable signature ({error})") from error
-    positional = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
-    if positional:
-        raise RewardError(f"reward `{config.name}` is called by keyword: remove the `/` after {', '.join(positional)}")
-    accepted = frozenset(name for name, p in parameters.items() if p.kind in _KEYWORD)
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    bound = {"config": config.builtin_config()} if config.is_builtin else config.options
-    for option in bound:
-        if option not in accepted and not takes_all:
-            hint = did_you_mean(option, sorted(accepted))
-            raise RewardError(f"reward `{config.name}` has no argument `{option}`{hint}")
-    no_default = {name for name in accepted if parameters[name].default is inspect.Parameter.empty}
-    return LoadedReward(config.name, function, bound, accepted, frozenset(no_default - bound.keys()), takes_all)
+        arguments = arguments_of(function)
+    except ValueError as error:
+        raise RewardError(f"reward `{config.name}`: {error}") from error
+    if config.is_module:
+        bound = {"config": config.module_options()} if "config" in arguments.accepted else {}
+    else:
+        bound = config.options
+        try:
+            config.check_arguments(arguments)
+        except ValueError as error:
+            raise RewardError(str(error)) from error
+    required = arguments.required - bound.keys()
+    return LoadedReward(config.name, function, bound, arguments.accepted, required, arguments.takes_all)
 
 
 def read_return(name: str, returned: Any) -> dict[str, float | None]:

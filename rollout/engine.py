@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from llmquest_rl.deferred import torch
+from llmquest_rl.loader import users_code
 from llmquest_rl.options import Options, options_class
 from llmquest_rl.types import Completion, Request, Sampling
 from rollout import ENGINES
@@ -127,7 +128,8 @@ def check_engine(name: str, config: Options, model_path: Path, setup: EngineSetu
         ValueError: the engine cannot serve the model; the message gives the reason and an engine that can.
     """
     _check_generates(model_path)
-    ENGINES.module(name).check(model_path, config, setup)
+    with users_code(name):
+        ENGINES.module(name).check(model_path, config, setup)
 
 
 def _check_generates(model_path: Path) -> None:
@@ -152,7 +154,8 @@ def open_engine(name: str, config: Options, model_path: Path, setup: EngineSetup
         ValueError: the engine cannot serve the model.
     """
     check_engine(name, config, model_path, setup)
-    engine: RolloutEngine = ENGINES.module(name).build(model_path, config, setup)
+    with users_code(name):
+        engine: RolloutEngine = ENGINES.module(name).build(model_path, config, setup)
     return engine
 
 

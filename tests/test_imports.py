@@ -45,6 +45,14 @@ config = load_config("configs/quickstart.yaml", ["model.dtype=float32"])
 Learner(RunComponents(config).learner_setup(Path("runs"))).close()
 """
 
+COMMANDS = {
+    "train": ["train", "{recipe}", "optimizer.lrr=1"],
+    "eval": ["eval", "{recipe}", "optimizer.lrr=1"],
+    "generate": ["generate", "{recipe}", "optimizer.lrr=1", "--prompt", "a"],
+    "rollout": ["rollout", "{recipe}", "optimizer.lrr=1", "--out", "nowhere"],
+    "reproduce": ["reproduce", "{paper}"],
+}
+
 ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--help": ("import trainer.cli.main", ("torch", "transformers", "numpy", "pydantic", "yaml", *SERVERS)),
     "a mistyped key": (MISTYPED, ("torch", "transformers", "datasets", "safetensors", *SERVERS)),
@@ -73,3 +81,23 @@ def test_a_process_imports_nothing_heavy_that_it_does_not_use(kind: str) -> None
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_tells_a_mistyped_key_before_its_heavy_imports(command: str, tmp_path: Path) -> None:
+    paper = tmp_path / "paper.yaml"
+    recipe = (ROOT / "configs/papers/grpo_curve.yaml").read_text()
+    paper.write_text(recipe.replace("parts/", f"{ROOT}/configs/papers/parts/").replace("{lr: 7.0e-4}", "{lrr: 1}"))
+    arguments = [text.format(recipe="configs/quickstart.yaml", paper=paper) for text in COMMANDS[command]]
+    script = f"""
+import sys
+from trainer.cli.main import main
+sys.argv = ["llmquest-rl", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, *sorted({{"torch", "transformers", "datasets", "ray", "vllm"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "lrr: unknown key; did you mean lr?" in done.stderr
+    assert done.stdout.split() == ["2"]

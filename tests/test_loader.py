@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -11,14 +12,20 @@ from typing import Any
 
 import pytest
 
+from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.datasets import DATASETS
+from llmquest_rl.data.open_dataset import open_dataset
+from llmquest_rl.data.rows import MalformedRows
+from llmquest_rl.data.task import open_task
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.loader import ComponentError, ComponentKind, absolute_name, did_you_mean
 from llmquest_rl.objectives import OBJECTIVES
 from llmquest_rl.options import options_class
 from rewards.builtin import REWARDS
 from rewards.config import RewardConfig
+from rewards.grader import Grader
 from rewards.load import RewardError, load_reward
+from rewards.types import GradeItem
 from rollout import ENGINES
 from trainer.config.load import ConfigError, dump, parse_config
 
@@ -42,17 +49,18 @@ def reward(completion): return 1.0
 
 
 def open_component(kind: str, name: str, **options: Any) -> None:
-    """Open a component as a run does: from a section of a configuration, or as a grader process loads a reward.
+    """Open a component as a run does, from a section of a configuration; a reward then as a grader process does.
 
     Raises:
         ConfigError: the configuration is refused.
-        ValueError: the reward is.
+        RewardError: the reward is.
     """
     section = {"name": name, **options}
     data: dict[str, Any] = {"task": {"name": "arithmetic"}, "dataset": {"name": "text"}}
     run: dict[str, Any] = {"name": "a", "steps": 1, "data": data, "rewards": [{"name": "exact_number"}]}
     if kind == "reward":
-        load_reward(RewardConfig.model_validate({"function": name, **options}))
+        config = parse_config({**run, "rewards": [{"function": name, **options}]})
+        load_reward(config.rewards[0])
     elif kind in ("task", "dataset"):
         parse_config({**run, "data": {**data, kind: section}})
     else:
@@ -60,7 +68,7 @@ def open_component(kind: str, name: str, **options: Any) -> None:
 
 
 def refusal(kind: str, name: str, **options: Any) -> str:
-    with pytest.raises((ConfigError, RewardError, ValueError)) as caught:
+    with pytest.raises((ConfigError, RewardError)) as caught:
         open_component(kind, name, **options)
     return str(caught.value)
 
@@ -238,11 +246,12 @@ LOAD = "import pickle, sys; values = pickle.load(sys.stdin.buffer); print(values
     ],
 )
 def test_what_a_users_file_makes_is_unpickled_by_another_process(make: Callable[[Path], Any], tmp_path: Path) -> None:
-    (tmp_path / "neighbour_of_pickled.py").write_text("FACTOR = 2\n")
+    neighbour = f"neighbour_of_{tmp_path.name}"
+    (tmp_path / f"{neighbour}.py").write_text("FACTOR = 2\n")
     file = tmp_path / "mine.py"
     extra = (
         "from __future__ import annotations\n"
-        "from dataclasses import dataclass\nfrom pathlib import Path\nimport neighbour_of_pickled\n"
+        f"from dataclasses import dataclass\nfrom pathlib import Path\nimport {neighbour}\n"
         f"{MODULE}\n"
         "@dataclass\nclass Loss:\n    scale: float\n\n"
         "def mine(seed, shape: str, limit: Path, factor: float = 0.5): ...\n"
@@ -271,3 +280,162 @@ def test_unknown_words_are_told_near_ones_or_else_all() -> None:
     assert did_you_mean("zzz", []) == ""
     assert did_you_mean("lR", ["LR", "eps"], list_all=True) == "; there are: LR, eps"
     assert did_you_mean("Lr_", ["Lr", "EPS"], list_all=True) == "; did you mean Lr? There are: Lr, EPS"
+
+
+HIDING = ("llmquest_rl", "rewards", "rollout", "trainer", "yaml")
+
+
+def test_a_users_file_hides_no_package_in_this_process_or_in_a_grader(tmp_path: Path) -> None:
+    """A reward in a file called rewards.py, beside files with the names of our packages and of an installed one."""
+    for name in HIDING:
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('a file of the user hides a package')\n")
+    code = "from rewards.types import GradeItem\ndef mine(completion):\n    return float(completion)\n"
+    (tmp_path / "rewards.py").write_text(code)
+    with Grader([RewardConfig(function=f"{tmp_path}/rewards.py:mine")]) as grader:
+        assert [score.value for score in grader.grade([GradeItem("", "0.5", None)])] == [0.5]
+    assert str(tmp_path) not in sys.path
+
+
+@every_kind
+def test_a_neighbour_that_something_else_hides_is_an_error_that_names_both(kind: str, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"hidden_{kind}.py").write_text(f"FOLDER = {folder!r}\n")
+        (tmp_path / folder / "mine.py").write_text(f"from hidden_{kind} import FOLDER\n{MODULE}def mine(): ...\n")
+    open_component(kind, users_name(kind, tmp_path / "one" / "mine.py"))
+    message = refusal(kind, users_name(kind, tmp_path / "two" / "mine.py"))
+    names = (tmp_path / folder / f"hidden_{kind}.py" for folder in ("two", "one"))
+    assert "imports 'hidden_{}', which is beside it ({}), but got {},".format(kind, *names) in message
+    (tmp_path / "random.py").write_text("VALUE = 1\n")
+    (tmp_path / "mine.py").write_text("from random import VALUE\n")
+    assert f"beside it ({tmp_path}/random.py), but got {random.__file__}" in refusal(
+        kind, users_name(kind, tmp_path / "mine.py")
+    )
+
+
+@every_kind
+def test_a_file_that_is_a_component_and_a_neighbour_is_executed_once(kind: str, tmp_path: Path) -> None:
+    count = tmp_path / "count.txt"
+    code = f"with open({str(count)!r}, 'a') as file: file.write('x')\n{MODULE}def mine(): ...\n"
+    first, second = (tmp_path / f"shared_{kind}_{i}.py" for i in range(2))
+    for file in (first, second):
+        file.write_text(code)
+        file.with_name(f"uses_{file.stem}.py").write_text(f"import {file.stem}\n{MODULE}def mine(): ...\n")
+    open_component(kind, users_name(kind, first))
+    open_component(kind, users_name(kind, tmp_path / f"uses_{first.stem}.py"))
+    open_component(kind, users_name(kind, tmp_path / f"uses_{second.stem}.py"))
+    open_component(kind, users_name(kind, second))
+    assert count.read_text() == "xx"
+
+
+@every_kind
+def test_a_file_named_by_path_and_as_a_module_is_executed_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, count = tmp_path / f"folder_of_{kind}", tmp_path / "count.txt"
+    folder.mkdir()
+    for name in ("first", "second"):
+        code = f"with open({str(count)!r}, 'a') as file: file.write('x')\n{MODULE}def mine(): ...\n"
+        (folder / f"{name}.py").write_text(code)
+    open_component(kind, users_name(kind, folder / "first.py"))
+    open_component(kind, users_name(kind, f"{folder.name}.first"))
+    open_component(kind, users_name(kind, f"{folder.name}.second"))
+    open_component(kind, users_name(kind, folder / "second.py"))
+    assert count.read_text() == "xx"
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import ast\nast.literal_eval('[1, 2')", "line 2, `ast.literal_eval('[1, 2')`: SyntaxError: "),
+        ("a = 1\0", "cannot be imported: SyntaxError: source code "),
+    ],
+)
+def test_an_error_in_text_that_is_no_file_is_told_by_the_users_line(
+    kind: str, code: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    assert expected in refusal(kind, users_name(kind, tmp_path / "mine.py"))
+
+
+@every_kind
+def test_a_location_that_is_neither_a_file_nor_a_module_says_so(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    assert "folder.py is a folder, not a file" in refusal(kind, users_name(kind, tmp_path / "folder.py"))
+    for location in ("./my/file", "..package.module"):
+        assert f"{location!r} is neither a file that ends in .py nor the name of a module" in refusal(
+            kind, users_name(kind, location)
+        )
+
+
+@pytest.mark.parametrize("kind", ["task", "dataset"])
+def test_a_file_without_its_function_is_told_to_name_one(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from json import loads\nclass Rows: ...\ndef _private(): ...\n")
+    message = refusal(kind, f"{tmp_path}/mine.py")
+    assert f"has no function 'load'; there are: Rows (or name one function: {tmp_path}/mine.py:...)" in message
+    assert "did you mean Rows?" in refusal(kind, f"{tmp_path}/mine.py:Rowz")
+
+
+FAILING = """
+def rows():
+    yield {"prompt": "a", "answer": "b"}
+    yield {}["key"]
+
+def load(*rest):
+    return 1 / 0
+"""
+
+
+@pytest.mark.parametrize("kind", ["task", "dataset"])
+def test_code_that_fails_when_it_is_called_is_told_by_its_line(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FAILING)
+    lines = {f"{file}:rows": 'line 4, `yield {}["key"]`: KeyError', str(file): "line 7, `return 1 / 0`: ZeroDivis"}
+    for name, line in lines.items():
+        options = options_class(KINDS[kind], name)()
+        with pytest.raises(ComponentError, match=re.escape(f"{name} failed: {file}, {line}")):
+            if kind == "task":
+                open_task(name, TASKS.function(name), options, 0, MalformedRows("error"))
+            else:
+                open_dataset(name, DATASETS.function(name), options, DatasetContext(None, 8, 0, MalformedRows("error")))
+
+
+def test_an_objective_that_fails_is_told_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def build(*rest):\n    return undefined\n")
+    expected = f"{tmp_path}/mine.py failed: {tmp_path}/mine.py, line 2, `return undefined`: NameError"
+    assert expected in refusal("objective", f"{tmp_path}/mine.py")
+
+
+def test_a_reward_is_a_file_of_the_form_of_a_built_in(tmp_path: Path) -> None:
+    file = tmp_path / "near.py"
+    file.write_text(
+        "from llmquest_rl.options import Options\n\nclass Config(Options):\n    width: float = 1.0\n\n"
+        "def reward(completion, answer, config):\n    return float(abs(float(completion) - answer) < config.width)\n"
+    )
+    config = RewardConfig.model_validate({"function": str(file), "width": 0.5})
+    assert config.name == "near"
+    with Grader([config]) as grader:
+        assert [score.value for score in grader.grade([GradeItem("", text, 1.0) for text in ("1.2", "1.7")])] == [1, 0]
+    assert f"`{file}` has no option `widht`; did you mean width?" in refusal("reward", str(file), widht=1)
+
+
+def test_an_argument_that_a_users_reward_lacks_is_told_with_the_key_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(completion): return 1.0\n")
+    rewards = [{"name": "exact_number"}, {"function": f"{tmp_path}/mine.py:reward", "wieght": 2}]
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "a", "steps": 1, "data": {"task": {"name": "arithmetic"}}, "rewards": rewards})
+    assert "rewards.1: reward `reward`: it has no argument `wieght`; did you mean weight?" in str(caught.value)
+
+
+def test_the_task_of_a_data_set_is_checked_with_the_configuration() -> None:
+    run: dict[str, Any] = {"name": "a", "steps": 1, "objective": {"name": "next_token"}}
+    for task, expected in (
+        ({"name": "arithmetic", "digitz": 2}, "`arithmetic` has no option `digitz`; did you mean digits?"),
+        ({"name": "arithmetics"}, "'arithmetics' is not the name of a task; did you mean arithmetic?"),
+        ({"digits": 2}, "a task needs a `name`"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config({**run, "data": {"dataset": {"name": "sft", "task": task}}})
+        assert "data.dataset.task: " in str(caught.value) and expected in str(caught.value)

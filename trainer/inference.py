@@ -12,57 +12,10 @@ from trainer.assemble import rollout_requests, start_rollouts
 from trainer.cluster.open_cluster import open_cluster
 from trainer.components import RunComponents
 from trainer.config.schema import Config
-from trainer.learner.group import MODEL
-from trainer.run import checkpoint
-from trainer.run.folder import RunFolder, check_new_folder
 from trainer.sources.eval_metrics import accuracy_metrics
 from trainer.sources.replay import save_rollouts
 from trainer.sources.rollouts import Rollouts, seed_for
 from trainer.sources.sampler import check_groups
-
-
-def trained_model(run: str, which: str = "latest") -> Path:
-    """The Hub folder inside a run's checkpoint.
-
-    Args:
-        run: a run folder, `runs/<name>` or `runs/latest`.
-        which: `latest`, `best`, or the number of a step.
-
-    Raises:
-        RunFolderError: there is no such run.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        ValueError: `which` is none of these.
-    """
-    folder = RunFolder.open(run)
-    if which == "latest":
-        return checkpoint.latest(folder.checkpoints).path / MODEL
-    if which == "best":
-        path = checkpoint.best_checkpoint(folder.checkpoints)
-        if path is None:
-            raise checkpoint.CheckpointError(
-                f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric, so none is the best: give "
-                "`latest` or the number of a step"
-            )
-        return path / MODEL
-    if not which.isdecimal():
-        raise ValueError(f"checkpoint {which!r}: expected `latest`, `best` or the number of a step")
-    path = folder.checkpoints / f"step-{int(which):06d}"
-    if not path.is_dir():
-        saved = ", ".join(sorted(entry.name for entry in folder.checkpoints.glob("step-*"))) or "none"
-        raise checkpoint.CheckpointError(f"{path}: there is no such checkpoint; saved checkpoints: {saved}")
-    return checkpoint.load(path).path / MODEL
-
-
-def export(run: str, out: Path, which: str = "latest") -> Path:
-    """Copy the trained model of a run into the folder `out`, which transformers, vLLM and the Hub can load.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        ValueError: `out` exists and is not empty.
-    """
-    check_new_folder(out)
-    shutil.copytree(trained_model(run, which), out, dirs_exist_ok=True)
-    return out
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from llmquest_rl.data.dataset import DatasetContext, RowKind, SupervisedData, re
 from llmquest_rl.data.datasets.labelled import labels_of
 from llmquest_rl.data.datasets.preferences import pairs
 from llmquest_rl.data.rows import MAX_ROWS, DataError
+from llmquest_rl.loader import users_code
 from llmquest_rl.options import Options, call_users_function
 
 VALIDATION_SHARE = 0.05
@@ -32,15 +33,18 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
         DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if ":" not in name:
-        loaded = function(options, context)
-        assert isinstance(loaded, SupervisedData), f"{name}: load must return SupervisedData"
+        with users_code(name):
+            loaded = function(options, context)
+        if not isinstance(loaded, SupervisedData):
+            raise DataError(f"{name}: `load` must return SupervisedData, not {type(loaded).__name__}")
         return loaded
-    result = call_users_function(function, options, context.seed)
+    result = call_users_function(name, function, options, context.seed)
     if isinstance(result, SupervisedData):
         return result
     if not isinstance(result, Iterable):
         raise DataError(f"{name} must return rows, not {type(result).__name__}")
-    rows = list(islice(result, MAX_ROWS + 1))
+    with users_code(name):  # a generator runs while its rows are read
+        rows = list(islice(result, MAX_ROWS + 1))
     if len(rows) > MAX_ROWS:
         raise DataError(f"{name} yielded more than {MAX_ROWS} rows: return SupervisedData if it is that large")
     placed = [(f"{name}, row {i}", row if isinstance(row, Mapping) else {}) for i, row in enumerate(rows)]

@@ -11,8 +11,8 @@ from llmquest_rl.data.files import is_local, read_rows
 from llmquest_rl.data.rows import DataError, Row, Rows
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import TASKS
-from llmquest_rl.loader import ComponentError, absolute_name
-from llmquest_rl.options import Options, options_class
+from llmquest_rl.loader import absolute_name
+from llmquest_rl.options import Options, checked_options
 
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
 """Rows to train on, and rows to validate on or the share of the questions to validate on."""
@@ -59,8 +59,15 @@ class RowSource(Location):
 
     @field_validator("task")
     @classmethod
-    def _make_absolute(cls, task: dict[str, Any] | None) -> dict[str, Any] | None:
-        return task and {**task, "name": absolute_name(str(task.get("name", "")))}
+    def _check_task(cls, task: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Check the task's options, and make the path of its file absolute."""
+        if task is None:
+            return None
+        if not isinstance(task.get("name"), str):
+            raise ValueError("a task needs a `name`, e.g. {name: arithmetic, digits: 2}")
+        named = {**task, "name": absolute_name(task["name"])}
+        checked_options(TASKS, named["name"], {key: value for key, value in named.items() if key != "name"})
+        return named
 
     @model_validator(mode="after")
     def _path_or_task(self) -> "RowSource":
@@ -110,11 +117,8 @@ def _read(
 
 def _open_task(section: dict[str, Any], context: DatasetContext) -> Task:
     name = section.pop("name")
-    try:
-        options = options_class(TASKS, name)(**section)
-        return open_task(name, TASKS.function(name), options, context.seed, context.malformed)
-    except ComponentError as error:
-        raise DataError(f"task: {error}") from error
+    options = checked_options(TASKS, name, section)
+    return open_task(name, TASKS.function(name), options, context.seed, context.malformed)
 
 
 def _task_rows(rows: Rows, limit: int, of_task: Callable[[Row], Fields]) -> Iterator[PlacedFields]:

@@ -17,6 +17,7 @@ from llmquest_rl.data.rows import (
     held_out_keys,
     question_key,
 )
+from llmquest_rl.loader import users_code
 from llmquest_rl.options import Options, call_users_function
 
 REDRAWS = 256
@@ -135,14 +136,18 @@ def open_task(name: str, function: Callable[..., Any], options: Options, seed: i
         DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if ":" not in name:
-        loaded = function(options, seed, malformed)
-        assert isinstance(loaded, Task), f"{name}: load must return a Task"
+        with users_code(name):
+            loaded = function(options, seed, malformed)
+        if not isinstance(loaded, Task):
+            raise DataError(f"{name}: `load` must return a Task, not {type(loaded).__name__}")
         return loaded
-    result = call_users_function(function, options, seed)
+    result = call_users_function(name, function, options, seed)
     if isinstance(result, Task):
         return result
     short = name.rpartition(":")[2]
-    return listed_task(short, _user_rows(short, name, result, malformed), 0.1, seed, malformed)
+    with users_code(name):  # a generator runs while its rows are read
+        rows = _user_rows(short, name, result, malformed)
+    return listed_task(short, rows, 0.1, seed, malformed)
 
 
 def _user_rows(short: str, name: str, result: object, malformed: MalformedRows) -> list[Row]:

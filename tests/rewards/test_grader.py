@@ -212,7 +212,7 @@ def test_columns_reach_the_reward_by_name() -> None:
     ],
 )
 def test_a_reward_that_cannot_run_is_an_error_before_the_start(keys: dict, message: str) -> None:
-    with pytest.raises(RewardError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         check_rewards([RewardConfig.model_validate(keys)], [])
 
 
@@ -235,7 +235,7 @@ def test_a_file_that_cannot_be_imported_is_an_error_before_the_start(
     file = tmp_path / "broken.py"
     file.write_text(code)
     before = set(worker_processes())
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(ValueError, match=message):
         check_rewards([RewardConfig(function=f"{file}:reward")], [], GraderConfig(start_timeout_s=start_timeout_s))
     assert set(worker_processes()) <= before
 

@@ -14,6 +14,7 @@ from tests.trainer.conftest import Runs, rows, saved
 from trainer import inference
 from trainer.config.load import load_config
 from trainer.loop import train
+from trainer.run import trained
 from trainer.sources.replay import load_rollouts, replay_steps
 
 
@@ -52,9 +53,9 @@ def test_replayed_rollouts_give_the_same_weights_without_an_engine(runs: Runs) -
 
 def test_the_trained_model_leaves_the_run_and_is_sampled_from(runs: Runs, tmp_path: Path) -> None:
     run = runs.train("checkpoint.best_metric=eval/reward")
-    out = inference.export(str(run), tmp_path / "out")
+    out = trained.export(str(run), tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is not empty"):
-        inference.export(str(run), tmp_path / "out")
+        trained.export(str(run), tmp_path / "out")
     tokens = AutoTokenizer.from_pretrained(out)("What is 12 + 7?")["input_ids"]
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
@@ -63,12 +64,12 @@ def test_the_trained_model_leaves_the_run_and_is_sampled_from(runs: Runs, tmp_pa
     expected = theirs[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
-    config = runs.config(f"model.path={inference.trained_model(str(run))}", "eval.samples_per_prompt=2")
+    config = runs.config(f"model.path={trained.trained_model(str(run))}", "eval.samples_per_prompt=2")
     metrics, groups = inference.evaluate(config)
     assert metrics["eval/accuracy"] == rows(run)[-1]["eval/accuracy"], "greedy: both samples are what the run had seen"
     assert len(groups) == 4 and "eval/pass_at_2" in metrics
     assert [step for step, _ in inference.generate_rollouts(config, 2, tmp_path / "rollouts")] == [1, 2]
     assert len(load_rollouts(tmp_path / "rollouts", 2)) == 4
     assert [len(answers) for answers in inference.answer_prompts(config, ["1 + 1 =", "2 + 2 ="], 3)] == [3, 3]
-    best = inference.trained_model(str(run), "best")
+    best = trained.trained_model(str(run), "best")
     assert load_file(best / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()

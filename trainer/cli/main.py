@@ -92,9 +92,10 @@ def evaluate(
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Evaluate a model on held-out data: accuracy, mean@k and pass@k with 95 % confidence intervals."""
+    config = _load_for_sampling(source, checkpoint, overrides)
     from trainer.inference import evaluate as run_evaluation
 
-    metrics, groups = run_evaluation(_load_for_sampling(source, checkpoint, overrides))
+    metrics, groups = run_evaluation(config)
     for key in sorted(key for key in metrics if not key.endswith(("_low", "_high"))):
         interval = f"  [{metrics[f'{key}_low']:.4f}, {metrics[f'{key}_high']:.4f}]" if f"{key}_low" in metrics else ""
         console.print(Text(f"{key.removeprefix('eval/')}: {metrics[key]:.4f}{interval}"))
@@ -110,11 +111,10 @@ def generate(
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Answer prompts with the model of a recipe or a run; `rollout.sampling` sets temperature and length."""
+    config = _load_for_sampling(source, checkpoint, overrides)
     from trainer.inference import answer_prompts
 
-    for question, answers in zip(
-        prompt, answer_prompts(_load_for_sampling(source, checkpoint, overrides), prompt, samples), strict=True
-    ):
+    for question, answers in zip(prompt, answer_prompts(config, prompt, samples), strict=True):
         for answer in answers:
             console.print(Text(f"{question}\n", "dim"), Text(answer), soft_wrap=True)
 
@@ -128,9 +128,10 @@ def rollout(
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Sample and grade completions without training, and save them as rollouts."""
+    config = _load_for_sampling(source, checkpoint, overrides)
     from trainer.inference import generate_rollouts
 
-    for step, groups in generate_rollouts(_load_for_sampling(source, checkpoint, overrides), steps, out):
+    for step, groups in generate_rollouts(config, steps, out):
         values = [score.value for group in groups for score in group.scores if score.value is not None]
         mean = f"{sum(values) / len(values):.4f}" if values else "none"
         console.print(f"step {step}: {len(groups)} prompts, {len(values)} scored completions, mean reward {mean}")
@@ -144,7 +145,7 @@ def export(
     checkpoint: Checkpoint = "latest",
 ) -> None:
     """Copy the trained model of a run into a folder that transformers, vLLM and the Hub can load."""
-    from trainer.inference import export as export_model
+    from trainer.run.trained import export as export_model
 
     console.print(Text(f"model: {export_model(run, out, checkpoint)}"), soft_wrap=True)
 
@@ -168,6 +169,9 @@ def plot(
     console.print(f"plot: {plot_runs(runs, metric or (), out, group_seeds)}", soft_wrap=True)
 
 
+# Commands load the configuration first and import what they run afterwards, so that a mistyped key is told at once.
+
+
 def _load(path: Path, overrides: Iterable[str] | None) -> "Config":
     from trainer.config.load import load_config
 
@@ -178,8 +182,8 @@ def _load_for_sampling(source: Path, checkpoint: str, overrides: Iterable[str] |
     """The configuration of a recipe, or of a run with the model that the run trained."""
     if source.suffix in (".yaml", ".yml"):
         return _load(source, overrides)
-    from trainer.inference import trained_model
     from trainer.run.folder import RunFolder
+    from trainer.run.trained import trained_model
 
     model = json.dumps(str(trained_model(str(source), checkpoint)))
     return _load(RunFolder.open(source).config, [f"model.path={model}", "model.init=pretrained", *(overrides or ())])

@@ -163,13 +163,15 @@ def reproduce(
 
     Finished runs are kept in runs/papers and are not repeated.
     """
-    from trainer.papers.recipe import FOLDER, find_recipe
-    from trainer.papers.reproduce import reproduce as run_recipe
+    from trainer.papers.recipe import FOLDER, find_recipe, load_recipe
 
     if recipe is None:
         configs(FOLDER)
         return
     path = find_recipe(recipe)
+    load_recipe(path)  # a mistake in it is told before the imports that training needs
+    from trainer.papers.reproduce import reproduce as run_recipe
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, as Ctrl-C does
     report = run_recipe(path, seeds, out, lambda line: console.print(Text(line), soft_wrap=True))
     for verdict in report.verdicts:

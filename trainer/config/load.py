@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from llmquest_rl.loader import did_you_mean
+from llmquest_rl.loader import ComponentError, did_you_mean
 from llmquest_rl.options import options_class
 from trainer.config.renamed_keys import RENAMED
 from trainer.config.rules import broken_rules
@@ -59,7 +59,10 @@ def _validated(tree: ConfigTree) -> Config:
         config = Config(**tree.values)
     except ValidationError as error:
         raise ConfigError([_describe(e, tree) for e in error.errors(include_url=False)]) from error
-    broken = broken_rules(config)
+    try:
+        broken = broken_rules(config)
+    except ComponentError as error:  # the rules build the objective
+        raise ConfigError([f"{tree.origin(('objective', 'name'))}: objective: {error}"]) from error
     if broken:
         raise ConfigError([f"{tree.origin(parse_key(key))}: {key}: {message}" for key, message in broken])
     return config
@@ -68,7 +71,8 @@ def _validated(tree: ConfigTree) -> Config:
 def _describe(error: ErrorDetails, tree: ConfigTree) -> str:
     """The message of one problem: origin, key, expected value and given value."""
     path = tuple(error["loc"])
-    place = f"{tree.origin(path)}: {'.'.join(map(str, path))}"
+    is_component = isinstance(error["input"], dict) and "name" in error["input"]
+    place = f"{tree.origin((*path, 'name') if is_component else path)}: {'.'.join(map(str, path))}"
     found = describe_value(error["input"])
     if error["type"] == "extra_forbidden":
         if new := RENAMED.get(".".join(map(str, path))):

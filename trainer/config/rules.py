@@ -10,6 +10,7 @@ from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS, Normalization
+from llmquest_rl.loader import users_code
 from llmquest_rl.objectives import Objective
 from trainer.config.schema import Config
 
@@ -31,7 +32,8 @@ class Rule:
 def build_objective(config: Config) -> Objective:
     """The objective of a run. It tells where batches come from and which log-probs they need."""
     section = config.objective
-    objective: Objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
+    with users_code(section.name):
+        objective: Objective = section.module.build(section.options, config.algorithm, config.rollout.sampling)
     return objective
 
 

@@ -9,9 +9,7 @@ from llmquest_rl.types import Group
 from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
-
-MODEL = "model"
-"""Name of the folder inside a checkpoint that holds the model in the Hub's layout."""
+from trainer.run.trained import MODEL
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from tempfile import mkdtemp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.inference import export
 from trainer.papers.recipe import Recipe, StartModel, start_config
 from trainer.papers.runs import run_training
+from trainer.run.trained import export
 
 END = "<end>"
 

@@ -160,7 +160,7 @@ def test_a_wrong_entry_says_what_is_wrong(keys: dict[str, Any], message: str) ->
 
 
 def test_an_entry_and_its_saved_form_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("def judge(): ...")
+    (tmp_path / "mine.py").write_text("def judge(factor): ...")
     monkeypatch.chdir(tmp_path)
     for config in (
         RewardConfig(name="exact_number", whole=True, weight=0.5),

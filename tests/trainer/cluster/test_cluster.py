@@ -76,6 +76,8 @@ def build(model_path, config, setup):
 
 def test_an_actor_finds_the_engine_and_the_options_of_a_users_file(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "users_neighbour.py").write_text("FACTOR = 2")
+    for name in ("trainer", "rollout", "llmquest_rl"):  # files beside it that must not hide our packages
+        (tmp_path / f"{name}.py").write_text("raise AssertionError")
     (tmp_path / "engine.py").write_text(ENGINE)
     name = f"{tmp_path}/engine.py"
     worker = {"engine": name, "config": engine_config(name)(size=5), "model_path": tmp_path, "setup": EngineSetup(8)}

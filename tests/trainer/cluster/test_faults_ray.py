@@ -18,7 +18,7 @@ from llmquest_rl.types import Group
 from tests.trainer.conftest import Runs, rows
 from trainer.cluster.ray_group import RayWorkerGroup
 from trainer.cluster.worker_group import ClusterError
-from trainer.inference import trained_model
+from trainer.run.trained import trained_model
 from trainer.sources.replay import load_rollouts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

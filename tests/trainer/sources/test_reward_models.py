@@ -30,6 +30,7 @@ from trainer.cli.dry_run import dry_run
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.tree import ConfigError
 from trainer.learner.microbatches import split_to_budget
+from trainer.run import trained
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker
 
 REWARD_MODEL = {"name": "scorer", "system_prompt": "Add.", "dtype": "float32"}
@@ -45,7 +46,7 @@ ITEMS = [
 @pytest.fixture(scope="session")
 def model(reward_model_run: Path) -> Path:
     """The trained reward model's folder."""
-    return inference.trained_model(str(reward_model_run))
+    return trained.trained_model(str(reward_model_run))
 
 
 def worker(path: Path, **changes: Any) -> RewardModelWorker:

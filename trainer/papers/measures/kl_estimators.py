@@ -22,9 +22,10 @@ from llmquest_rl.algorithms.ratios import bounded_exp
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.models.base import CausalLM
 from llmquest_rl.models.checkpoint.load_save import load_model
-from trainer.inference import live_rollouts, trained_model
+from trainer.inference import live_rollouts
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
+from trainer.run.trained import trained_model
 
 STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Positions on the line: 0 is the start model, 1 the trained model."""

@@ -6,9 +6,10 @@ Training curves come from the engine, which may round the weights.
 from collections.abc import Iterable
 
 from trainer.config.load import parse_config
-from trainer.inference import evaluate, trained_model
+from trainer.inference import evaluate
 from trainer.papers.measures import Trained
 from trainer.papers.series import Rows
+from trainer.run.trained import trained_model
 
 SAMPLES = 4
 """Completions of each problem."""
