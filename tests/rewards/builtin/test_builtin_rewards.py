@@ -97,8 +97,9 @@ def test_exact_number_is_exact(number: int, difference: int) -> None:
 def test_no_text_breaks_the_parsers(text: str) -> None:
     assert exact_number.reward(text, "5", exact_number.Config()) in (0.0, 1.0)
     assert exact_number.reward(text, "5", exact_number.Config(whole=True)) in (0.0, 1.0)
-    assert format_reward.reward(text, format_reward.Config()) == 0.0
-    assert extract.last_boxed(text) is None
+    assert format_reward.reward(text, format_reward.Config()) in (0.0, 1.0)
+    boxed = extract.last_boxed(text)
+    assert boxed is None or f"{{{boxed}}}" in text
 
 
 @pytest.mark.parametrize(
