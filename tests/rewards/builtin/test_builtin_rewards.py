@@ -104,6 +104,14 @@ def test_no_text_breaks_the_parsers(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
+    [("<a>1</a>", "1"), ("<a>1</a> <a> 2 </a>", "2"), ("1</a>", None), ("<a>1", None), ("</a>1<a>", None)],
+)
+def test_a_tag_must_be_opened_and_closed(text: str, expected: str | None) -> None:
+    assert extract.last_tagged(text, "a") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
     [("18", 1.0), (" 18\n", 1.0), ("$18", 1.0), ("18.0", 1.0), ("= 18", 0.0), ("18.", 0.0), ("18 18", 0.0), ("", 0.0)],
 )
 def test_the_whole_completion_is_the_number(text: str, expected: float) -> None:
@@ -149,6 +157,7 @@ def test_reasoning_gym_scores_its_own_answers_from_json() -> None:
         ),
         ({"name": "exact_number", "tolerance": "x"}, "tolerance: Input should be a valid number.*got 'x'"),
         ({"name": "exact_number", "weight": "heavy"}, "weight"),
+        ({"name": "exact_number", "weight": float("inf")}, "weight"),
         ({"name": "length", "max": 5, "cache": 6}, "cannot be larger"),
         ({"function": "nowhere/mine.py:reward"}, "there is no file .*nowhere/mine.py"),
         ({"function": "module:"}, "should end in `:function`"),
