@@ -79,6 +79,9 @@ def test_reasoning_gym_mixes_data_sets_by_weight() -> None:
     assert 0.6 < names.count("gcd") / 200 < 0.9
 
 
+RARELY_DRAWN = {"dataset": "gcd", "parameters": {"n": 2}, "weight": 1e-9}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -86,6 +89,7 @@ def test_reasoning_gym_mixes_data_sets_by_weight() -> None:
         ({"dataset": "chain_sum", "parameters": {"terms": 2}}, "min_terms"),
         ({"dataset": "chain_sum", "parameters": {"min_terms": 9}}, "max_terms must be"),
         ({"dataset": "chain_sum", "parameters": {"seed": 1}}, "`seed` cannot be set"),
+        ({"held_out": 1, "datasets": [{"dataset": "gcd"}, RARELY_DRAWN]}, "min_numbers"),
     ],
 )
 def test_reasoning_gym_names_what_is_wrong(options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The tokens that end a completion."""
+"""The tokens and the strings that end a completion."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rollout.decoding import Decoder
+from rollout.decoding import Decoder, stop_index
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,10 @@ def test_end_tokens(
     if generation_config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
     assert Decoder(tmp_path).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("stop", "index"), [(["c"], 2), (["d", "b"], 1), (["ab", "b"], 0), (["e"], None), (["e", "a"], 0), ([], None)]
+)
+def test_the_earliest_stop_string_counts_even_at_the_start(stop: list[str], index: int | None) -> None:
+    assert stop_index("abcdb", stop) == index

@@ -22,6 +22,8 @@ def test_checksum_sees_every_change_and_only_the_content() -> None:
     assert checksum(tensor.clone()) == same
     assert checksum(tensor.t().contiguous().t()) == same, "the layout in memory is not content"
     assert checksum(torch.cat([torch.zeros(1), tensor.reshape(-1)])[1:].reshape(3, 4099)) == same, "nor is the address"
+    in_a_file = torch.frombuffer(bytearray(8) + tensor.numpy().tobytes(), dtype=torch.float32, offset=4)
+    assert checksum(in_a_file[1:].reshape(3, 4099)) == same, "nor is the start of the memory"
     for changed in (tensor.reshape(4099, 3), tensor.double(), tensor.flip(0), tensor.flip(1), tensor[:, :-1]):
         assert checksum(changed) != same
     for index in (0, 5000, 12296):

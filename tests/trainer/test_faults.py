@@ -1,6 +1,8 @@
 """Bad input and bad numbers in a run: a clear error or a counted loss, never a hang or a silent zero."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from llmquest_rl.data.rows import DataError
 from rewards.failures import TooManyUnscoredError
 from tests.trainer.conftest import REWARDS, Runs, rows, saved
+from trainer.cli.dry_run import dry_run
 from trainer.learner.state import TooManySkippedUpdatesError
 from trainer.sources.replay import load_rollouts
 from trainer.training_run import WeightsDifferError
@@ -23,6 +26,14 @@ def problems(runs: Runs, questions: list[str]) -> None:
     path = runs.folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in questions))
     runs.values["data"]["task"] = {"name": "table", "path": str(path)}
+
+
+def test_a_truncated_model_is_found_before_anything_starts(runs: Runs, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "truncated")
+    os.truncate(folder / "model.safetensors", 10_000)
+    runs.values["model"]["path"] = str(folder)
+    with pytest.raises(ValueError, match="model.safetensors is truncated"):
+        list(dry_run(runs.config()))
 
 
 def test_a_reward_that_fails_stops_the_run_with_examples(runs: Runs) -> None:

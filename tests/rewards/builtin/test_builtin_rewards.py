@@ -97,8 +97,17 @@ def test_exact_number_is_exact(number: int, difference: int) -> None:
 def test_no_text_breaks_the_parsers(text: str) -> None:
     assert exact_number.reward(text, "5", exact_number.Config()) in (0.0, 1.0)
     assert exact_number.reward(text, "5", exact_number.Config(whole=True)) in (0.0, 1.0)
-    assert format_reward.reward(text, format_reward.Config()) == 0.0
-    assert extract.last_boxed(text) is None
+    assert format_reward.reward(text, format_reward.Config()) in (0.0, 1.0)
+    boxed = extract.last_boxed(text)
+    assert boxed is None or f"{{{boxed}}}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("<a>1</a>", "1"), ("<a>1</a> <a> 2 </a>", "2"), ("1</a>", None), ("<a>1", None), ("</a>1<a>", None)],
+)
+def test_a_tag_must_be_opened_and_closed(text: str, expected: str | None) -> None:
+    assert extract.last_tagged(text, "a") == expected
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,7 @@ def test_reasoning_gym_scores_its_own_answers_from_json() -> None:
         ),
         ({"name": "exact_number", "tolerance": "x"}, "tolerance: Input should be a valid number.*got 'x'"),
         ({"name": "exact_number", "weight": "heavy"}, "weight"),
+        ({"name": "exact_number", "weight": float("inf")}, "weight"),
         ({"name": "length", "max": 5, "cache": 6}, "cannot be larger"),
         ({"function": "nowhere/mine.py:reward"}, "there is no file .*nowhere/mine.py"),
         ({"function": "module:"}, "should end in `:function`"),

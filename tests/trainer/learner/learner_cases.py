@@ -142,6 +142,7 @@ def main() -> None:
     results = []
     for i, setup in enumerate(case.setups):
         learner = Learner(setup, rank, case.world_size, "127.0.0.1", case.port + i)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "other interfaces are left alone"
         metrics = run_steps(learner, case, rank)
         results.append((whole_weights(learner), metrics))
         if case.save_to is not None:

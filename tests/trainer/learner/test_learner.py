@@ -24,7 +24,7 @@ from rollout.weights import WeightSnapshot, verify
 from tests.trainer.learner.learner_cases import OPTIMIZER, POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
-from trainer.learner.state import TooManySkippedUpdatesError
+from trainer.learner.state import TooManySkippedUpdatesError, seed_everything
 from trainer.run.metric_table import METRICS
 
 OpenLearner = Callable[..., Learner]
@@ -281,3 +281,12 @@ def test_a_step_without_minibatches_does_nothing(open_learner: OpenLearner) -> N
     metrics = learner.update([], 1)
     assert metrics["learner/updates"] == 0
     assert_unchanged(learner, before)
+
+
+def test_processes_draw_different_random_numbers() -> None:
+    """Whatever the seed is: Python's generator takes -1 for 1."""
+    draws = []
+    for rank in range(4):
+        seed_everything(1, rank)
+        draws.append((random.random(), np.random.random(), float(torch.rand(()))))
+    assert all(len(set(numbers)) == 4 for numbers in zip(*draws, strict=True))

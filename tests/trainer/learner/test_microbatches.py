@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.objectives import Loss
 from llmquest_rl.objectives.policy import Policy
+from llmquest_rl.types import ImageFormat
 from tests.trainer.learner.learner_cases import POLICY, make_folder, make_setup, minibatches, whole_weights
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner
+from trainer.learner.microbatches import idle_group
 
 PROMPT, LONGEST = 4, 11
 """Tokens in a prompt, and in the longest completion, of `minibatches`."""
@@ -90,3 +92,13 @@ def test_a_group_within_the_budget_stays_whole(tmp_path: Path) -> None:
         learner.update([[sequence_group]], 1)
     assert [num_completions(batch) for batch in BATCHES] == [3]
     assert len(BATCHES[0].tokens) <= sequence_group.num_tokens < 3 * len(group.prompt)
+
+
+@pytest.mark.parametrize("token_id", [0, 7])
+def test_an_idle_group_has_an_image_only_if_another_process_has_one(token_id: int) -> None:
+    """Without one it must not have an image token either."""
+    images = ImageFormat(token_id, tokens=3, channels=1, height=4, width=6)
+    text = idle_group(["weights"], images)
+    assert text.images is None and token_id not in text.prompt
+    blank = idle_group(["weights"], images, with_image=True)
+    assert blank.images is not None and blank.images.shape == (1, 1, 4, 6) and blank.prompt == [token_id] * 3

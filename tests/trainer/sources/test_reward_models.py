@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def test_the_worker_gives_the_scores_that_the_learner_gave(reward_model_run: Pat
 def test_scores_are_those_of_transformers_however_they_are_batched(model: Path, tokens_per_batch: int) -> None:
     judging = worker(model, tokens_per_batch=tokens_per_batch, weight=0.5)
     theirs = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    started = time.perf_counter()
     scores = judging.grade([*ITEMS, ITEMS[1]])
+    assert 0 < sum(score.seconds for score in scores) < time.perf_counter() - started, "each has its share of the time"
     with torch.no_grad():
         expected = [float(theirs(torch.tensor([judging.token_ids(item)])).logits) for item in ITEMS]
     assert [score.parts["scorer"] for score in scores] == pytest.approx([*expected, expected[1]], abs=1e-5)
@@ -233,6 +236,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({"rewards": []}, "give at least one reward"),
     "the name of a reward": ({"reward_models": [{"name": "low_characters", "path": "x"}]}, "has the name of another"),
     "twice": ({"reward_models": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "has the name of another"),
+    "an infinite weight": ({"reward_models": [{"name": "a", "path": "x", "weight": float("inf")}]}, "weight"),
     "no path": ({"reward_models": [{"name": "a"}]}, "path"),
     "nobody decides": ({"eval": {"reward": "c"}, "reward_models": [{"name": "a", "path": "x"}]}, "no reward has this"),
     "pairs that do not fit": (
