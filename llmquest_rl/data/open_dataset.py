@@ -15,7 +15,7 @@ VALIDATION_SHARE = 0.05
 KINDS: dict[str, Callable[[DatasetContext], RowKind]] = {
     "completion": lambda context: replies(context.renderer, True),
     "messages": lambda context: replies(context.renderer, True),
-    "chosen": lambda context: pairs(context.renderer),
+    "chosen": pairs,
     "label": labels_of,
 }
 """Row kind by identifying key; if the first row has several of these keys, the last entry wins."""
