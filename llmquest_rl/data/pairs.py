@@ -56,9 +56,14 @@ def group_for_prediction(conversations: Sequence[SplitIds]) -> SequenceGroup:
     """A group whose targets are the tokens of the last replies; what all have in common before them is computed once.
 
     Conversations may differ before their last replies. Their completions then begin with tokens that are no targets.
+
+    Raises:
+        MalformedRowError: there is no token before a reply, so nothing predicts its first token.
     """
     sequences = [before + reply for before, reply in conversations]
     starts = [len(before) for before, _ in conversations]
+    if 0 in starts:
+        raise MalformedRowError("the prompt has no tokens, so nothing predicts the first token of the reply")
     shared = min(_common_beginning(sequences), *starts)
     completions = [ids[shared:] for ids in sequences]
     mask = [

@@ -210,6 +210,21 @@ def test_replies_without_tokens_of_their_own_are_malformed(load: Load, tokenizer
     assert_third_is_malformed(load, two_forms, "the tokens of the chosen and the rejected reply are equal", **changes)
 
 
+LOST = "\x16"
+"""A character for which the vocabulary of SmolLM2 has no token."""
+
+
+def test_characters_without_a_token_do_not_make_a_text(load: Load, tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode(LOST) == []
+    changes = {"texts": prompt_renderer(tokenizer, chat_template="none")}
+    for row, problem in (
+        ({"prompt": LOST, "chosen": "6", "rejected": "7"}, "the prompt has no tokens"),
+        ({"prompt": "3 + 3?", "chosen": "6", "rejected": LOST}, "the tokens of a reply have no text"),
+        ({"prompt": "3 + 3?", "chosen": "6", "rejected": f"6{LOST}"}, "the tokens of the chosen and .* are equal"),
+    ):
+        assert_third_is_malformed(load, row, problem, **changes)
+
+
 def test_replies_that_do_not_fit_are_dropped_or_named(load: Load) -> None:
     rows = [FORMS["strings"], OTHER, {"prompt": "Go", "chosen": "a", "rejected": "long " * 200}]
     data = load(rows)
