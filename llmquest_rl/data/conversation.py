@@ -4,7 +4,7 @@ A conversation is tokenised piece by piece, with a cut before and after every re
 exactly those that the model sees at generation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llmquest_rl.batch import SequenceGroup
@@ -27,10 +27,11 @@ def check_row(row: Mapping[str, Any]) -> str | None:
         return problem if problem or replies else "no message has the role `assistant`, so there is nothing to learn"
     if "completion" not in row or "prompt" not in row:
         return f"the row has neither `messages` nor `prompt` and `completion`; it has: {', '.join(map(str, row))}"
-    return check_prompt(row["prompt"]) or _check_completion(row["completion"])
+    return check_prompt(row["prompt"]) or check_completion(row["completion"])
 
 
-def _check_completion(completion: object) -> str | None:
+def check_completion(completion: object) -> str | None:
+    """The reason why a completion is unusable, or None. It must be a string, or messages that end with a reply."""
     if not isinstance(completion, str | list) or not completion:
         return "the completion is empty, or neither a string nor a list of messages"
     if isinstance(completion, str):
@@ -39,6 +40,11 @@ def _check_completion(completion: object) -> str | None:
     return problem or (
         None if completion[-1]["role"] == "assistant" else "the completion must end with the assistant's message"
     )
+
+
+def is_blank(reply: str | list[Message]) -> bool:
+    """Whether a reply, or the last of its messages, is empty or white space."""
+    return not (reply if isinstance(reply, str) else reply[-1]["content"]).strip()
 
 
 def tokenize_row(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: bool) -> SequenceGroup:
@@ -51,24 +57,48 @@ def tokenize_row(row: Mapping[str, Any], renderer: PromptRenderer, mask_prompt: 
         DataError: the chat template cannot be rendered turn by turn; the number of images differs from the number of
             their places before the first reply; or a prompt with images is to be learnt.
     """
-    images = len(row.get("images", ()))
-    if images and not mask_prompt:
+    if row.get("images") and not mask_prompt:
         raise DataError("the row has images in its prompt, so the prompt cannot be learnt: set mask_prompt: true")
-    if "messages" not in row and renderer.template is None:
-        pieces = _plain_pieces(row, renderer, images)
-    else:
-        pieces = _pieces_with_images(_messages(row), renderer, images)
     if not mask_prompt:
-        return SequenceGroup([], [[token for ids, _ in pieces for token in ids]])
-    (prompt, first_is_target), *rest = pieces
+        return SequenceGroup([], [_joined(_pieces(row, renderer))])
+    (prompt, first_is_target), *rest = _up_to_last_reply(row, renderer)
     assert not first_is_target, "a conversation starts with a message that the model does not write"
-    while rest and not rest[-1][1]:
-        rest.pop()  # no token after the last reply is a target
-    completion = [token for ids, _ in rest for token in ids]
+    completion = _joined(rest)
     mask = [is_target for ids, is_target in rest for _ in ids]
     if prompt:
         return SequenceGroup(prompt, [completion], mask=None if all(mask) else [mask])
     return SequenceGroup([], [completion], mask=[mask])
+
+
+def split_at_last_reply(row: Mapping[str, Any], renderer: PromptRenderer) -> tuple[list[int], list[int]]:
+    """The tokens before the last reply of a usable row, and the reply's with its end-of-sequence token.
+
+    Both are the tokens of `tokenize_row`.
+
+    Raises:
+        DataError: see `tokenize_row`.
+    """
+    *before, (reply, _) = _up_to_last_reply(row, renderer)
+    return _joined(before), reply
+
+
+def _up_to_last_reply(row: Mapping[str, Any], renderer: PromptRenderer) -> list[Piece]:
+    """The pieces of a row without those after its last reply, which the loss never covers."""
+    pieces = _pieces(row, renderer)
+    while not pieces[-1][1]:
+        pieces.pop()
+    return pieces
+
+
+def _joined(pieces: Iterable[Piece]) -> list[int]:
+    return [token for ids, _ in pieces for token in ids]
+
+
+def _pieces(row: Mapping[str, Any], renderer: PromptRenderer) -> list[Piece]:
+    images = len(row.get("images", ()))
+    if "messages" not in row and renderer.template is None:
+        return _plain_pieces(row, renderer, images)
+    return _pieces_with_images(_messages(row), renderer, images)
 
 
 def _messages(row: Mapping[str, Any]) -> list[Message]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.conversation import check_row, tokenize_row
 from llmquest_rl.data.images import ImageReader, check_images, image_list
-from llmquest_rl.data.rows import DataError, MalformedRows, RawImage, held_out_keys, question_key
+from llmquest_rl.data.rows import DataError, MalformedRowError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
 from llmquest_rl.deferred import torch
 
@@ -43,7 +43,7 @@ class DatasetContext:
     long_rows: Literal["drop", "error"] = "drop"
     """The treatment of a row with more than `tokens_per_sequence` tokens: `data.long_prompts`."""
     labels: tuple[str, ...] = ()
-    """The objective's classes; () = it has none."""
+    """What the objective scores, e.g. classes; () = it predicts tokens."""
     images: ImageReader | None = None
     """Reads the model's images; None = it reads text only."""
 
@@ -67,9 +67,11 @@ class RowKind:
     """Gives the reason why a row is unusable, or None. The images have been checked before."""
     group: Callable[[Fields], SequenceGroup]
     """Makes the sequence of a usable row, with image tokens but without the images. Raises DataError if the chat
-    template cannot render the row."""
+    template cannot render the row, and MalformedRowError if its tokens are unusable."""
     question: Callable[[Fields], str]
     """Gives the row's question. Rows with equal question and images are either all trained on or all validated on."""
+    check_together: Callable[[Sequence[SequenceGroup]], str | None] = lambda groups: None
+    """Gives the reason why the training rows, or separate validation rows, are unusable together, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,9 @@ class RowTokenizer:
                 continue
             try:
                 group = self.kind.group(row)
+            except MalformedRowError as error:
+                self.context.malformed.report(where, str(error))
+                continue
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             if self._fits(where, group):
@@ -173,7 +178,8 @@ def rows_data(
         validation: Rows to validate on, or the share of the questions that is set aside for validation.
 
     Raises:
-        DataError: one of the sides has no rows left, or a row is malformed and `data.malformed_rows` is `error`.
+        DataError: one of the sides has no rows left or is unusable as a whole, or a row is malformed and
+            `data.malformed_rows` is `error`.
     """
     convert = RowTokenizer(context, kind)
     sequences = convert(rows)
@@ -194,4 +200,8 @@ def rows_data(
         left_out = ", ".join(f"{count} {cause}" for cause, count in counters.items())
         raise DataError(f"data set {name} has no {'validation' if train else 'training'} rows left ({left_out})")
     validated = [sequence for key in sorted(held_out) for sequence in held_out[key]]
+    for side, found in (("training", train), ("validation", [] if isinstance(validation, float) else validated)):
+        problem = kind.check_together([sequence.group for sequence in found]) if found else None
+        if problem is not None:
+            raise DataError(f"the {side} rows of data set {name} are unusable: {problem}")
     return SupervisedData(name, Sequences(train, context.images), Sequences(validated, context.images), counters)

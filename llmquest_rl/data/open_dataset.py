@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from llmquest_rl.data.dataset import DatasetContext, RowKind, SupervisedData, replies, rows_data
+from llmquest_rl.data.datasets import unpaired_preferences
 from llmquest_rl.data.datasets.labelled import labels_of
 from llmquest_rl.data.datasets.preferences import pairs
 from llmquest_rl.data.rows import MAX_ROWS, DataError
@@ -13,13 +14,14 @@ from llmquest_rl.options import Options, call_users_function
 
 VALIDATION_SHARE = 0.05
 
-KINDS: dict[str, Callable[[DatasetContext], RowKind]] = {
-    "completion": lambda context: replies(context.renderer, True),
-    "messages": lambda context: replies(context.renderer, True),
-    "chosen": lambda context: pairs(context.renderer),
-    "label": labels_of,
+KINDS: dict[tuple[str, ...], Callable[[DatasetContext], RowKind]] = {
+    ("completion",): lambda context: replies(context.renderer, True),
+    ("messages",): lambda context: replies(context.renderer, True),
+    ("chosen",): pairs,
+    ("label",): labels_of,
+    unpaired_preferences.ROLES: unpaired_preferences.judged,
 }
-"""Row kind by identifying key; if the first row has several of these keys, the last entry wins."""
+"""Row kind by identifying keys; if the first row has the keys of several kinds, the last entry wins."""
 
 
 def open_dataset(name: str, function: Callable[..., Any], options: Options, context: DatasetContext) -> SupervisedData:
@@ -27,7 +29,7 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
 
     `function` is the `load` of a module, or a user's function if `name` has a colon. A user's function is called with
     its options as keyword arguments (and with `seed`, if it has such a parameter). It returns an iterable of rows with
-    the default columns of `sft`, `preferences` or `labelled`, or a whole `SupervisedData`.
+    the default columns of `sft`, `preferences`, `unpaired_preferences` or `labelled`, or a whole `SupervisedData`.
 
     Raises:
         DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
@@ -53,5 +55,5 @@ def open_dataset(name: str, function: Callable[..., Any], options: Options, cont
 
 
 def _kind(row: Mapping[str, Any]) -> Callable[[DatasetContext], RowKind]:
-    found = [kind for key, kind in KINDS.items() if key in row]
-    return found[-1] if found else KINDS["completion"]  # its check names the keys that a row needs
+    found = [kind for keys, kind in KINDS.items() if all(key in row for key in keys)]
+    return found[-1] if found else KINDS[("completion",)]  # its check names the keys that a row needs

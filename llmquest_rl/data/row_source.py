@@ -1,16 +1,17 @@
-"""The source of a supervised data set's rows: files, the Hub, or a task."""
+"""The source of a supervised data set's rows (files, the Hub, or a task), and their columns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
-from llmquest_rl.data.files import is_local, read_rows
-from llmquest_rl.data.rows import DataError, Row, Rows
+from llmquest_rl.data.files import PlacedRow, is_local, read_rows
+from llmquest_rl.data.rows import DataError, MalformedRows, Row, Rows
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import TASKS
+from llmquest_rl.data.template import fill, placeholders
 from llmquest_rl.loader import absolute_name
 from llmquest_rl.options import Options, checked_options
 
@@ -113,6 +114,43 @@ def _read(
         if number == 0 and images is not None and images not in record:
             raise DataError(f"{where} has no column {images!r} (columns.images); it has: {', '.join(record)}")
         yield where, {roles[column]: value for column, value in record.items() if column in roles and value is not None}
+
+
+def templated_rows(
+    placed: Iterable[PlacedRow], columns: Options, template: str, required: Sequence[str], malformed: MalformedRows
+) -> Iterator[PlacedFields]:
+    """Rows by role, in which the template fills in a prompt that is a string.
+
+    Args:
+        columns: The column of each role, e.g. `prompt`; other columns are left out.
+        template: The prompt; `{prompt}` and further columns in braces are replaced.
+        required: The roles whose columns the first row must have.
+
+    Raises:
+        DataError: the columns or the template do not fit the first row, or a later row does not fit the template and
+            `data.malformed_rows` is `error`.
+    """
+    roles = {role: getattr(columns, role) for role in type(columns).model_fields}
+    added = [name for name in placeholders(template) if name != "prompt"]
+    wanted = [(f"columns.{role}", roles[role]) for role in required] + [("template", name) for name in added]
+    for number, (where, record) in enumerate(placed):
+        if number == 0:
+            _check_columns(where, record, wanted)
+        row = {role: record[column] for role, column in roles.items() if record.get(column) is not None}
+        missing = [name for name in added if name not in record]
+        if missing:
+            malformed.report(where, f"the template needs the missing column {missing[0]!r}")
+            continue
+        if isinstance(row.get("prompt"), str):
+            row["prompt"] = fill(template, {**record, "prompt": row["prompt"]})
+        yield where, row
+
+
+def _check_columns(where: str, record: Mapping[str, Any], wanted: Iterable[tuple[str, str]]) -> None:
+    """Refuse a mapping that does not fit the first row: that is a mistake in the configuration, not in the row."""
+    for option, column in wanted:
+        if column not in record:
+            raise DataError(f"{where} has no column {column!r} ({option}); it has: {', '.join(record)}")
 
 
 def _open_task(section: dict[str, Any], context: DatasetContext) -> Task:

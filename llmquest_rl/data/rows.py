@@ -29,6 +29,10 @@ class DataError(ValueError):
     """Raised for data that cannot be used; the message says where the data is and what to do."""
 
 
+class MalformedRowError(DataError):
+    """Raised for a row that turns out to be malformed when it is tokenised; the message does not name its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One problem as the data set has it, before the chat template."""

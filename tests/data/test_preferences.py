@@ -40,7 +40,8 @@ def load(jsonl: Callable[..., str], context: Callable[..., DatasetContext]) -> L
 
     def loaded(rows: list[Any], changes: dict[str, Any] | None = None, **options: Any) -> SupervisedData:
         config = preferences.Config(path=jsonl(rows), **options)
-        return preferences.load(config, context(**{"tokens_per_sequence": 128} | (changes or {})))
+        given = {"tokens_per_sequence": 128, "labels": ("reward",)}
+        return preferences.load(config, context(**given | (changes or {})))
 
     return loaded
 
@@ -115,7 +116,7 @@ def test_a_table_of_instructions(jsonl: Callable[..., str], context: Callable[..
     path = Path(jsonl([])).with_name("rows.json")
     path.write_text(json.dumps(rows))
     config = preferences.Config(path=str(path), columns={"prompt": "instruction"}, template="{prompt}\n{input}")  # type: ignore[arg-type]
-    made = context(tokens_per_sequence=64)
+    made = context(tokens_per_sequence=64, labels=("reward",))
     texts = [judged(group, made.renderer) for group in every_group(preferences.load(config, made))]
     assert any("user\nSpell 1.\nin words<" in better and better.endswith(f"1-words{EOS}") for better, _ in texts)
 
@@ -193,7 +194,7 @@ def test_a_group_for_scoring_shares_the_common_beginning() -> None:
 
 def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetContext], tokenizer: Tokenizer) -> None:
     plain = prompt_renderer(tokenizer, chat_template="none")
-    made = context(tokens_per_sequence=128, texts=plain)
+    made = context(tokens_per_sequence=128, texts=plain, labels=("reward",))
     options = {"digits": 2, "rows": 300, "held_out": 20, "direct_share": 0.2, "error_rate": 0.3}
     data = compared_sums.load(compared_sums.Config.model_validate(options), made)
     assert len(data.train) == 300 and len(data.validation) == 20

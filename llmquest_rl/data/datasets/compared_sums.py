@@ -34,7 +34,7 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     task = arithmetic.load(options, context.seed, context.malformed)
     train = _rows(task.train, config.rows, config)
     held_out = _rows(task.held_out, task.held_out.size or 0, config)
-    return rows_data("compared_sums", train, held_out, pairs(context.renderer), context)
+    return rows_data("compared_sums", train, held_out, pairs(context), context)
 
 
 def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedFields]:

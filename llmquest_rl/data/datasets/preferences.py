@@ -10,16 +10,16 @@ Three forms of rows are read:
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.data.conversation import is_blank
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import read_rows
-from llmquest_rl.data.pairs import conversation_ids, group_for_scoring
-from llmquest_rl.data.row_source import Location
-from llmquest_rl.data.rows import DataError, check_message, check_prompt, question_key
-from llmquest_rl.data.template import fill, placeholders
-from llmquest_rl.data.tokenizer import PromptRenderer, as_messages
+from llmquest_rl.data.pairs import compared_ids, group_for_prediction, group_for_scoring
+from llmquest_rl.data.row_source import Location, templated_rows
+from llmquest_rl.data.rows import MalformedRowError, check_message, check_prompt, question_key
+from llmquest_rl.data.tokenizer import as_messages
 from llmquest_rl.options import Options
 from llmquest_rl.types import Message
 
@@ -59,14 +59,23 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
         DataError: a file or column is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     sides = config.sides(config.path, lambda path, split: _rows(config, path, split, context))
-    return rows_data(f"preferences/{config.path}", *sides, pairs(context.renderer), context)
+    return rows_data(f"preferences/{config.path}", *sides, pairs(context), context)
 
 
-def pairs(renderer: PromptRenderer) -> RowKind:
-    """The kind of rows that have two replies."""
+def pairs(context: DatasetContext) -> RowKind:
+    """The kind of rows that have two replies.
 
-    def group(row: Fields) -> Any:
-        made = group_for_scoring([conversation_ids(conversation(row, reply), renderer) for reply in REPLIES])
+    If the objective has labels, the group has a score at the end of each conversation. Otherwise its targets are the
+    tokens of the last reply of each.
+    """
+    renderer = context.renderer
+
+    def group(row: Fields) -> SequenceGroup:
+        both = [compared_ids(conversation(row, reply), renderer) for reply in REPLIES]
+        sequences = [before + reply for before, reply in both]
+        if sequences[0] == sequences[1]:
+            raise MalformedRowError("the tokens of the chosen and the rejected reply are equal")
+        made = group_for_scoring(sequences) if context.labels else group_for_prediction(both)
         if "margin" not in row:
             return made
         return made.with_token_field("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
@@ -75,7 +84,7 @@ def pairs(renderer: PromptRenderer) -> RowKind:
 
 
 def conversation(row: Fields, reply: str) -> Fields:
-    """The row of one conversation, as `conversation_ids` takes it: the prompt with one of its two replies."""
+    """The row of one conversation, as `compared_ids` takes it: the prompt with one of its two replies."""
     said = row[reply]
     if isinstance(said, str):
         return {"prompt": row["prompt"], "completion": said} if "prompt" in row else {"messages": dialogue(said)}
@@ -97,35 +106,14 @@ def dialogue(text: str) -> list[Message]:
 
 def _rows(config: Config, path: str, split: str, context: DatasetContext) -> Iterator[PlacedFields]:
     placed = read_rows(path, config.subset, split, context.malformed)
-    roles = {role: getattr(config.columns, role) for role in type(config.columns).model_fields}
-    wanted = [name for name in placeholders(config.template) if name != "prompt"]
-    for number, (where, record) in enumerate(placed):
-        if number == 0:
-            _check_columns(config, where, record)
-        row = {role: record[column] for role, column in roles.items() if record.get(column) is not None}
-        missing = [name for name in wanted if name not in record]
-        if missing:
-            context.malformed.report(where, f"the template needs the missing column {missing[0]!r}")
-            continue
-        if isinstance(row.get("prompt"), str):
-            row["prompt"] = fill(config.template, {**record, "prompt": row["prompt"]})
-        yield where, row
-
-
-def _check_columns(config: Config, where: str, record: Mapping[str, Any]) -> None:
-    """Refuse a mapping that does not fit the first row: that is a mistake in the configuration, not in the row."""
-    roles = ("chosen", "rejected") if config.columns.prompt == "prompt" else ("prompt", "chosen", "rejected")
-    wanted = [(f"columns.{role}", getattr(config.columns, role)) for role in roles]
-    wanted += [("template", name) for name in placeholders(config.template) if name != "prompt"]
-    for option, column in wanted:
-        if column not in record:
-            raise DataError(f"{where} has no column {column!r} ({option}); it has: {', '.join(record)}")
+    required = REPLIES if config.columns.prompt == "prompt" else ("prompt", *REPLIES)
+    return templated_rows(placed, config.columns, config.template, required, context.malformed)
 
 
 def _problem(row: Fields) -> str | None:
     """The reason why a row is unusable, or None."""
     wrong_prompt = check_prompt(row["prompt"]) if "prompt" in row else None
-    problems = (problem for reply in REPLIES if (problem := _reply_problem(row, reply)))
+    problems = (found for reply in REPLIES if (found := _reply_problem(row, reply) or _blank_problem(row, reply)))
     problem = wrong_prompt or next(problems, None)
     if problem is not None:
         return problem
@@ -156,6 +144,11 @@ def _reply_problem(row: Fields, reply: str) -> str | None:
     if said[0]["role"] == "assistant" and "prompt" not in row:
         return f"`{reply}` begins with the assistant's message and there is no prompt"
     return None
+
+
+def _blank_problem(row: Fields, reply: str) -> str | None:
+    said = conversation(row, reply)
+    return f"the last reply of `{reply}` is empty" if is_blank(said.get("completion", said.get("messages"))) else None
 
 
 def _question(row: Fields) -> str:

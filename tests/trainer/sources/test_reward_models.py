@@ -82,7 +82,7 @@ def test_the_worker_gives_the_scores_that_the_learner_gave(reward_model_run: Pat
     """The worker scores the texts of the learner's validation pairs; the learner's metrics hold the expected values."""
     judging = worker(model)
     pairs = [json.loads(line) for line in (reward_model_run.parents[2] / "pairs.jsonl").read_text().splitlines()]
-    context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"))
+    context = DatasetContext(judging.renderer, 100, 0, MalformedRows("error"), labels=("reward",))
     data = preferences.load(preferences.Config(path=str(reward_model_run.parents[2] / "pairs.jsonl")), context)
     held_out = {
         tuple(sequence_group.prompt + ids[:-1])
