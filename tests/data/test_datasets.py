@@ -123,7 +123,10 @@ def test_sft_learns_the_gold_answers_of_a_task(
     for group in data.train:
         left, right = renderer.decode(group.prompt).split("user\n")[1].split(EOS)[0].split(" + ")
         assert learnt(group, renderer) == f"{int(left) + int(right)}{EOS}"
-    for task, message in (({"digits": 1}, "a task needs a `name`"), ({"name": "arithmetics"}, "not the name of a task")):
+    for task, message in (
+        ({"digits": 1}, "a task needs a `name`"),
+        ({"name": "arithmetics"}, "not the name of a task"),
+    ):
         with pytest.raises(ValueError, match=message):
             sft.Config(task=task)
 
