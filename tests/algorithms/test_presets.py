@@ -314,7 +314,7 @@ def test_the_kl_of_a_row_is_its_papers(name: str, seed: int, beta: float) -> Non
 
 
 def test_every_row_of_the_table_has_its_equation() -> None:
-    """Those in the file of a surrogate need none here. Dynamic sampling, which no loss shows, must be in the right row."""
+    """Rows in a surrogate's file need none here. Dynamic sampling, which no loss shows, must be in the right row."""
     assert not LITERATURE.keys() - ROWS.keys(), "tests/algorithms/test_presets.py: write the equation of these rows"
     assert {name for name in ROWS if "kl" in PRESETS[name]} == set(WITH_KL)
     assert [name for name in ROWS if resolve(name).dynamic_sampling] == ["dapo"]
