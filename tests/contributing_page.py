@@ -30,6 +30,13 @@ def files() -> dict[str, str]:
     return found
 
 
+def equation() -> dict[str, str]:
+    """The lines that the page adds to `tests/algorithms/oracle.py`, by the name of their table."""
+    [text] = [text for _, text in BLOCK.findall(PAGE.read_text()) if text.startswith("# tests/algorithms/oracle.py: ")]
+    first, *lines = text.splitlines()
+    return dict(zip(re.findall("[A-Z]+", first), lines, strict=True))
+
+
 def commands() -> list[str]:
     """The lines of the page's blocks of shell commands, in order."""
     blocks = (text for language, text in BLOCK.findall(PAGE.read_text()) if language == "bash")

@@ -6,9 +6,11 @@ The files are written into a copy of the repository, and the commands run there,
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +21,11 @@ import torch
 import yaml
 
 from llmquest_rl.algorithms.surrogates import Tokens
-from tests.contributing_page import COMMAND, commands, files, run
+from tests.contributing_page import COMMAND, commands, equation, files, run
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("llmquest_rl", "rollout", "rewards", "trainer", "configs", "docs", "tests/contributing_page.py")
+TESTED = (*COPIED, "tests", "pyproject.toml", "requirements", "mkdocs.yml")
 PARITIES = """
 def parities():
     for n in range(80):
@@ -68,17 +71,24 @@ REFUSED = {
 """Commands with a mistake, and a part of the message."""
 
 
+def copy_with_the_page(tree: Path, names: tuple[str, ...]) -> None:
+    """Copy files and folders of the repository, and write the files of the page."""
+    for name in names:
+        copy = partial(shutil.copytree, dirs_exist_ok=True) if (ROOT / name).is_dir() else shutil.copy
+        (tree / name).parent.mkdir(exist_ok=True)
+        copy(ROOT / name, tree / name)
+    for name, text in files().items():
+        assert not (tree / name).exists(), f"{name} is in the repository: the page should add another part"
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the files of the page, in which all commands have run."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in COPIED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (tree / name).parent.mkdir(exist_ok=True)
-        copy(ROOT / name, tree / name)
-    for name, text in {**files(), "parities.py": PARITIES}.items():
-        assert not (tree / name).exists(), f"{name} is in the repository: the page should add another part"
-        (tree / name).write_text(text)
+    copy_with_the_page(tree, COPIED)
+    (tree / "parities.py").write_text(PARITIES)
     (tree / "commands.json").write_text(json.dumps([*commands(), *FURTHER.values(), *REFUSED]))
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     command = [sys.executable, "-m", "tests.contributing_page", "commands.json", "results.json"]
@@ -142,6 +152,49 @@ def test_the_files_keep_the_rules_of_the_linter(tree: Path) -> None:
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert max(len(text.splitlines()) for text in files().values()) < 80, "the examples are short"
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with its tests and the files of the page, in which no command has run."""
+    tree = tmp_path_factory.mktemp("untouched")
+    copy_with_the_page(tree, TESTED)
+    return tree
+
+
+def run_tests(tree: Path, *arguments: str) -> str:
+    """The output of pytest in a copy of the repository; the tests may fail."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    return done.stdout + done.stderr
+
+
+def test_the_files_keep_the_rules_of_the_house(untouched: Path) -> None:
+    output = run_tests(untouched, "tests/test_architecture.py")
+    assert " passed" in output and " failed" not in output, output
+
+
+def test_the_shapes_of_the_model_run_the_tests_of_all_models(untouched: Path) -> None:
+    output = run_tests(untouched, "tests/models", "tests/generation", "-k", "mistral or has_variants")
+    found = re.search(r"^(\d+) passed", output, re.MULTILINE)
+    assert found is not None and int(found[1]) > 60, output
+
+
+def test_one_test_fails_until_the_loss_has_its_equation(untouched: Path) -> None:
+    names = "spo or by_hand or any_combination or has_its_equation or is_the_papers or papers_loss"
+    chosen = ("tests/algorithms", "tests/objectives/test_policy.py", "-rpf", "-k", names)
+    before = run_tests(untouched, *chosen)
+    assert "1 failed, " in before and "oracle.py: add the loss of a token with spo to EQUATIONS" in before, before
+    oracle = untouched / "tests" / "algorithms" / "oracle.py"
+    text = oracle.read_text()
+    for table, line in equation().items():
+        text, count = re.subn(rf"^{table}: .* = {{$", rf"\g<0>\n{line}", text, flags=re.MULTILINE)
+        assert count == 1, f"oracle.py has no table {table}"
+    oracle.write_text(text)
+    after = run_tests(untouched, *chosen)
+    assert "test_against_equations.py::test_rows[spo]" in after and " failed" not in after, after
 
 
 def test_the_recipe_says_what_it_shows() -> None:

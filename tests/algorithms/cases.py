@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
-from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm
@@ -17,6 +16,7 @@ from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.objectives.policy import Policy
+from tests.algorithms import oracle
 
 MAX_TOKENS = 9
 PER_TARGET = ("new", "old_logprobs", "ref_logprobs", "entropies")
@@ -31,16 +31,8 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "ratio": st.sampled_from(sorted(RATIOS)),
         "old_policy": st.sampled_from(["learner", "engine"]),
-        "surrogate": st.sampled_from(sorted(SURROGATES)),
-        "clip_low": st.sampled_from([0.0, 3e-4, 0.2, 1.0]),
-        "clip_high": st.sampled_from([0.0, 4e-4, 0.28, 4.0]),
-        "dual_clip": st.sampled_from([None, 6.0]),
-        "tau_positive": st.floats(0.2, 3.0),
-        "tau_negative": st.floats(0.2, 3.0),
-        "power_positive": st.floats(0.5, 4.0),
-        "power_negative": st.floats(0.5, 4.0),
-        "decay_positive": st.floats(0.5, 4.0),
-        "decay_negative": st.floats(0.5, 4.0),
+        "surrogate": st.sampled_from(sorted(oracle.EQUATIONS)),
+        **oracle.SETTINGS,
         "aggregation": st.sampled_from(sorted(AGGREGATIONS)),
         "kl": st.sampled_from(sorted(KL_ESTIMATORS)),
         "kl_in": st.sampled_from(["loss", "reward"]),

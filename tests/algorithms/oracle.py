@@ -1,15 +1,19 @@
 """The whole policy loss in NumPy float64, as loops over sequences and tokens, written from the papers' equations.
 
 Wherever an equation stops the gradient, `fixed` log-probs are used instead of `new` ones, so that central differences
-in `new` are the gradient.
+in `new` are the gradient. A surrogate is an entry of `EQUATIONS`, and each of its own settings one of `SETTINGS`: all
+tests against equations read them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llmquest_rl.algorithms.presets import Algorithm
+from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.batch import SequenceGroup
 
 Vector = NDArray[np.float64]
@@ -88,44 +92,106 @@ def ratio(s: Sequence, t: int, name: str) -> float:
     return float(np.prod(np.exp(s.new) / np.exp(s.old)))
 
 
+@dataclass(frozen=True)
+class Token:
+    """One token, as the equation of a surrogate sees it."""
+
+    r: float
+    """Its ratio."""
+    r_fixed: float
+    """Its ratio, without a gradient."""
+    logprob: float
+    a: float
+    """Its advantage."""
+    settings: Algorithm
+    sequence: Sequence
+    place: int
+    advantages: list[float]
+    """Those of the whole sequence."""
+
+    def by_sign(self, name: str) -> float:
+        """The setting of tokens with this sign of the advantage."""
+        return float(getattr(self.settings, f"{name}_{'positive' if self.a > 0 else 'negative'}"))
+
+
 def surrogate(s: Sequence, t: int, advantages: list[float], algorithm: Algorithm) -> float:
-    """-A times: the ratio, which stops counting where a gain or a loss has gone far enough, or a weight of log pi."""
-    a, r = advantages[t], ratio(s, t, algorithm.ratio)
+    """The loss of token t, before its correction."""
     fixed = ratio(replace(s, new=s.fixed), t, algorithm.ratio)
-    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
-    top = np.inf if algorithm.dual_clip is None else algorithm.dual_clip
-    sign = "positive" if a > 0 else "negative"
-    tau, power, decay = (getattr(algorithm, f"{name}_{sign}") for name in ("tau", "power", "decay"))
-    factor = {
-        "clip": lambda: min(r, high) if a >= 0 else min(max(r, low), top),
-        "geometric_clip": lambda: geometric_mean(s, advantages, algorithm),
-        "soft_gate": lambda: 4 / tau / (1 + np.exp(-tau * (r - 1))),
-        "clipped_weight": lambda: min(max(fixed, low), high) * s.new[t],
-        "gamma_weight": lambda: fixed**power * np.exp(decay * (1 - fixed)) * s.new[t],
-        "binary_tv": lambda: 0.0 if beyond(s, t, a, algorithm) else r,
-        "binary_kl": lambda: 0.0 if beyond(s, t, a, algorithm) else r,
-        "log_prob": lambda: s.new[t],
-    }[algorithm.surrogate]
-    return -a * float(factor())
+    token = Token(ratio(s, t, algorithm.ratio), fixed, s.new[t], advantages[t], algorithm, s, t, advantages)
+    return float(EQUATIONS[algorithm.surrogate](token))
 
 
-def geometric_mean(s: Sequence, advantages: list[float], algorithm: Algorithm) -> float:
+def clip(o: Token) -> float:
+    """PPO's clip with DAPO's bounds, and the dual bound."""
+    low, high = 1 - o.settings.clip_low, 1 + o.settings.clip_high
+    top = np.inf if o.settings.dual_clip is None else o.settings.dual_clip
+    return -o.a * (min(o.r, high) if o.a >= 0 else min(max(o.r, low), top))
+
+
+def geometric_clip(o: Token) -> float:
     """GMPO's objective but for its |A|: the clipped ratios of all tokens, multiplied, and the root of their number."""
-    low, high = np.exp(-algorithm.clip_low), np.exp(algorithm.clip_high)
-    ratios = [ratio(s, t, algorithm.ratio) for t in range(len(s.new))]
-    clipped = [min(r, high) if a > 0 else max(r, low) for r, a in zip(ratios, advantages, strict=True)]
-    return float(np.prod(clipped) ** (1 / len(clipped)))
+    low, high = np.exp(-o.settings.clip_low), np.exp(o.settings.clip_high)
+    ratios = [ratio(o.sequence, t, o.settings.ratio) for t in range(len(o.advantages))]
+    clipped = [min(r, high) if a > 0 else max(r, low) for r, a in zip(ratios, o.advantages, strict=True)]
+    return float(-o.a * np.prod(clipped) ** (1 / len(clipped)))
 
 
-def beyond(s: Sequence, t: int, advantage: float, algorithm: Algorithm) -> bool:
-    """DPPO's equation 12 with 13 or 14: too far already, and about to go further."""
-    new, old = np.exp(s.fixed[t]), np.exp(s.old[t])
+def soft_gate(o: Token) -> float:
+    """SAPO's gate."""
+    tau = o.by_sign("tau")
+    return float(-o.a * 4 / tau / (1 + np.exp(-tau * (o.r - 1))))
+
+
+def clipped_weight(o: Token) -> float:
+    """CISPO's weight of log pi."""
+    return -o.a * min(max(o.r_fixed, 1 - o.settings.clip_low), 1 + o.settings.clip_high) * o.logprob
+
+
+def gamma_weight(o: Token) -> float:
+    """VESPO's weight of log pi."""
+    return float(-o.a * o.r_fixed ** o.by_sign("power") * np.exp(o.by_sign("decay") * (1 - o.r_fixed)) * o.logprob)
+
+
+def binary(o: Token) -> float:
+    """DPPO's equation 12 with 13 or 14: nothing where too far already, and about to go further."""
+    new, old = np.exp(o.sequence.fixed[o.place]), np.exp(o.sequence.old[o.place])
     divergence = {
         "binary_tv": abs(new - old),
         "binary_kl": old * np.log(old / new) + (1 - old) * np.log((1 - old) / (1 - new)),
-    }[algorithm.surrogate]
-    further = (advantage > 0 and new > old) or (advantage < 0 and new < old)
-    return bool(further and divergence > (algorithm.clip_high if advantage > 0 else algorithm.clip_low))
+    }[o.settings.surrogate]
+    further = (o.a > 0 and new > old) or (o.a < 0 and new < old)
+    beyond = further and divergence > (o.settings.clip_high if o.a > 0 else o.settings.clip_low)
+    return 0.0 if beyond else -o.a * o.r
+
+
+EQUATIONS: dict[str, Callable[[Token], float]] = {
+    "clip": clip,
+    "geometric_clip": geometric_clip,
+    "soft_gate": soft_gate,
+    "clipped_weight": clipped_weight,
+    "gamma_weight": gamma_weight,
+    "binary_tv": binary,
+    "binary_kl": binary,
+    "log_prob": lambda o: -o.a * o.logprob,
+}
+"""The loss of a token with each surrogate."""
+SETTINGS: dict[str, st.SearchStrategy[Any]] = {
+    "clip_low": st.sampled_from([0.0, 3e-4, 0.2, 1.0]),
+    "clip_high": st.sampled_from([0.0, 4e-4, 0.28, 4.0]),
+    "dual_clip": st.sampled_from([None, 6.0]),
+    "tau_positive": st.floats(0.2, 3.0),
+    "tau_negative": st.floats(0.2, 3.0),
+    "power_positive": st.floats(0.5, 4.0),
+    "power_negative": st.floats(0.5, 4.0),
+    "decay_positive": st.floats(0.5, 4.0),
+    "decay_negative": st.floats(0.5, 4.0),
+}
+"""Random values of the settings that surrogates read."""
+
+
+def known_rows() -> list[str]:
+    """Names of the presets whose surrogate has an equation here."""
+    return sorted(name for name in PRESETS if resolve(name).surrogate in EQUATIONS)
 
 
 def kl(name: str, policy: float, reference: float) -> float:

@@ -62,8 +62,8 @@ def gradient(name: str, values: Tokens, limits: Algorithm, of: Tensor) -> list[f
 
 @CASES
 @given(st.lists(token_values, min_size=1, max_size=20), st.data())
-def test_surrogates(values: list[tuple[float, float, float, float]], data: st.DataObject) -> None:
-    """Formulas, each by itself; the log-probs and the ratio are free of each other."""
+def test_surrogates_by_hand(values: list[tuple[float, float, float, float]], data: st.DataObject) -> None:
+    """Formulas, each by itself; the log-probs and the ratio are free of each other. `oracle.py` has every surrogate."""
     low, high = data.draw(st.floats(0.01, 0.9)), data.draw(st.floats(0.01, 3))
     dual = data.draw(st.one_of(st.none(), st.floats(1.1, 3.0).map(lambda x: x * (1 + high))))
     tau, power, decay = (data.draw(by_sign) for _ in range(3))
@@ -91,7 +91,6 @@ def test_surrogates(values: list[tuple[float, float, float, float]], data: st.Da
         "binary_kl": np.where(away & (kl > bound), 0.0, -ratio * advantage),
         "log_prob": -advantage * logprob,
     }
-    assert set(expected) == set(SURROGATES)
     for name, value in expected.items():
         ours = losses(name, tokens(ratio, advantage, logprob, old_logprob), limits).detach()
         np.testing.assert_allclose(ours, value, rtol=1e-9, atol=1e-12, err_msg=name)

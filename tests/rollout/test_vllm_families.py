@@ -7,13 +7,16 @@ another random model, so a single tensor that is not updated changes the log-pro
 
 import json
 import platform
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from llmquest_rl.models.vlm import VLMConfig
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Request, Sampling
 from rollout.engine import EngineSetup, check_engine, choose_engine, engine_config
+from rollout.engines import vllm
 from rollout.vllm_limits import kv_cache_bytes, read_vllm_shape
 from rollout.worker import RolloutWorker
 from tests.rollout.conftest import WorkerElsewhere, sync_weights
@@ -119,11 +123,14 @@ def test_logprobs_are_those_of_transformers_and_ours_before_and_after_a_live_upd
         worker.close()
 
 
+DISPATCH = ("_is_amx_tile_supported", "_is_avx512_supported", "_is_avx512_bf16_supported")
+"""Functions of `torch.cpu` by whose answers vLLM chooses its kernels on x86."""
+
 INSTRUCTION_SETS = {
     "AMX": {"_is_amx_tile_supported": True},
     "AVX2": {"_is_amx_tile_supported": False, "_is_avx512_supported": False, "_is_avx512_bf16_supported": False},
 }
-"""Answers of `torch.cpu` by which vLLM chooses its kernels. The kernels for float32 run on any processor with AVX2."""
+"""Answers with which engines are started. The kernels for float32 run on any processor with AVX2."""
 
 EXPERT_MODELS = ("deepseek_v3", "qwen3_moe", "mixtral")
 
@@ -161,9 +168,7 @@ def serve_each(answers: dict[str, bool], models: list[tuple[Path, Path]]) -> tup
         sync_weights(worker, dict(disk_tensors(load_model(new, torch.float32))))
         served.append(Served(kernels, before, worker.engine.logprobs(SEQUENCES)))
         worker.close()
-    from vllm.platforms import current_platform
-
-    return current_platform.get_attn_backend_cls(None, SimpleNamespace(use_sparse=False, use_mla=True)), served
+    return latent_backends()[0], served
 
 
 def kernel_names(model: nn.Module) -> set[str]:
@@ -190,6 +195,51 @@ def test_float32_has_the_same_kernels_with_every_instruction_set(instructions: s
         assert found.kernels == {attention, "CPUUnquantizedExperts"}
         assert_close(found.before, reference(old, SEQUENCES), "float32")
         assert_close(found.after, reference(new, SEQUENCES), "float32")
+
+
+def latent_backends() -> tuple[str, str]:
+    """The backend that vLLM prefers for latent attention, and the one that it takes with our option."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    layer: Any = SimpleNamespace(use_sparse=False, use_mla=True)
+    preferred, ours = (current_platform.get_attn_backend_cls(b, layer) for b in (None, AttentionBackendEnum.CPU_MLA))
+    return preferred, ours
+
+
+@pytest.mark.parametrize("dtype", get_args(get_type_hints(EngineSetup)["dtype"]))
+@pytest.mark.parametrize("answers", product([False, True], repeat=len(DISPATCH)))
+def test_latent_attention_has_one_kernel_whatever_the_dtype_and_the_processor(
+    answers: tuple[bool, ...], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function, answer in zip(DISPATCH, answers, strict=True):
+        monkeypatch.setattr(torch.cpu, function, partial(bool, answer))
+    setup = EngineSetup(context_tokens=CONTEXT, dtype=dtype)
+    for name, values in TINY.items():
+        options = vllm._device_options(write_config(tmp_path / name, values), vllm.Config(), setup)
+        expected = "CPU_MLA" if name.startswith("deepseek_v3") else None
+        assert options.get("attention_backend") == expected, name
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are instruction sets of x86")
+@pytest.mark.parametrize("answers", product([False, True], repeat=len(DISPATCH)))
+def test_vllm_takes_the_kernel_that_the_option_names(
+    answers: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    for function, answer in zip(DISPATCH, answers, strict=True):
+        monkeypatch.setattr(torch.cpu, function, partial(bool, answer))
+    preferred, ours = latent_backends()
+    assert preferred.endswith(".AMXMLABackend") == answers[0], "without our option vLLM takes AMX_MLA"
+    assert ours.endswith(".CPUMLABackend")
+
+
+def test_vllms_platform_asks_for_no_other_instruction_set() -> None:
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(spec.origin).parent / "platforms" / "cpu.py").read_text()
+    assert set(re.findall(r"torch\.cpu\.(_is_\w+)", source)) == set(DISPATCH)
 
 
 @pytest.mark.parametrize(
