@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmquest_rl.data.tokenizer_files import read_tokenizer
+from llmquest_rl.data.tokenizer_files import TextDecoder, read_decoder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that mark a folder with a tokenizer; one of them is enough."""
@@ -22,10 +22,10 @@ class Decoder:
 
     def __init__(self, model_path: Path) -> None:
         has_tokenizer = any((model_path / name).exists() for name in TOKENIZER_FILES)
-        self.tokenizer = read_tokenizer(model_path) if has_tokenizer else None
+        self.decoder: TextDecoder | None = read_decoder(model_path) if has_tokenizer else None
         self.eos_ids = _configured_eos_ids(model_path)
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            self.eos_ids |= {int(self.tokenizer.eos_token_id)}
+        if self.decoder is not None and self.decoder.eos is not None:
+            self.eos_ids |= {self.decoder.eos}
 
     def check_stop(self, stop: Sequence[str]) -> None:
         """Check that stop strings can be found.
@@ -33,17 +33,14 @@ class Decoder:
         Raises:
             ValueError: there are stop strings, but the folder has no tokenizer.
         """
-        if stop and self.tokenizer is None:
+        if stop and self.decoder is None:
             raise ValueError("stop strings need a tokenizer, and the model folder has none: leave `stop` empty")
 
     def texts(self, sequences: list[list[int]], stop: Sequence[str] = ()) -> list[str]:
         """Decode completions without special tokens, each cut before the earliest stop string."""
-        if self.tokenizer is None:
+        if self.decoder is None:
             return [""] * len(sequences)
-        texts: list[str] = self.tokenizer.batch_decode(
-            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return [text[: stop_index(text, stop)] for text in texts]
+        return [text[: stop_index(text, stop)] for text in self.decoder.texts(sequences)]
 
 
 def stop_index(text: str, stop: Sequence[str]) -> int | None:

@@ -37,7 +37,7 @@ class NativeEngine:
             context_tokens=setup.context_tokens,
             max_sequences=setup.max_sequences,
             cache_tokens=cache_tokens,
-            texts=decoder.texts if decoder.tokenizer is not None else None,
+            texts=decoder.texts if decoder.decoder is not None else None,
         )
         self._packs = pack_weights and can_pack(model)
         self._weight_bits = weight_bits

@@ -45,6 +45,14 @@ config = load_config("configs/quickstart.yaml", ["model.dtype=float32"])
 Learner(RunComponents(config).learner_setup(Path("runs"))).close()
 """
 
+WORKER = """
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from rollout.engine import EngineSetup, engine_config
+from rollout.worker import RolloutWorker
+path = resolve_model("smollm2-135m-instruct")
+RolloutWorker("native", engine_config("native")(), path, EngineSetup(64)).close()
+"""
+
 COMMANDS = {
     "train": ["train", "{recipe}", "optimizer.lrr=1"],
     "eval": ["eval", "{recipe}", "optimizer.lrr=1"],
@@ -63,10 +71,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "learner": ("import trainer.learner.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
     "learner, built": (LEARNER, ("transformers", "datasets", "ray", "vllm")),
-    "native worker": (
-        "import rollout.worker, rollout.native_engine",
-        ("transformers", "datasets", *COMPILER, *SERVERS),
-    ),
+    "native worker, built": (WORKER, ("transformers", "datasets", *COMPILER, *SERVERS)),
     "vLLM worker": ("import rollout.worker, rollout.engines.vllm", ("torch", "transformers", *SERVERS)),
     "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),
     "reward model": ("import trainer.sources.reward_model_worker", ("transformers", "datasets", *COMPILER, *SERVERS)),

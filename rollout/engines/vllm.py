@@ -98,7 +98,7 @@ def build(model_path: Path, config: Config, setup: EngineSetup) -> VllmEngine:
         brought_group = not torch.distributed.is_initialized()
         llm = LLM(
             str(model_path),
-            skip_tokenizer_init=decoder.tokenizer is None,
+            skip_tokenizer_init=decoder.decoder is None,
             generation_config="vllm",  # ignore the folder's sampling defaults
             dtype=setup.dtype,
             seed=setup.seed,

@@ -1,7 +1,10 @@
 """Rendering prompts: templates and plain text."""
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from transformers.models.auto import tokenization_auto
 
 from llmquest_rl.data.rows import DataError
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, load_tokenizer, prompt_renderer
-from llmquest_rl.data.tokenizer_files import GENERAL, OVERRULED, names_general_class, read_tokenizer
+from llmquest_rl.data.tokenizer_files import GENERAL, OVERRULED, names_general_class, read_decoder, read_tokenizer
 
 TURNS = [
     {"role": "user", "content": "Hello"},
@@ -88,3 +91,39 @@ def test_the_list_of_overruled_models_is_that_of_transformers() -> None:
 
 def test_the_model_of_the_quickstart_needs_no_auto_tokenizer(model_path: Path) -> None:
     assert names_general_class(model_path)
+
+
+def random_sequences(size: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(size) for _ in range(12)] for _ in range(300)] + [list(range(min(64, size)))]
+
+
+CHANGES = {
+    "as it is": {},
+    "another token is special": {"additional_special_tokens": ["<|odd|>", "the"]},
+    "an end that tokenizer.json does not call special": {"eos_token": "the"},
+    "an added token that is not special there": {
+        "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": False}}
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_completions_are_decoded_as_transformers_decodes_them(change: str, model_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_path, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CHANGES[change]))
+    expected, decoder = AutoTokenizer.from_pretrained(folder), read_decoder(folder)
+    sequences = random_sequences(len(expected))
+    texts = expected.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert decoder.texts(sequences) == texts
+    assert decoder.eos == expected.eos_token_id
+
+
+def test_what_is_all_in_one_file_is_decoded_without_transformers(model_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from llmquest_rl.data.tokenizer_files import read_decoder; "
+        f"print(read_decoder(Path({str(model_path)!r})).texts([[1, 2]]), 'transformers' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split()[-1] == "False"
