@@ -16,7 +16,7 @@ PROBE_ROWS: dict[Purpose, int] = {"learner": 768, "engine": 128}
 """Rows of the probed product: those of a packed microbatch, or of one decoding step of many sequences."""
 PROBE_WIDTH = 576
 """Width of the probed product: that of a small model, because CPUs are used for small models."""
-PROBE_SECONDS = 0.05
+PROBE_SECONDS = 0.1
 """Seconds spent on each dtype."""
 MARGIN = 1.2
 """Minimum speed-up at which bfloat16 is chosen, because it rounds more than float32."""
@@ -40,7 +40,7 @@ def available_memory() -> int:
 def choose_dtype(device: str, purpose: Purpose) -> tuple[torch.dtype, str]:
     """The dtype for a model's arithmetic, and the reason in words.
 
-    On GPUs it is bfloat16 if the hardware supports it. On CPUs a probe of 0.1 s decides, because CPUs with the same
+    On GPUs it is bfloat16 if the hardware supports it. On CPUs a probe of 0.2 s decides, because CPUs with the same
     name differ by a factor of six in bfloat16. The machine should be idle otherwise during the probe.
 
     Args:
