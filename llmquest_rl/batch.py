@@ -45,6 +45,12 @@ class SequenceGroup:
         """Number of tokens of the prompt with its longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
+    @property
+    def targets(self) -> list[list[bool]]:
+        """True for each completion token that gets a log-prob; the first one has none without a prompt."""
+        masks = self.mask or [[True] * len(completion) for completion in self.completions]
+        return masks if self.prompt else [[False] * bool(mask) + mask[1:] for mask in masks]
+
     def with_token_field(self, name: str, values: list[list[float]]) -> SequenceGroup:
         """A copy of the group with one token field added or replaced."""
         return replace(self, token_fields={**self.token_fields, name: values})

@@ -33,7 +33,7 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
     """Sum over the targets of each sequence, repeated for each of them."""
-    return _totals(values, sequence_ids)[sequence_ids]
+    return totals(values, sequence_ids)[sequence_ids]
 
 
 def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
 def sum_to_end(values: Tensor, sequence_ids: Tensor) -> Tensor:
     """Sum over each target and all later targets of its sequence."""
     wide = values.double()  # one running sum over the batch: float32 would lose the small terms
-    ends = _totals(wide, sequence_ids).cumsum(0)[sequence_ids]
+    ends = totals(wide, sequence_ids).cumsum(0)[sequence_ids]
     return (ends - wide.cumsum(0) + wide).to(values.dtype)
 
 
-def _totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
+def totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
     """Sum over the targets of each sequence `[sequences]`."""
     sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     return values.new_zeros(sequences).index_add(0, sequence_ids, values)

@@ -48,7 +48,7 @@ def make_sequence_groups(
     Returns:
         The sequence groups, and metrics on rewards and lengths.
     """
-    metrics = _group_metrics(groups)
+    metrics = group_metrics(groups)
     scored = [part for group in groups if (part := _compared(group)) is not None]
     compared = [_with_length_penalty(part, algorithm, max_tokens, metrics) for part in scored]
     if not compared:
@@ -165,7 +165,8 @@ def _std(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
 
 
-def _group_metrics(groups: Sequence[Group]) -> Metrics:
+def group_metrics(groups: Sequence[Group]) -> Metrics:
+    """Metrics on the rewards and the lengths of the completions of a step."""
     metrics = Metrics()
     rewards = [[score.value for score in group.scores if score.value is not None] for group in groups]
     scored = list(chain.from_iterable(rewards))

@@ -9,13 +9,14 @@ Only `trainer` imports it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
+from llmquest_rl.types import Group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,8 +66,9 @@ class Objective(Protocol):
         ...
 
     @property
-    def needs_whole_group(self) -> bool:
-        """Whether a group's completions are compared with each other, so that a microbatch must hold all of them."""
+    def needs_whole_group(self) -> int:
+        """Completions of a group at most, if they are compared with each other: a microbatch must hold all of them.
+        0 = a group may be split."""
         ...
 
     @property
@@ -104,6 +106,21 @@ class Objective(Protocol):
         """Set the token field `weights` on all groups of one optimizer update, before they are split over processes."""
         ...
 
+    def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
+        """The sequences to train on of a step's graded rollouts, and metrics. Only with `source` rollout."""
+        ...
+
+    def with_shared_values(
+        self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
+    ) -> list[TokenBatch]:
+        """Add token fields whose values depend on all microbatches of an update. A collective call.
+
+        Args:
+            microbatches: those of this process, with the log-probs of `computed_logprobs`.
+            all_reduce: sums a tensor over the processes, in place.
+        """
+        ...
+
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """Compute the forward pass and the loss of one microbatch."""
         ...
@@ -115,7 +132,7 @@ class Supervised:
     derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
-    needs_whole_group: bool = False
+    needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False
     ref_sync_interval: int | None = None
@@ -124,3 +141,13 @@ class Supervised:
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         """See `Objective.computed_logprobs`: none."""
         return ()
+
+    def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
+        """See `Objective.sequence_groups`: there are no rollouts."""
+        raise NotImplementedError("this objective learns from given sequences")
+
+    def with_shared_values(
+        self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
+    ) -> list[TokenBatch]:
+        """See `Objective.with_shared_values`: none."""
+        return microbatches

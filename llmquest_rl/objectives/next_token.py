@@ -42,7 +42,17 @@ class NextToken(Supervised):
     }
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
-        weight = 1 / max(1, sum(_num_targets(group) for group in groups))
+        """See `Objective.assign_token_weights`.
+
+        Raises:
+            ValueError: the data set gives answers to compare, of which some must not be learnt.
+        """
+        if any(len(group.completions) > 1 or "sides" in group.token_fields for group in groups):
+            raise ValueError(
+                "the data set gives good and bad answers, and next_token would learn both: use the objective "
+                "`preference` or `reward_model`, or a data set such as `sft`"
+            )
+        weight = 1 / max(1, sum(sum(map(sum, group.targets)) for group in groups))
         return [
             group.with_token_field("weights", [[weight] * len(completion) for completion in group.completions])
             for group in groups
@@ -57,12 +67,6 @@ class NextToken(Supervised):
         metrics.mean("train/loss", -output.logprobs.detach()[counted].sum(), counted.sum())
         metrics.sum("train/tokens", counted.sum())
         return with_aux(value, output.aux, batch, metrics)
-
-
-def _num_targets(group: SequenceGroup) -> int:
-    masks = group.mask if group.mask is not None else [[True] * len(completion) for completion in group.completions]
-    first = 0 if group.prompt else 1
-    return sum(sum(mask[first:]) for mask in masks)
 
 
 def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> NextToken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,14 +13,14 @@ from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import RATIOS, bounded_exp, sum_to_end
-from llmquest_rl.algorithms.sequence_groups import token_weights
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups, token_weights
 from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
 from llmquest_rl.objectives import Descriptions, Loss, with_aux
 from llmquest_rl.options import Options
-from llmquest_rl.types import Sampling
+from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Policy:
     entropy: bool = True
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
-    needs_whole_group: bool = False
+    needs_whole_group: int = 0
 
     @property
     def needs_reference(self) -> bool:
@@ -109,6 +109,14 @@ class Policy:
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         old = ("old_logprobs",) if updates > 1 and self.algorithm.old_policy == "learner" else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
+
+    def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
+        return make_sequence_groups(groups, self.algorithm, self.max_tokens)
+
+    def with_shared_values(
+        self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
+    ) -> list[TokenBatch]:
+        return microbatches
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         return token_weights(groups, self.algorithm, self.max_tokens)

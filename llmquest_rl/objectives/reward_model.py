@@ -61,7 +61,7 @@ class RewardModel(Supervised):
     }
     center: float = 0.0
     labels: tuple[str, ...] = ("reward",)
-    needs_whole_group: bool = True
+    needs_whole_group: int = 2
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         """Give each score half of its pair's weight, and pairs without a margin the margin 0.

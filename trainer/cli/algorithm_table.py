@@ -1,9 +1,11 @@
-"""The table that `llmquest-rl algorithms` prints: one line for each preset row, with its cells."""
+"""The tables that `llmquest-rl algorithms` prints: one line for each preset row, with its cells."""
 
 from rich.table import Table
 from rich.text import Text
 
 from llmquest_rl.algorithms.cells import CELLS, SURROGATES
+from llmquest_rl.algorithms.preference import method as preference
+from llmquest_rl.algorithms.preference import presets as preference_presets
 from llmquest_rl.algorithms.presets import ROWS, Algorithm, resolve
 
 TABLE_WIDTH = 236
@@ -23,6 +25,19 @@ def algorithm_table() -> Table:
             _kl(algorithm),
             _lengths(algorithm),
         )
+        table.add_row(*map(Text, (name, *cells, row.paper)))
+    return table
+
+
+def preference_table() -> Table:
+    """The rows of `llmquest_rl/algorithms/preference/presets.py` with their cells, settings and papers."""
+    table = Table("name", "margin", "reference", "link", "log-prob of the chosen", "paper", box=None)
+    for name, row in preference_presets.ROWS.items():
+        method = preference_presets.resolve(name)
+        weight = "" if method.pair_weight == 1 else f"{method.pair_weight:g} x "
+        link = f"{weight}{preference.CELLS['link'][method.link].describe(method.link, method)}"
+        nll = f"{method.nll_weight:g}, mean by {method.nll_mean}" if method.nll_weight else "none"
+        cells = (method.margin, "yes" if method.needs_reference else "no", link, nll)
         table.add_row(*map(Text, (name, *cells, row.paper)))
     return table
 

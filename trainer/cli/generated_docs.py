@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.algorithm_table import algorithm_table
+from rich.table import Table
+
+from trainer.cli.algorithm_table import algorithm_table, preference_table
 from trainer.config.reference_docs import reference, table_cell
 from trainer.run.metric_table import AREAS, METRICS
 
@@ -28,13 +30,14 @@ def generated(docs: Path = DOCS) -> dict[Path, str]:
     """The text of every file of the folder `docs` that is made from code, in whole or in part.
 
     Raises:
-        ValueError: docs/algorithms.md does not have its two markers.
+        ValueError: a page does not have its two markers.
     """
-    algorithms = docs / "algorithms.md"
+    algorithms, preference = docs / "algorithms.md", docs / "algorithms" / "preference.md"
     return {
         docs / "configuration.md": reference(),
         docs / "metrics.md": metrics_page(),
-        algorithms: with_block(algorithms.read_text(encoding="utf-8"), algorithms_block()),
+        algorithms: with_block(algorithms.read_text(encoding="utf-8"), rows_block(algorithm_table())),
+        preference: with_block(preference.read_text(encoding="utf-8"), rows_block(preference_table())),
     }
 
 
@@ -51,9 +54,9 @@ def metrics_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def algorithms_block() -> str:
-    """The table that `llmquest-rl algorithms` prints, in Markdown."""
-    columns = algorithm_table().columns
+def rows_block(table: Table) -> str:
+    """A table that `llmquest-rl algorithms` prints, in Markdown."""
+    columns = table.columns
     rows = zip(*([table_cell(str(cell)) for cell in column.cells] for column in columns), strict=True)
     return "\n".join(_table([str(column.header) for column in columns], [(f"`{name}`", *rest) for name, *rest in rows]))
 

@@ -127,10 +127,12 @@ def assemble(
 
 @tools.command(rich_help_panel=LISTS)
 def algorithms() -> None:
-    """List the policy-gradient algorithms with their settings and papers."""
-    from trainer.cli.algorithm_table import TABLE_WIDTH, algorithm_table
+    """List the policy-gradient algorithms and the preference methods with their settings and papers."""
+    from trainer.cli.algorithm_table import TABLE_WIDTH, algorithm_table, preference_table
 
-    Console(width=max(console.width, TABLE_WIDTH)).print(algorithm_table())
+    wide = Console(width=max(console.width, TABLE_WIDTH))
+    wide.print("policy gradient: algorithm.name", algorithm_table(), sep="\n")
+    wide.print("\npreferences: objective.method, with objective.name: preference", preference_table(), sep="\n")
 
 
 @tools.command(rich_help_panel=LISTS)

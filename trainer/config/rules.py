@@ -88,9 +88,10 @@ def _items_per_step(config: Config) -> int:
 
 
 def _longest_item(config: Config) -> int:
+    together = max(1, build_objective(config).needs_whole_group)
     if from_rollouts(config):
-        return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-    return config.batch.tokens_per_sequence * (2 if build_objective(config).needs_whole_group else 1)
+        return config.data.max_prompt_tokens + config.rollout.sampling.max_tokens * together
+    return config.batch.tokens_per_sequence * together
 
 
 RULES = [
@@ -240,7 +241,8 @@ RULES = [
         "batch.tokens_per_microbatch",
         lambda c: c.batch.tokens_per_microbatch >= _longest_item(c),
         "one sequence of the maximum length must fit: at least max_prompt_tokens + sampling.max_tokens (RL) or "
-        "tokens_per_sequence (supervised); twice tokens_per_sequence if the objective compares pairs",
+        "tokens_per_sequence (supervised); with each sequence of a group if the objective compares them, e.g. twice "
+        "tokens_per_sequence for pairs",
     ),
     Rule(
         "rollout.sampling.temperature",

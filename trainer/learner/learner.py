@@ -189,7 +189,7 @@ class Learner:
             model = models[name]
             assert model is not None, f"the objective needs {name}, but no reference model"
             plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
-        return plan
+        return [objective.with_shared_values(microbatches, dist.all_reduce) for microbatches in plan]
 
     @torch.no_grad()
     def evaluate(self, sequence_groups: Sequence[SequenceGroup]) -> dict[str, float]:

@@ -28,7 +28,7 @@ class _Local:
 
 
 def split_to_budget(
-    groups: Sequence[SequenceGroup], tokens_per_microbatch: int, shares_prompts: bool, needs_whole_group: bool
+    groups: Sequence[SequenceGroup], tokens_per_microbatch: int, shares_prompts: bool, needs_whole_group: int
 ) -> list[SequenceGroup]:
     """Split each group that exceeds the token budget into its completions, each with its prompt.
 

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.stream import PromptStream, SequenceGroupStream
 from llmquest_rl.objectives import Objective
@@ -89,9 +88,7 @@ class RolloutSource:
         self.stream = stream
         self.sampler = sampler
         self.objective = objective
-        self.algorithm = config.algorithm
         self.batch = config.batch
-        self.max_tokens = config.rollout.sampling.max_tokens
         self.correct = config.correct_if
         self.skips_groups = config.batch.zero_advantage_groups == "skip" and config.algorithm.needs_advantage
         self.weight_sync_interval = config.rollout.weight_sync_interval
@@ -101,7 +98,7 @@ class RolloutSource:
 
     def next(self, step: int) -> StepBatch:
         groups, metrics = self.sampler.groups(step, self.stream)
-        sequence_groups, group_metrics = make_sequence_groups(groups, self.algorithm, self.max_tokens)
+        sequence_groups, group_metrics = self.objective.sequence_groups(groups)
         metrics |= group_metrics.to_floats() | lengths_by_outcome(groups, *self.correct) | _staleness(groups, step)
         metrics |= self.stream.metrics
         self._watch_zero_advantage(sequence_groups, groups)
@@ -145,7 +142,9 @@ class RolloutSource:
 
 
 def _has_signal(sequence_group: SequenceGroup) -> bool:
-    return any(value for values in sequence_group.token_fields["advantages"] for value in values)
+    """Whether a group has an advantage; objectives without advantages have made groups of those with a signal only."""
+    advantages = sequence_group.token_fields.get("advantages")
+    return advantages is None or any(value for values in advantages for value in values)
 
 
 def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:

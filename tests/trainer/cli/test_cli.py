@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmquest_rl.algorithms.preference import presets as preference_presets
 from llmquest_rl.algorithms.presets import PRESETS, ROWS
 from llmquest_rl.models.vit import ViTConfig
 from trainer.cli.main import main
@@ -60,12 +61,14 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_algorithms_lists_every_row_with_its_paper(run: RunCommand) -> None:
+    """Those of the policy gradient and those of preferences."""
     result = run("algorithms")
     assert result.code == 0
-    lines = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
-    assert list(lines) == ["name", *PRESETS]
-    for name, row in ROWS.items():
+    lines = {line.split()[0]: line for line in result.out.splitlines() if line.startswith(" ")}
+    assert [name for name in lines if name != "name"] == [*PRESETS, *preference_presets.ROWS]
+    for name, row in (ROWS | preference_presets.ROWS).items():
         assert row.paper in lines[name]
+    assert "0.1 x sigmoid" in lines["orpo"] and "yes" in lines["dpo"] and "no" in lines["simpo"]
     assert "clip 0.2 / 0.28" in lines["dapo"] and "soft_overlong" in lines["dapo"]
 
 

@@ -22,7 +22,11 @@ from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.objectives.policy import Policy
+from llmquest_rl.objectives.preference import Config as PreferenceConfig
+from llmquest_rl.objectives.preference import Preference
+from llmquest_rl.objectives.preference import build as build_preference
 from llmquest_rl.packing import split_ranks
+from llmquest_rl.types import Sampling
 from trainer.config.schema import LearnerConfig, OptimizerConfig
 from trainer.learner.learner import Learner
 from trainer.learner.setup import LearnerSetup
@@ -69,6 +73,31 @@ def minibatches(seed: int, count: int = 2, groups: int = 5) -> list[list[Sequenc
         return SequenceGroup(ints(256, 4), completions, {"advantages": advantages, "rollout_logprobs": rollout})
 
     return [POLICY.assign_token_weights([group() for _ in range(groups)]) for _ in range(count)]
+
+
+def preference(method: str) -> Preference:
+    """The objective of a preference method."""
+    return build_preference(PreferenceConfig.model_validate({"method": method}), POLICY.algorithm, Sampling())
+
+
+def pairs(method: str, seed: int, count: int = 2, groups: int = 5) -> list[list[SequenceGroup]]:
+    """Weighted minibatches of pairs with random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ints(low: int, high: int) -> list[int]:
+        size = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, 256, (size,), generator=generator).tolist()
+
+    made = [[SequenceGroup(ints(1, 6), [ints(1, 12), ints(1, 12)]) for _ in range(groups)] for _ in range(count)]
+    return [preference(method).assign_token_weights(minibatch) for minibatch in made]
+
+
+def dpo_pairs(seed: int, count: int = 2, groups: int = 5) -> list[list[SequenceGroup]]:
+    return pairs("dpo", seed, count, groups)
+
+
+def kto_pairs(seed: int, count: int = 2, groups: int = 5) -> list[list[SequenceGroup]]:
+    return pairs("kto", seed, count, groups)
 
 
 def whole_weights(learner: Learner) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Several learner processes over gloo are one learner: same weights and metrics for any division of the work."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,19 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.trainer.learner.learner_cases import Case, make_folder, make_setup, run_group, run_steps, whole_weights
+from llmquest_rl.batch import SequenceGroup
+from tests.trainer.learner.learner_cases import (
+    Case,
+    dpo_pairs,
+    kto_pairs,
+    make_folder,
+    make_setup,
+    minibatches,
+    preference,
+    run_group,
+    run_steps,
+    whole_weights,
+)
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
 from trainer.learner.learner import Learner
@@ -26,12 +39,15 @@ SHARED = {
 """Metrics that do not depend on how the work was shared out."""
 
 Result = tuple[dict[str, Tensor], dict[str, float]]
+Draw = Callable[..., list[list[SequenceGroup]]]
 
 
-def alone(folder: Path, tokens_per_microbatch: int = 10_000, groups: int = 5, **changes: Any) -> Result:
+def alone(
+    folder: Path, tokens_per_microbatch: int = 10_000, groups: int = 5, draw: Draw = minibatches, **changes: Any
+) -> Result:
     """One process on the same data."""
     learner = Learner(make_setup(folder, tokens_per_microbatch=tokens_per_microbatch, **changes))
-    metrics = run_steps(learner, Case([], 1, 0, groups=groups), 0)
+    metrics = run_steps(learner, Case([], 1, 0, groups=groups, draw=draw), 0)
     weights = whole_weights(learner)
     learner.close()
     return weights, metrics
@@ -41,11 +57,11 @@ def two(stage: int) -> LearnerConfig:
     return LearnerConfig(processes=2, zero_stage=stage, timeout_s=60)  # type: ignore[arg-type]
 
 
-def assert_same(result: Result, expected: Result, tolerance: float = 1e-4) -> None:
+def assert_same(result: Result, expected: Result, tolerance: float = 1e-4, metrics: set[str] = SHARED) -> None:
     for name, tensor in expected[0].items():
         difference = (result[0][name] - tensor).float().norm() / tensor.float().norm()
         assert difference < tolerance, name
-    for name in SHARED:
+    for name in metrics:
         assert result[1][name] == pytest.approx(expected[1][name], rel=tolerance, abs=1e-6), name
 
 
@@ -64,6 +80,24 @@ def test_two_processes_are_one_in_every_zero_stage(tmp_path: Path) -> None:
     expected = alone(folder, dtype="bfloat16")
     for result in ranks[0][4:]:
         assert_same(result, expected, tolerance=0.05)
+
+
+OF_PAIRS = {"train/loss", "train/margin", "train/chosen_logprob", "train/rejected_reward", "learner/grad_norm"}
+
+
+@pytest.mark.parametrize(("method", "draw"), [("dpo", dpo_pairs), ("kto", kto_pairs)])
+def test_two_processes_are_one_for_preferences(method: str, draw: Draw, tmp_path: Path) -> None:
+    """Pairs are not split, the reference is partitioned or not, and the KL of `kto` is that of all processes."""
+    folder = make_folder(tmp_path / "model")
+    setup = make_setup(folder, objective=preference(method), tokens_per_microbatch=60)
+    setups = [replace(setup, learner=two(stage)) for stage in (0, 3)]
+    ranks = run_group(Case(setups, 2, free_port("127.0.0.1"), save_to=tmp_path / "saved", draw=draw))
+    expected = alone(folder, draw=draw, objective=preference(method))
+    metrics = OF_PAIRS | ({"train/kl"} if method == "kto" else {"train/accuracy"})
+    assert_same(alone(folder, 40, draw=draw, objective=preference(method)), expected, metrics=metrics)
+    for result, other in zip(*ranks, strict=True):
+        assert_same(result, expected, metrics=metrics)
+        assert result[1] == other[1], "both processes report the same metrics"
 
 
 def test_a_process_without_groups_keeps_step(tmp_path: Path) -> None:
