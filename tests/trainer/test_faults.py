@@ -90,7 +90,7 @@ def test_bad_numbers_are_skipped_counted_and_end_the_run(runs: Runs, caplog: pyt
     run = runs.newest()
     assert [row["learner/skipped_updates"] for row in rows(run)] == [1]
     assert "update 1 had NaN or inf" in caplog.text
-    [batch] = list(run.glob("bad_batch*.pt"))
+    [batch] = list(run.glob("skipped_update*.pt"))
     assert str(batch) in str(error.value)
     assert all(sequence_group.completions for sequence_group in torch.load(batch, weights_only=False))
 

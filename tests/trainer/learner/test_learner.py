@@ -157,9 +157,9 @@ def test_too_many_bad_updates_stop_and_save_the_batch(open_learner: OpenLearner,
     bad = minibatches(1, count=2)
     for sequence_groups in bad:
         sequence_groups[0].token_fields["advantages"][0][0] = float("inf")
-    with pytest.raises(TooManySkippedUpdatesError, match=r"bad_batch_update2_rank0\.pt") as error:
+    with pytest.raises(TooManySkippedUpdatesError, match=r"skipped_update2_rank0\.pt") as error:
         learner.update(bad, 1)
-    saved = torch.load(folder / "run" / "bad_batch_update2_rank0.pt", weights_only=False)
+    saved = torch.load(folder / "run" / "skipped_update2_rank0.pt", weights_only=False)
     assert saved == bad[1]
     assert "max_skipped_updates is 1" in str(error.value)
     assert_unchanged(learner, before)
