@@ -16,6 +16,7 @@ from rollout.vllm_limits import check_architecture, read_vllm_shape
 from trainer.assemble import learner_request, rollout_requests
 from trainer.components import RunComponents
 from trainer.config.load import load_config
+from trainer.config.rules import build_objective
 from trainer.config.schema import Config
 from trainer.config.sizes import sizes
 
@@ -99,7 +100,7 @@ def learner_gb(config: Config, parameters: int) -> float:
     the two averages of AdamW are float32 and partitioned.
     """
     weights = 2e-9 * parameters
-    reference = weights * (config.algorithm.beta > 0)
+    reference = weights * build_objective(config).needs_reference
     kept = weights / config.learner.processes if config.learner.zero_stage == 3 else weights
     return reference + max(weights, kept + 16e-9 * parameters / config.learner.processes)
 
