@@ -1,6 +1,7 @@
 """An algorithm: the variant that each cell names, and the settings of all of them, as one flat section."""
 
-from typing import Annotated, Any, Literal, Self
+from functools import partial
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -16,15 +17,10 @@ from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.cells import CELLS, SURROGATES
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.unused_settings import Reader, readers_of_variants
-from llmquest_rl.algorithms.variant import Weight, settings_of_variants
-from llmquest_rl.loader import did_you_mean
+from llmquest_rl.algorithms.variant import Weight, cell_field, known_variant, settings_of_variants
 from llmquest_rl.options import Options
 
-
-def _cell(name: str, default: str, meaning: str) -> Any:
-    """The field of a cell. Its description ends with the names that it takes."""
-    names = ", ".join(f"`{variant}`" for variant in CELLS[name])
-    return Field(default, description=f"{meaning} One of {names}.")
+_cell = partial(cell_field, CELLS)
 
 
 class SharedSettings(Options):
@@ -117,10 +113,7 @@ class SharedSettings(Options):
     @field_validator(*CELLS)
     @classmethod
     def _is_a_variant(cls, name: str, info: ValidationInfo) -> str:
-        known = CELLS[str(info.field_name)]
-        if name not in known:
-            raise ValueError(f"there is no {name!r}{did_you_mean(name, known, list_all=True)}")
-        return name
+        return known_variant(CELLS, str(info.field_name), name)
 
     @model_validator(mode="after")
     def _phantom_has_a_mean_to_join(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -76,3 +77,20 @@ def settings_of_variants(cells: Cells, shared: type[Options]) -> list[type[Optio
                 places = " and ".join(one.__module__ for one in (declared[name], owner))
                 raise TypeError(f"{places} both declare {name!r}: rename one of them, or let both use one class")
     return bases
+
+
+def cell_field(cells: Cells, name: str, default: str, meaning: str) -> Any:
+    """The field of a cell in a settings class. Its description ends with the names that it takes."""
+    names = ", ".join(f"`{variant}`" for variant in cells[name])
+    return Field(default, description=f"{meaning} One of {names}.")
+
+
+def known_variant(cells: Cells, cell: str, name: str) -> str:
+    """The name of a variant of a cell.
+
+    Raises:
+        ValueError: the cell has no such variant; the message names those that it has.
+    """
+    if name not in cells[cell]:
+        raise ValueError(f"there is no {name!r}{did_you_mean(name, cells[cell], list_all=True)}")
+    return name

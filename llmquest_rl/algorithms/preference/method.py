@@ -1,23 +1,21 @@
 """A preference method: the variants that its cells name, and the settings of all of them, as one flat section."""
 
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from llmquest_rl.algorithms.preference.links import LINKS
 from llmquest_rl.algorithms.preference.margins import MARGINS
 from llmquest_rl.algorithms.unused_settings import Reader, readers_of_variants
-from llmquest_rl.algorithms.variant import Cells, Weight, settings_of_variants
-from llmquest_rl.loader import did_you_mean
+from llmquest_rl.algorithms.variant import Cells, Weight, cell_field, known_variant, settings_of_variants
 from llmquest_rl.options import Options
 
 CELLS: Cells = {"margin": MARGINS, "link": LINKS}
 """The variants of each cell of a preference method by name."""
 
 
-def _cell(name: str, default: str, meaning: str) -> Any:
-    names = ", ".join(f"`{variant}`" for variant in CELLS[name])
-    return Field(default, description=f"{meaning} One of {names}.")
+_cell = partial(cell_field, CELLS)
 
 
 class SharedSettings(Options):
@@ -40,10 +38,7 @@ class SharedSettings(Options):
     @field_validator(*CELLS)
     @classmethod
     def _is_a_variant(cls, name: str, info: ValidationInfo) -> str:
-        known = CELLS[str(info.field_name)]
-        if name not in known:
-            raise ValueError(f"there is no {name!r}{did_you_mean(name, known, list_all=True)}")
-        return name
+        return known_variant(CELLS, str(info.field_name), name)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:
