@@ -148,6 +148,13 @@ def over_processes(metrics: Metrics) -> Metrics:
     return Metrics().merge(everyone)
 
 
+def sum_over_processes(values: Tensor, device: torch.device) -> None:
+    """Sum a tensor of any device over the processes, in place; `device` is the learner's. A collective call."""
+    moved = values.to(device)  # NCCL takes tensors of a GPU only
+    dist.all_reduce(moved)
+    values.copy_(moved)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":

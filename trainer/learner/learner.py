@@ -9,6 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from trainer.learner.distributed import (
     leave_process_group,
     over_processes,
     peak_memory_gb,
+    sum_over_processes,
     whole_weights,
     wrap_model,
 )
@@ -189,7 +191,8 @@ class Learner:
             model = models[name]
             assert model is not None, f"the objective needs {name}, but no reference model"
             plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
-        return [objective.with_shared_values(microbatches, dist.all_reduce) for microbatches in plan]
+        all_reduce = partial(sum_over_processes, device=self.device)
+        return [objective.with_shared_values(microbatches, all_reduce) for microbatches in plan]
 
     @torch.no_grad()
     def evaluate(self, sequence_groups: Sequence[SequenceGroup]) -> dict[str, float]:
