@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+GOOD, BAD, MISMATCHED = 1.0, -1.0, 2.0
+"""Values of the token field `sides`: the answer is good, is bad, or belongs to another prompt; 0 = it is no answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
     """A prompt and the completions that share it, with values per token for the loss."""
@@ -54,6 +58,11 @@ class SequenceGroup:
     def with_token_field(self, name: str, values: list[list[float]]) -> SequenceGroup:
         """A copy of the group with one token field added or replaced."""
         return replace(self, token_fields={**self.token_fields, name: values})
+
+    def with_constants(self, name: str, values: Sequence[float]) -> SequenceGroup:
+        """A copy of the group with a token field that has one value for each completion."""
+        pairs = zip(values, self.completions, strict=True)
+        return self.with_token_field(name, [[value] * len(completion) for value, completion in pairs])
 
     def expanded(self) -> list[SequenceGroup]:
         """One group per completion, each with its own copy of the prompt, for models that cannot share it."""

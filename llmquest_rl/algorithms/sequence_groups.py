@@ -85,8 +85,8 @@ def token_weights(
     lengths = [[len(completion) for completion in sequence_group.completions] for sequence_group in sequence_groups]
     weights = AGGREGATIONS[algorithm.aggregation].configured(algorithm)(lengths, max_tokens)
     return [
-        sequence_group.with_token_field("weights", [[weight] * length for weight, length in zip(*pair, strict=True)])
-        for sequence_group, *pair in zip(sequence_groups, weights, lengths, strict=True)
+        sequence_group.with_constants("weights", own)
+        for sequence_group, own in zip(sequence_groups, weights, strict=True)
     ]
 
 

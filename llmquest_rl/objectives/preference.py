@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from llmquest_rl.algorithms.preference.answers import (
-    BAD,
-    GOOD,
-    MISMATCHED,
     rollout_pair,
     sides,
     weight_answers,
@@ -35,7 +32,7 @@ from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.ratios import totals
 from llmquest_rl.algorithms.sequence_groups import group_metrics
 from llmquest_rl.algorithms.unused_settings import check_read
-from llmquest_rl.batch import SequenceGroup, TokenBatch
+from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
 from llmquest_rl.objectives import Descriptions, Loss, with_aux

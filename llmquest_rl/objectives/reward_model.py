@@ -75,9 +75,9 @@ class RewardModel(Supervised):
                 "`data: {dataset: {name: preferences, path: pairs.jsonl}}`"
             )
         weight = 1 / (2 * max(1, len(groups)))
-        weighted = [group.with_token_field("weights", _constant(group, weight)) for group in groups]
+        weighted = [group.with_constants("weights", (weight, weight)) for group in groups]
         return [
-            group if "margins" in group.token_fields else group.with_token_field("margins", _constant(group, 0.0))
+            group if "margins" in group.token_fields else group.with_constants("margins", (0.0, 0.0))
             for group in weighted
         ]
 
@@ -97,10 +97,6 @@ class RewardModel(Supervised):
 
 def _is_pair(group: SequenceGroup) -> bool:
     return group.mask is not None and [sum(mask) for mask in group.mask] == [1, 1]
-
-
-def _constant(group: SequenceGroup, value: float) -> list[list[float]]:
-    return [[value] * len(completion) for completion in group.completions]
 
 
 def _metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Metrics:

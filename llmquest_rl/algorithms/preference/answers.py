@@ -9,19 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup
 from llmquest_rl.deferred import torch
 from llmquest_rl.types import Group
-
-GOOD, BAD, MISMATCHED = 1.0, -1.0, 2.0
-"""Values of the token field `sides`; 0 = an idle group, which is no answer."""
-
-
-def with_constants(group: SequenceGroup, name: str, values: Sequence[float]) -> SequenceGroup:
-    """The group with a token field that has one value per answer."""
-    pairs = zip(values, group.completions, strict=True)
-    return group.with_token_field(name, [[value] * len(completion) for value, completion in pairs])
-
 
 USED = ("sides", "rollout_logprobs")
 """Token fields of a data set or of rollouts that a preference method uses."""
@@ -31,7 +21,7 @@ def with_sides(group: SequenceGroup) -> SequenceGroup:
     """The group with the field `sides` and without unused ones; two answers without `sides` are a pair."""
     used = replace(group, token_fields={name: group.token_fields[name] for name in USED if name in group.token_fields})
     is_pair = "sides" not in group.token_fields and len(group.completions) == 2
-    return with_constants(used, "sides", (GOOD, BAD)) if is_pair else used
+    return used.with_constants("sides", (GOOD, BAD)) if is_pair else used
 
 
 def sides(group: SequenceGroup) -> list[float]:
@@ -60,7 +50,7 @@ def weight_answers(groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         own = [side in (GOOD, BAD) for side in sides(group)]
         share = 1 / (max(1, len(groups)) * max(1, sum(own)))
         weights = [share / sum(mask) if is_own else 0.0 for mask, is_own in zip(group.targets, own, strict=True)]
-        weighted.append(with_constants(group, "weights", weights))
+        weighted.append(group.with_constants("weights", weights))
     return weighted
 
 
@@ -77,8 +67,7 @@ def weight_good_tokens(groups: Sequence[SequenceGroup], of_tokens: bool) -> list
     ]
     tokens, answers = sum(map(sum, lengths)), sum(length > 0 for group in lengths for length in group)
     return [
-        with_constants(
-            group,
+        group.with_constants(
             "nll_weights",
             [0.0 if not length else 1 / tokens if of_tokens else 1 / (answers * length) for length in own],
         )

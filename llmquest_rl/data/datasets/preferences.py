@@ -78,7 +78,7 @@ def pairs(context: DatasetContext) -> RowKind:
         made = group_for_scoring(sequences) if context.labels else group_for_prediction(both)
         if "margin" not in row:
             return made
-        return made.with_token_field("margins", [[float(row["margin"])] * len(ids) for ids in made.completions])
+        return made.with_constants("margins", [float(row["margin"])] * 2)
 
     return RowKind(_problem, group, _question)
 

@@ -6,7 +6,7 @@ arXiv:2402.01306).
 
 from collections.abc import Iterator, Sequence
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import BAD, GOOD, SequenceGroup
 from llmquest_rl.data.conversation import check_completion, is_blank
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import read_rows
@@ -16,8 +16,6 @@ from llmquest_rl.data.rows import check_prompt, question_key
 from llmquest_rl.options import Options
 
 ROLES = ("prompt", "completion", "label")
-GOOD, BAD = 1.0, -1.0
-"""Values of the token field `sides`."""
 
 
 class Columns(Options):
@@ -60,8 +58,7 @@ def judged(context: DatasetContext) -> RowKind:
     def group(row: Fields) -> SequenceGroup:
         asked = {"prompt": row["prompt"], "completion": row["completion"]}
         made = group_for_prediction([compared_ids(asked, renderer)])
-        side = GOOD if row["label"] else BAD
-        return made.with_token_field("sides", [[side] * len(ids) for ids in made.completions])
+        return made.with_constants("sides", [GOOD if row["label"] else BAD])
 
     return RowKind(_problem, group, lambda row: question_key(row["prompt"]), _one_sided)
 
