@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
@@ -47,6 +48,41 @@ def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metric
         metrics.mean(f"aux/{name}", term.detach() * share, share)
         value = value + share * term
     return Loss(value, metrics)
+
+
+class ModelOutput(Protocol):
+    """What objectives read of a language model's forward pass; see `llmquest_rl.models.base.Output`."""
+
+    @property
+    def logprobs(self) -> Tensor: ...
+
+    @property
+    def entropy(self) -> Tensor | None: ...
+
+    @property
+    def aux(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def teacher_kl(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A reference model that differs from a frozen copy of the initial model, or reads other prompts."""
+
+    path: str | None = None
+    """A folder in the Hub's layout, or a Hub id; None = the weights are those of the initial model."""
+    hint: str | None = None
+    """Template of the prompts that the teacher reads (`llmquest_rl/data/hint.py`); None = the same prompts."""
+    gives_distributions: bool = False
+    """Whether microbatches get `TokenBatch.soft_targets`, rather than the teacher's log-probs of the targets."""
+    cache: Path | None = None
+    """File of the teacher's most likely tokens at all targets of the data set, which is made if it is missing; None =
+    the learners hold the teacher."""
+    top_k: int = 0
+    """Number of these tokens at each target."""
+    in_engine: bool = False
+    """Whether a worker with a rollout engine holds the teacher and scores the sampled completions."""
 
 
 class Objective(Protocol):
@@ -93,6 +129,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def teacher(self) -> Teacher | None:
+        """The reference model, if it is not just a frozen copy of the initial model."""
+        ...
+
+    @property
     def ref_sync_interval(self) -> int | None:
         """Steps after which the reference becomes the current model; None = it stays the initial model."""
         ...
@@ -135,6 +176,7 @@ class Supervised:
     needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False
+    teacher: Teacher | None = None
     ref_sync_interval: int | None = None
     routing_replay: bool = False
 

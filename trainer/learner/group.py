@@ -1,15 +1,20 @@
 """The learner processes, seen from the loop: one batch in, one set of metrics out."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
+from llmquest_rl.soft_targets import TopTokens
 from llmquest_rl.types import Group
 from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
 from trainer.run.trained import MODEL
+
+GROUPS_PER_CALL = 256
+"""Sequence groups that one learner process scores in one call."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,19 @@ class LearnerGroup:
         """The objective's metrics on held-out sequence groups, without a gradient."""
         work = [(share,) for (share,) in self._split([sequence_groups])]
         return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
+
+    def top_tokens(self, groups: Sequence[SequenceGroup]) -> Iterator[list[TopTokens]]:
+        """The teacher's most likely tokens at every token of each completion: `[completions]` for each group.
+
+        The learners hold the teacher until the last group.
+        """
+        size = self.group.size
+        for start in range(0, len(groups), GROUPS_PER_CALL * size):
+            part = groups[start : start + GROUPS_PER_CALL * size]
+            work = [(part[rank::size],) for rank in range(size)]
+            found = self.group.call_each(Learner.top_tokens, work, timeout_s=self.timeout_s)
+            yield from (found[i % size][i // size] for i in range(len(part)))
+        self.group.call_all(Learner.forget_teacher, timeout_s=self.timeout_s)
 
     def weight_snapshot(self) -> WeightSnapshot:
         """The weights, gathered on the first learner. They stay there: use the result only as an argument of a call."""
