@@ -23,6 +23,7 @@ from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
+from trainer.sources.reference_cache import with_reference
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
 from trainer.sources.rollouts import RewardWorkers, Rollouts
@@ -146,12 +147,17 @@ class OpenDataset:
             raise ValueError(
                 "--replay trains on saved rollouts, but this objective learns from a data set: leave it out"
             )
+        self.components = components
         self.requests = [learner_request(components.config)]
         self.source = DatasetSource(components.sequences, components.objective, components.config)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         learners.group.wait_ready()
-        return self.source
+        parts, cache = self.components, self.components.objective.reference_cache
+        if cache is None:
+            return self.source
+        sequences = with_reference(parts.sequences, parts.config.seed, learners, cache, parts.reference_keys())
+        return DatasetSource(sequences, parts.objective, parts.config)
 
 
 class OpenRollouts:

@@ -4,6 +4,7 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+from llmquest_rl.cached_tensors import content_key, folder_key
 from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.images import ImageReader, image_reader
 from llmquest_rl.data.open_dataset import open_dataset
@@ -111,6 +112,14 @@ class RunComponents:
         return SequenceGroupStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
         )
+
+    def reference_keys(self) -> dict[str, str]:
+        """Keys of what the reference's log-probs depend on, besides the sequences: the model and the chat template."""
+        config = self.config
+        dtype, _ = self.dtype(config.model.dtype, config.cluster.gpus_per_learner, "learner")
+        drawn = str(config.seed) if config.model.init == "random" else ""
+        template = content_key(self.renderer.template or "", config.data.system_prompt or "")
+        return {"model": content_key(folder_key(self.model_path), dtype, drawn), "chat template": template}
 
     def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
         """The configured dtype, or for `auto` the one that suits the device and the purpose, with the reason."""

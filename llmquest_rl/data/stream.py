@@ -174,7 +174,7 @@ class SequenceGroupStream:
     def __init__(self, data: SupervisedData, seed: int) -> None:
         if len(data.train) == 0:
             raise DataError(f"data set {data.name} has no training sequences")
-        self._data = data
+        self.data = data
         self._seed = seed
         self._order = EpochOrder(len(data.train), seed)
         self._position = 0
@@ -182,29 +182,29 @@ class SequenceGroupStream:
     @property
     def metrics(self) -> dict[str, float]:
         """The passes through the data so far, and the number of rows left out while loading, by cause."""
-        epoch = self._position / len(self._data.train)
+        epoch = self._position / len(self.data.train)
         return {"data/epoch": epoch} | {f"data/{name}": float(count) for name, count in self.counters.items()}
 
     @property
     def counters(self) -> dict[str, int]:
         """Number of rows left out while loading, by cause."""
-        return dict(self._data.counters)
+        return dict(self.data.counters)
 
     def take(self, n: int) -> list[SequenceGroup]:
         """Take the next n sequences; they may span several epochs."""
         start, self._position = self._position, self._position + n
-        return [self._data.train[self._order(position)] for position in range(start, self._position)]
+        return [self.data.train[self._order(position)] for position in range(start, self._position)]
 
     def validation(self, n: int | None = None) -> list[SequenceGroup]:
         """Up to n validation sequences (all if n is None), drawn with the seed; the same ones at every call."""
-        sequences: Sequence[SequenceGroup] = self._data.validation
+        sequences: Sequence[SequenceGroup] = self.data.validation
         order = EpochOrder(len(sequences), self._seed)
         count = len(sequences) if n is None else min(n, len(sequences))
         return [sequences[order(position)] for position in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """The state for an exact resume, small enough for JSON."""
-        return {"name": self._data.name, "size": len(self._data.train), "seed": self._seed, "position": self._position}
+        return {"name": self.data.name, "size": len(self.data.train), "seed": self._seed, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
@@ -212,5 +212,5 @@ class SequenceGroupStream:
         Raises:
             DataError: the state belongs to other data or another seed.
         """
-        _check_same_data(state, self._data.name, len(self._data.train), self._seed)
+        _check_same_data(state, self.data.name, len(self.data.train), self._seed)
         self._position = state["position"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch
@@ -98,6 +99,12 @@ class Objective(Protocol):
         ...
 
     @property
+    def reference_cache(self) -> Path | None:
+        """File of the reference's log-probs of the whole data set, which are then computed once; None = each step
+        computes its own. Only with `source` dataset."""
+        ...
+
+    @property
     def routing_replay(self) -> bool:
         """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
@@ -136,6 +143,7 @@ class Supervised:
     temperature: float = 1.0
     needs_reference: bool = False
     ref_sync_interval: int | None = None
+    reference_cache: Path | None = None
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:

@@ -1,7 +1,11 @@
 """The learner processes, seen from the loop: one batch in, one set of metrics out."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
@@ -10,6 +14,9 @@ from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
 from trainer.run.trained import MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,13 @@ class LearnerGroup:
         """The objective's metrics on held-out sequence groups, without a gradient."""
         work = [(share,) for (share,) in self._split([sequence_groups])]
         return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
+
+    def logprobs(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
+        """Log-probs of the targets under the current weights: one tensor `[targets]` for each group, in their order."""
+        size = self.group.size
+        work = [(groups[rank::size],) for rank in range(size)]
+        found = self.group.call_each(Learner.logprobs, work, timeout_s=self.timeout_s)
+        return [found[i % size][i // size] for i in range(len(groups))]
 
     def weight_snapshot(self) -> WeightSnapshot:
         """The weights, gathered on the first learner. They stay there: use the result only as an argument of a call."""
