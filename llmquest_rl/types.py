@@ -51,6 +51,8 @@ class Problem:
     """All further columns of the data set; rewards get them as keyword arguments."""
     images: "NDArray[float32] | None" = field(default=None, compare=False)
     """The normalised images of the prompt `[n, channels, height, width]`, in order; None = text only."""
+    reference_prompt_ids: list[int] | None = None
+    """Token ids of the prompt that the reference model reads, e.g. with the gold answer; None = the same prompt."""
 
 
 class Sampling(Options):

@@ -1,6 +1,7 @@
 """The components of a run, each built at its first use. No process starts and no weight is read."""
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rollout.engine import EngineSetup
 from trainer.cluster.hardware import available_cores, choose_dtype
 from trainer.config.rules import build_objective, optimizer_updates
 from trainer.config.schema import Config
+from trainer.learner.check_teacher import check_teacher
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
 
@@ -42,15 +44,23 @@ class RunComponents:
     def model_path(self) -> Path:
         return resolve_model(self.config.model.path)
 
+    @cached_property
+    def reference_path(self) -> Path | None:
+        """The folder of the objective's teacher; None if the reference is a copy of the initial model."""
+        teacher = self.objective.teacher
+        return None if teacher is None or teacher.path is None else resolve_model(teacher.path)
+
     def check_model(self) -> None:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
         Raises:
-            ValueError: a file or a tensor is missing or truncated (the message names it), or the objective needs a
-                classifier and the model cannot be turned into one.
+            ValueError: a file or a tensor is missing or truncated (the message names it), the objective needs a
+                classifier and the model cannot be turned into one, or its teacher has another tokenizer.
         """
         if self.config.model.init == "pretrained":
             check_model_files(self.model_path)
+        if self.reference_path is not None:
+            check_teacher(self.reference_path, self.model_path)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
 
@@ -93,7 +103,8 @@ class RunComponents:
         assert data.task is not None, "a configuration rule requires a task for objectives that learn from rollouts"
         malformed = MalformedRows(data.malformed_rows)
         task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
-        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
+        hint = None if self.objective.teacher is None else self.objective.teacher.hint
+        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts, hint)
 
     @cached_property
     def sequences(self) -> SequenceGroupStream:
@@ -121,6 +132,12 @@ class RunComponents:
         template = content_key(self.renderer.template or "", config.data.system_prompt or "")
         return {"model": content_key(folder_key(self.model_path), dtype, drawn), "chat template": template}
 
+    def teacher_keys(self) -> dict[str, str]:
+        """Keys of what a teacher's distributions depend on, besides the sequences: its files and its arithmetic."""
+        assert self.reference_path is not None, "a configuration rule requires a teacher"
+        dtype, _ = self.dtype(self.config.model.dtype, self.config.cluster.gpus_per_learner, "learner")
+        return {"teacher": content_key(folder_key(self.reference_path), dtype)}
+
     def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
         """The configured dtype, or for `auto` the one that suits the device and the purpose, with the reason."""
         if configured != "auto":
@@ -145,6 +162,7 @@ class RunComponents:
             device="cuda" if gpus else "cpu",
             gradient_checkpointing=config.model.gradient_checkpointing,
             seed=config.seed,
+            reference_path=self.reference_path,
             threads=threads(config.cluster.cpus_per_learner, config.learner.processes),
         )
 
@@ -179,6 +197,13 @@ class RunComponents:
             device="cuda" if gpus else "cpu",
             seed=config.seed,
         )
+
+    @property
+    def teacher_engine_setup(self) -> EngineSetup:
+        """The setup of the engine that holds a teacher. A hint may make its prompts longer than the student's."""
+        setup, teacher = self.engine_setup, self.objective.teacher
+        hint = self.config.data.max_prompt_tokens if teacher is not None and teacher.hint is not None else 0
+        return replace(setup, context_tokens=setup.context_tokens + hint)
 
 
 def threads(cpus_each: float | None, count: int) -> int:

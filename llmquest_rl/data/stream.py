@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import SupervisedData
+from llmquest_rl.data.hint import hinted_prompt
 from llmquest_rl.data.rows import DataError, Row
 from llmquest_rl.data.task import Task
 from llmquest_rl.data.tokenizer import PromptRenderer
@@ -54,6 +55,7 @@ class PromptStream:
     Args:
         max_prompt_tokens: Maximum length of a prompt in tokens, with those of its images. Longer prompts are dropped
             and counted, or are an error, as `long_prompts` says.
+        hint: Template of the prompts that the reference model reads (`llmquest_rl/data/hint.py`); None = the same.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class PromptStream:
         seed: int,
         max_prompt_tokens: int = 512,
         long_prompts: LongPrompts = "drop",
+        hint: str | None = None,
     ) -> None:
         if task.train.size == 0:
             raise DataError(f"task {task.name} has no training rows")
@@ -71,6 +74,7 @@ class PromptStream:
         self._seed = seed
         self._max_prompt_tokens = max_prompt_tokens
         self._long_prompts = long_prompts
+        self._hint = hint
         self._order = EpochOrder(task.train.size, seed)
         self._position = 0
         self._dropped_long = 0
@@ -165,7 +169,9 @@ class PromptStream:
                 )
             return None
         images = self._renderer.images.read(row.images) if self._renderer.images and row.images else None
-        return Problem(row.id, row.prompt, ids, row.answer, row.columns, images)
+        hinted = None if self._hint is None else hinted_prompt(self._hint, row)
+        reference_ids = None if hinted is None else self._renderer.prompt_ids(hinted, len(row.images))
+        return Problem(row.id, row.prompt, ids, row.answer, row.columns, images, reference_ids)
 
 
 class SequenceGroupStream:

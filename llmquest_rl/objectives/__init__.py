@@ -50,6 +50,41 @@ def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metric
     return Loss(value, metrics)
 
 
+class ModelOutput(Protocol):
+    """What objectives read of a language model's forward pass; see `llmquest_rl.models.base.Output`."""
+
+    @property
+    def logprobs(self) -> Tensor: ...
+
+    @property
+    def entropy(self) -> Tensor | None: ...
+
+    @property
+    def aux(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def teacher_kl(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A reference model that differs from a frozen copy of the initial model, or reads other prompts."""
+
+    path: str | None = None
+    """A folder in the Hub's layout, or a Hub id; None = the weights are those of the initial model."""
+    hint: str | None = None
+    """Template of the prompts that the teacher reads (`llmquest_rl/data/hint.py`); None = the same prompts."""
+    gives_distributions: bool = False
+    """Whether microbatches get `TokenBatch.soft_targets`, rather than the teacher's log-probs of the targets."""
+    cache: Path | None = None
+    """File of the teacher's most likely tokens at all targets of the data set, which is made if it is missing; None =
+    the learners hold the teacher."""
+    top_k: int = 0
+    """Number of these tokens at each target."""
+    in_engine: bool = False
+    """Whether a worker with a rollout engine holds the teacher and scores the sampled completions."""
+
+
 class Objective(Protocol):
     """A loss, and the inputs that it needs."""
 
@@ -91,6 +126,11 @@ class Objective(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether the learner holds a frozen copy of the initial model, the reference."""
+        ...
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The reference model, if it is not just a frozen copy of the initial model."""
         ...
 
     @property
@@ -142,6 +182,7 @@ class Supervised:
     needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False
+    teacher: Teacher | None = None
     ref_sync_interval: int | None = None
     reference_cache: Path | None = None
     routing_replay: bool = False

@@ -19,7 +19,7 @@ from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
-from llmquest_rl.objectives import Descriptions, Loss, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Teacher, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Group, Sampling
 
@@ -90,6 +90,7 @@ class Policy:
     labels: tuple[str, ...] = ()
     needs_whole_group: int = 0
     reference_cache: Path | None = None
+    teacher: Teacher | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -125,6 +126,10 @@ class Policy:
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         output = model(batch, temperature=self.temperature, entropy=self.entropy or self.needs_entropy)
+        return self.loss_of(output, batch)
+
+    def loss_of(self, output: ModelOutput, batch: TokenBatch) -> Loss:
+        """The loss of a microbatch whose forward pass has been computed."""
         losses, metrics = self.token_losses(output.logprobs, batch, output.entropy)
         weights = batch.token_fields["weights"]
         value = (weights * losses).sum()
@@ -145,7 +150,7 @@ class Policy:
             entropies: entropy of the distribution of each target in nats `[targets]`; required if `needs_entropy`.
         """
         algorithm, ids, metrics = self.algorithm, batch.sequence_ids, Metrics()
-        old = self._old(logprobs, batch)
+        old = self.old_logprobs(logprobs, batch)
         counted = batch.token_fields["weights"] != 0
         advantages = self._advantages(old, batch)
         ratios = RATIOS[algorithm.ratio].configured(algorithm)(logprobs, old, ids)
@@ -163,7 +168,7 @@ class Policy:
         metrics.sum("policy/tokens", counted.sum())
         return losses, metrics
 
-    def _old(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+    def old_logprobs(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         """Log-probs `[targets]` of the old policy, the denominator of the ratio."""
         if self.algorithm.old_policy == "engine":
             return batch.token_fields["rollout_logprobs"]

@@ -36,7 +36,7 @@ from llmquest_rl.algorithms.unused_settings import check_read
 from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Teacher, with_aux
 from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class Preference:
     labels: tuple[str, ...] = ()
     ref_sync_interval: int | None = None
     routing_replay: bool = False
+    teacher: Teacher | None = None
 
     @property
     def source(self) -> Literal["rollout", "dataset"]:

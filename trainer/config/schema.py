@@ -255,8 +255,8 @@ class Config(Options):
     """Number of training steps. A step samples or reads one batch and trains on it."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="policy"))
-    """Training loss: `policy` (RL), `preference` (DPO and its relatives), `next_token` (pretraining, SFT),
-    `reward_model` (pairs), `classify` (labels)."""
+    """Training loss: `policy` (RL), `preference` (DPO and its relatives), `distill` (from a teacher), `next_token`
+    (pretraining, SFT), `reward_model` (pairs), `classify` (labels)."""
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection(name="grpo"))
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()

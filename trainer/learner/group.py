@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
+from llmquest_rl.soft_targets import TopTokens
 from llmquest_rl.types import Group
 from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
@@ -17,6 +18,9 @@ from trainer.run.trained import MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+GROUPS_PER_CALL = 256
+"""Sequence groups that one learner process scores in one call."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,19 @@ class LearnerGroup:
         work = [(groups[rank::size],) for rank in range(size)]
         found = self.group.call_each(Learner.logprobs, work, timeout_s=self.timeout_s)
         return [found[i % size][i // size] for i in range(len(groups))]
+
+    def top_tokens(self, groups: Sequence[SequenceGroup]) -> Iterator[list[TopTokens]]:
+        """The teacher's most likely tokens at every token of each completion: `[completions]` for each group.
+
+        The learners hold the teacher until the last group.
+        """
+        size = self.group.size
+        for start in range(0, len(groups), GROUPS_PER_CALL * size):
+            part = groups[start : start + GROUPS_PER_CALL * size]
+            work = [(part[rank::size],) for rank in range(size)]
+            found = self.group.call_each(Learner.top_tokens, work, timeout_s=self.timeout_s)
+            yield from (found[i % size][i // size] for i in range(len(part)))
+        self.group.call_all(Learner.forget_teacher, timeout_s=self.timeout_s)
 
     def weight_snapshot(self) -> WeightSnapshot:
         """The weights, gathered on the first learner. They stay there: use the result only as an argument of a call."""

@@ -20,12 +20,12 @@ from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.layers.moe.routing_replay import replay_routing
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
-from llmquest_rl.models.checkpoint.load_classifier import load_classifier, new_classifier
-from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
+from trainer.learner.build_models import build_model, build_reference
 from trainer.learner.distributed import (
     forget_accelerate,
     join_group,
@@ -49,6 +49,7 @@ from trainer.learner.microbatches import (
 from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
+from trainer.learner.teacher import TopTokenScorer, on_device, with_hinted_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ TAG = "learner"
 """Name of DeepSpeed's folder inside a checkpoint."""
 
 
-class Learner:
+class Learner(TopTokenScorer):
     """One learner process: it holds the model and its optimizer, and trains on its share of every minibatch.
 
     The cluster makes it a Ray actor; with `cluster: inline` it runs in the caller's process. Every method is a
@@ -82,9 +83,9 @@ class Learner:
             self.device, rank, world_size, master_address, master_port, setup.learner.timeout_s
         )
         seed_everything(setup.seed, rank)
-        model = self._build_model()
+        model = build_model(setup)
         model.gradient_checkpointing = setup.gradient_checkpointing
-        self.reference = self._build_model().eval().requires_grad_(False) if setup.objective.needs_reference else None
+        self.reference = build_reference(setup)
         options, groups = setup.optimizer, decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
         with without_compiler():
             self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
@@ -142,7 +143,7 @@ class Learner:
         parts = []
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
-            batch = microbatch.to(self.device)
+            batch = on_device(microbatch, self.reference, self.setup, self.device)
             with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
                 # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
@@ -182,14 +183,17 @@ class Learner:
     def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]], updates: int) -> Plan:
         """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
         objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
+        shares_prompts = self.model.shares_prompts and (self.reference is None or self.reference.shares_prompts)
         fitted = [
-            split_to_budget(sequence_groups, budget, self.model.shares_prompts, objective.needs_whole_group)
-            for sequence_groups in minibatches
+            split_to_budget(sequence_groups, budget, shares_prompts, objective.needs_whole_group)
+            for sequence_groups in with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
         ]
         plan = plan_microbatches(fitted, budget, image_format(self.model.config))
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
         for name in objective.computed_logprobs(updates):
             model = models[name]
+            if all(name in batch.token_fields for microbatches in plan for batch in microbatches):
+                continue
             assert model is not None, f"the objective needs {name}, but no reference model"
             plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
         all_reduce = partial(sum_over_processes, device=self.device)
@@ -207,7 +211,8 @@ class Learner:
         plan = self._plan([sequence_groups], updates=1)
         metrics = Metrics()
         for batch in plan[0]:
-            metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
+            moved = on_device(batch, self.reference, self.setup, self.device)
+            metrics.merge([self.setup.objective.loss(self.engine, moved).metrics])
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
@@ -290,11 +295,3 @@ class Learner:
         """Set the thread count before each piece of work, because an engine in this process may have changed it."""
         if self.setup.threads:
             torch.set_num_threads(self.setup.threads)
-
-    def _build_model(self) -> CausalLM | ClassifierModel:
-        path, labels, seed = self.setup.model_path, self.setup.objective.labels, self.setup.seed
-        is_new = self.setup.init == "random"
-        if labels:
-            build = new_classifier if is_new else load_classifier
-            return build(path, labels, self.dtype, self.device, seed)
-        return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)

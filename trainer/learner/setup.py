@@ -28,5 +28,7 @@ class LearnerSetup:
     device: Literal["cpu", "cuda"] = "cpu"
     gradient_checkpointing: bool = False
     seed: int = 0
+    reference_path: Path | None = None
+    """Checkpoint folder of the reference model, if the objective needs one; None = a copy of the initial model."""
     threads: int = 0
     """CPU threads for this process; 0 = torch's own choice."""

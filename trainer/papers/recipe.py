@@ -22,6 +22,8 @@ from trainer.papers.measures import MEASURES, Labels
 FOLDER = Path("configs/papers")
 START = "start"
 """Name of the runs that pretrain start models."""
+TEACHER = "{teacher}"
+"""Value of `objective.teacher` in an arm that stands for the folder of the recipe's teacher."""
 
 
 class StartModel(Options):
@@ -47,6 +49,9 @@ class Recipe(Options):
     paper: str
     """Title, arXiv number, and figure or table."""
     start: Start
+    teacher: dict[str, Any] | None = None
+    """Keys of `start` that differ for a second model, which is pretrained in the same way and kept as well. Arms name
+    it as `objective: {name: distill, teacher: "{teacher}"}`. null = there is none."""
     run: dict[str, Any]
     """Run configuration that all arms share, without `name`, `seed` and `model.path`."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -83,6 +88,15 @@ class Recipe(Options):
                 )
         return self
 
+    @property
+    def teacher_start(self) -> Start | None:
+        """The section `start` of the teacher."""
+        if self.teacher is None:
+            return None
+        tree = ConfigTree(self.start.model_dump(), "start")
+        tree.merge(self.teacher, "teacher")
+        return Start(**tree.values)
+
     def _measured(self) -> set[str]:
         if self.measure is None:
             return set()
@@ -102,9 +116,12 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigError(
             [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
         ) from error
-    start_config(recipe, Path("start"), str(path))
+    for start in filter(None, (recipe.start, recipe.teacher_start)):
+        start_config(start, Path("start"), str(path))
     for arm in recipe.arms:
-        arm_config(recipe, arm, 0, Path("start"), str(path))
+        config = arm_config(recipe, arm, 0, Path("start"), str(path))
+        if recipe.teacher is None and config.model_dump()["objective"].get("teacher") == TEACHER:
+            raise ConfigError([f"{path}: arms.{arm}: {TEACHER} stands for the recipe's teacher: add `teacher: ...`"])
     return recipe
 
 
@@ -125,19 +142,22 @@ def find_recipe(name: str, folder: Path = FOLDER) -> Path:
     return folder / f"{name}.yaml"
 
 
-def start_config(recipe: Recipe, model: Path, origin: str) -> Config:
-    """Configuration of the run that pretrains the start model from the shape in folder `model`."""
-    tree = ConfigTree(recipe.start.run, f"{origin}: start.run")
+def start_config(start: Start, model: Path, origin: str) -> Config:
+    """Configuration of the run that pretrains a start model from the shape in folder `model`."""
+    tree = ConfigTree(start.run, f"{origin}: start.run")
     own = {"name": START, "model": {"path": str(model), "init": "random"}, "objective": {"name": "next_token"}}
     tree.merge(own, origin)
     return parse_config(tree.values, f"{origin}: start.run")
 
 
-def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str) -> Config:
+def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str, teacher: Path | None = None) -> Config:
     """Configuration of the run of one arm and seed, which starts from the model in folder `model`."""
     tree = ConfigTree(recipe.run, f"{origin}: run")
     tree.merge(recipe.arms[arm], f"{origin}: arms.{arm}")
     tree.merge({"name": f"arm-{slug(arm)}", "seed": seed, "model": {"path": str(model)}}, origin)
+    objective = tree.values.get("objective")
+    if teacher is not None and isinstance(objective, dict) and objective.get("teacher") == TEACHER:
+        tree.merge({"objective": {"teacher": str(teacher)}}, origin)
     return parse_config(tree.values, f"{origin}: arms.{arm}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.schema import Config
 from trainer.papers.claims import Verdict, check
 from trainer.papers.figure import draw_figure
 from trainer.papers.measures import MEASURES, Measure, Trained
@@ -51,9 +52,14 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
     recipe, origin = load_recipe(path), str(path)
     out = out or work / path.stem
     out.mkdir(parents=True, exist_ok=True)
-    start = start_model(recipe, work, origin)
-    report(f"start model: {start}")
-    results = _with_runs(recipe, seeds, start.resolve(), work / path.stem, origin, report)
+    models = {"start model": start_model(recipe.start, work, origin)}
+    if recipe.teacher_start is not None:
+        models["teacher"] = start_model(recipe.teacher_start, work, origin)
+    for kind, model in models.items():
+        report(f"{kind}: {model}")
+    start, *teacher = (model.resolve() for model in models.values())
+    configs = {job: arm_config(recipe, *job, start, origin, *teacher) for job in jobs(recipe, seeds)}
+    results = _with_runs(recipe, configs, start, work / path.stem, report)
     figure = draw_figure(recipe.panels, results, recipe.columns, out / f"{path.stem}.png")
     verdicts = [check(claim, results) for claim in recipe.claims]
     curves = sorted({(panel.metric, panel.x) for panel in recipe.panels} | {(c.metric, "step") for c in recipe.claims})
@@ -64,10 +70,9 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
 
 
 def _with_runs(
-    recipe: Recipe, seeds: int, start: Path, folder: Path, origin: str, report: Callable[[str], None]
+    recipe: Recipe, configs: dict[tuple[str, int], Config], start: Path, folder: Path, report: Callable[[str], None]
 ) -> Results:
     """Train every arm with every seed, and run the measure."""
-    configs = {(arm, seed): arm_config(recipe, arm, seed, start, origin) for arm, seed in jobs(recipe, seeds)}
     names = {job: f"{job[0]}, seed {job[1]}" for job in configs}
     by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
     results: Results = defaultdict(dict)
@@ -75,7 +80,7 @@ def _with_runs(
         results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
     if recipe.measure is not None:
         measure: Measure = MEASURES.module(recipe.measure).measure
-        for seed in range(seeds):
+        for seed in sorted({seed for _, seed in configs}):
             own = {arm: configs[arm, seed] for arm in recipe.arms}
             trained = Trained(seed, start, own, {arm: by_name[names[arm, seed]] for arm in recipe.arms})
             for label, rows in measure(trained).items():

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.cached_tensors import content_key, load_tensors, save_tensors
+from llmquest_rl.cached_tensors import load_tensors, save_tensors
 from llmquest_rl.data.stream import SequenceGroupStream
 from llmquest_rl.deferred import torch
 from trainer.learner.group import LearnerGroup
+from trainer.sources.data_key import data_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ def with_reference(
     """
     data = stream.data
     sides = {"train": data.train, "validation": data.validation}
-    keys = {**made_from, "data set": _data_key(chain(data.train, data.validation))}
+    keys = {**made_from, "data set": data_key(chain(data.train, data.validation))}
     found = load_tensors(path, keys)
     if found is None:
         log.info("%s is made: the reference's log-probs of %d groups", path, sum(map(len, sides.values())))
@@ -74,10 +75,6 @@ def with_reference(
         log.info("the reference's log-probs are those of %s", path)
     train, validation = (_by_group(found[name], groups) for name, groups in sides.items())
     return SequenceGroupStream(replace(data, train=train, validation=validation), seed)
-
-
-def _data_key(groups: chain[SequenceGroup]) -> str:
-    return content_key(*(repr((group.prompt, group.completions, group.mask)) for group in groups))
 
 
 def _logprobs(groups: Sequence[SequenceGroup], learners: LearnerGroup) -> Tensor:

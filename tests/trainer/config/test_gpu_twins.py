@@ -33,6 +33,8 @@ SHAPES = {
     "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
+    "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
@@ -93,14 +95,21 @@ def num_parameters(folder: Path) -> int:
     return count_parameters(folder).total
 
 
-def learner_gb(config: Config, parameters: int) -> float:
+def teacher_path(config: Config) -> str | None:
+    """The Hub id of the objective's teacher, if it has one of its own."""
+    teacher = build_objective(config).teacher
+    return None if teacher is None else teacher.path
+
+
+def learner_gb(config: Config, parameters: int, teacher: int = 0) -> float:
     """Peak gigabytes of weights and optimizer state on a learner's GPU, while it loads or while it trains.
 
-    Every learner loads the complete model in bfloat16 and keeps the complete reference. Gradients, master weights and
+    Every learner loads the complete model in bfloat16 and keeps the complete reference, a copy of the model or a
+    teacher with that many parameters. Gradients, master weights and
     the two averages of AdamW are float32 and partitioned.
     """
     weights = 2e-9 * parameters
-    reference = weights * build_objective(config).needs_reference
+    reference = 2e-9 * (teacher or parameters) * build_objective(config).needs_reference
     kept = weights / config.learner.processes if config.learner.zero_stage == 3 else weights
     return reference + max(weights, kept + 16e-9 * parameters / config.learner.processes)
 
@@ -130,7 +139,9 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
         requests = [learner_request(config), *(rollout_requests(config) if samples else ())]
         assert sum(r.count * r.gpus for r in requests) <= gpus, label
         parameters = num_parameters(folders[config.model.path])
-        assert learner_gb(config, parameters) < 0.75 * gigabytes, f"{label}: activations need the rest"
+        teacher = teacher_path(config)
+        of_teacher = 0 if teacher is None else num_parameters(folders[teacher])
+        assert learner_gb(config, parameters, of_teacher) < 0.75 * gigabytes, f"{label}: activations need the rest"
         if not samples:
             continue
         share = config.rollout.engine.options.model_dump()["gpu_memory_utilization"]
@@ -140,8 +151,9 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
 @by_name
 def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folders: dict[str, Path]) -> None:
     for label, arguments in variants(path).items():
-        folder = folders[load_config(path, arguments).model.path]
-        parts = RunComponents(load_config(path, [*arguments, f"model.path={folder}"]))
+        folder, teacher = folders[load_config(path, arguments).model.path], teacher_path(load_config(path, arguments))
+        changes = [f"model.path={folder}"] + ([] if teacher is None else [f"objective.teacher={folders[teacher]}"])
+        parts = RunComponents(load_config(path, [*arguments, *changes]))
         parts.check_experts()
         setup = parts.learner_setup(folder)
         assert (setup.device, setup.dtype) == ("cuda", "bfloat16"), label
