@@ -23,7 +23,7 @@ FOLDER = Path("configs/papers")
 START = "start"
 """Name of the runs that pretrain start models."""
 TEACHER = "{teacher}"
-"""Value of `objective.teacher` in an arm that stands for the folder of the recipe's teacher."""
+"""Stands for the folder of the recipe's teacher in the values of an arm."""
 
 
 class StartModel(Options):
@@ -88,6 +88,14 @@ class Recipe(Options):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        if self.teacher is None and _with_teacher(self.arms, "") != self.arms:
+            raise ValueError(
+                f"an arm names {TEACHER}, the recipe's teacher, which it does not have: add `teacher: ...`"
+            )
+        return self
+
     @property
     def teacher_start(self) -> Start | None:
         """The section `start` of the teacher."""
@@ -119,9 +127,7 @@ def load_recipe(path: Path) -> Recipe:
     for start in filter(None, (recipe.start, recipe.teacher_start)):
         start_config(start, Path("start"), str(path))
     for arm in recipe.arms:
-        config = arm_config(recipe, arm, 0, Path("start"), str(path))
-        if recipe.teacher is None and config.model_dump()["objective"].get("teacher") == TEACHER:
-            raise ConfigError([f"{path}: arms.{arm}: {TEACHER} stands for the recipe's teacher: add `teacher: ...`"])
+        arm_config(recipe, arm, 0, Path("start"), str(path))
     return recipe
 
 
@@ -153,12 +159,16 @@ def start_config(start: Start, model: Path, origin: str) -> Config:
 def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str, teacher: Path | None = None) -> Config:
     """Configuration of the run of one arm and seed, which starts from the model in folder `model`."""
     tree = ConfigTree(recipe.run, f"{origin}: run")
-    tree.merge(recipe.arms[arm], f"{origin}: arms.{arm}")
+    tree.merge(_with_teacher(recipe.arms[arm], str(teacher or TEACHER)), f"{origin}: arms.{arm}")
     tree.merge({"name": f"arm-{slug(arm)}", "seed": seed, "model": {"path": str(model)}}, origin)
-    objective = tree.values.get("objective")
-    if teacher is not None and isinstance(objective, dict) and objective.get("teacher") == TEACHER:
-        tree.merge({"objective": {"teacher": str(teacher)}}, origin)
     return parse_config(tree.values, f"{origin}: arms.{arm}")
+
+
+def _with_teacher(values: Any, folder: str) -> Any:
+    """Values of a configuration with the teacher's folder in place of `TEACHER`."""
+    if isinstance(values, dict):
+        return {key: _with_teacher(value, folder) for key, value in values.items()}
+    return folder if values == TEACHER else values
 
 
 def slug(label: str) -> str:
