@@ -70,7 +70,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("transformers.generation", "datasets", "matplotlib", *COMPILER, *SERVERS),
     ),
     "learner": ("import trainer.learner.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
-    "learner, built": (LEARNER, ("transformers", "datasets", "ray", "vllm")),
+    "learner, built": (LEARNER, ("transformers", "datasets", "torch._dynamo", "ray", "vllm")),
     "native worker, built": (WORKER, ("transformers", "datasets", *COMPILER, *SERVERS)),
     "vLLM worker": ("import rollout.worker, rollout.engines.vllm", ("torch", "transformers", *SERVERS)),
     "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),

@@ -25,6 +25,7 @@ from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
 from trainer.sources.engine_teacher import TEACHER, EngineTeacher
+from trainer.sources.reference_cache import with_reference
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
 from trainer.sources.rollouts import RewardWorkers, Rollouts
@@ -161,11 +162,14 @@ class OpenDataset:
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         learners.group.wait_ready()
-        parts, teacher = self.components, self.components.objective.teacher
-        if teacher is None or teacher.cache is None:
+        parts, objective = self.components, self.components.objective
+        sequences, seed = parts.sequences, parts.config.seed
+        if objective.reference_cache is not None:
+            sequences = with_reference(sequences, seed, learners, objective.reference_cache, parts.reference_keys())
+        elif objective.teacher is not None and objective.teacher.cache is not None:
+            sequences = with_teacher_cache(sequences, seed, objective.teacher, parts.teacher_keys(), learners)
+        else:
             return self.source
-        keys = parts.teacher_keys()
-        sequences = with_teacher_cache(parts.sequences, parts.config.seed, teacher, keys, learners)
         return DatasetSource(sequences, parts.objective, parts.config)
 
 

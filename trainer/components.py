@@ -128,6 +128,14 @@ class RunComponents:
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
         )
 
+    def reference_keys(self) -> dict[str, str]:
+        """Keys of what the reference's log-probs depend on, besides the sequences: the model and the chat template."""
+        config = self.config
+        dtype, _ = self.dtype(config.model.dtype, config.cluster.gpus_per_learner, "learner")
+        drawn = str(config.seed) if config.model.init == "random" else ""
+        template = content_key(self.renderer.template or "", config.data.system_prompt or "")
+        return {"model": content_key(folder_key(self.model_path), dtype, drawn), "chat template": template}
+
     def teacher_keys(self) -> dict[str, str]:
         """Keys of what a teacher's distributions depend on, besides the sequences: its files and its arithmetic."""
         assert self.reference_path is not None, "a configuration rule requires a teacher"

@@ -139,6 +139,12 @@ class Objective(Protocol):
         ...
 
     @property
+    def reference_cache(self) -> Path | None:
+        """File of the reference's log-probs of the whole data set, which are then computed once; None = each step
+        computes its own. Only with `source` dataset."""
+        ...
+
+    @property
     def routing_replay(self) -> bool:
         """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
@@ -178,6 +184,7 @@ class Supervised:
     needs_reference: bool = False
     teacher: Teacher | None = None
     ref_sync_interval: int | None = None
+    reference_cache: Path | None = None
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:

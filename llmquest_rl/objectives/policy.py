@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmquest_rl.algorithms.cells import SURROGATES
@@ -88,6 +89,7 @@ class Policy:
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
     needs_whole_group: int = 0
+    reference_cache: Path | None = None
     teacher: Teacher | None = None
 
     @property

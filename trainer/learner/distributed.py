@@ -14,8 +14,9 @@ import logging
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -55,6 +56,23 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
     if world_size == 1 and not reduces_itself:
         engine.enable_backward_allreduce = False  # it would copy every gradient twice in vain
     return engine
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import DeepSpeed and build optimizers without loading torch's compiler, which takes 2 s of processor time.
+
+    DeepSpeed's Muon asks for it at import, and torch's optimizers to keep a method from being compiled. Learners use
+    neither.
+    """
+    compile_function, add_group = torch.compile, unwrap(torch.optim.Optimizer.add_param_group)
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    add_group.__dynamo_disable = add_group  # the name under which torch keeps what its compiler made of the method
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
+        del add_group.__dynamo_disable
 
 
 def _plugin(config: dict[str, Any]) -> Any:

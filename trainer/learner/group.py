@@ -1,8 +1,11 @@
 """The learner processes, seen from the loop: one batch in, one set of metrics out."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.packing import split_ranks
@@ -12,6 +15,9 @@ from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
 from trainer.run.trained import MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUPS_PER_CALL = 256
 """Sequence groups that one learner process scores in one call."""
@@ -51,6 +57,13 @@ class LearnerGroup:
         """The objective's metrics on held-out sequence groups, without a gradient."""
         work = [(share,) for (share,) in self._split([sequence_groups])]
         return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
+
+    def logprobs(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
+        """Log-probs of the targets under the current weights: one tensor `[targets]` for each group, in their order."""
+        size = self.group.size
+        work = [(groups[rank::size],) for rank in range(size)]
+        found = self.group.call_each(Learner.logprobs, work, timeout_s=self.timeout_s)
+        return [found[i % size][i // size] for i in range(len(groups))]
 
     def top_tokens(self, groups: Sequence[SequenceGroup]) -> Iterator[list[TopTokens]]:
         """The teacher's most likely tokens at every token of each completion: `[completions]` for each group.

@@ -34,6 +34,7 @@ from trainer.learner.distributed import (
     peak_memory_gb,
     sum_over_processes,
     whole_weights,
+    without_compiler,
     wrap_model,
 )
 from trainer.learner.microbatches import (
@@ -43,6 +44,7 @@ from trainer.learner.microbatches import (
     num_tokens,
     plan_microbatches,
     split_to_budget,
+    target_logprobs,
 )
 from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
@@ -84,11 +86,10 @@ class Learner(TopTokenScorer):
         model = build_model(setup)
         model.gradient_checkpointing = setup.gradient_checkpointing
         self.reference = build_reference(setup)
-        groups = decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
-        self.adamw = torch.optim.AdamW(
-            groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
-        )
-        self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
+        options, groups = setup.optimizer, decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
+        with without_compiler():
+            self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
+            self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
 
     # --- training ---
@@ -214,6 +215,13 @@ class Learner(TopTokenScorer):
             metrics.merge([self.setup.objective.loss(self.engine, moved).metrics])
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
+
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
+        """Log-probs of the targets of this process's groups under the current weights: `[targets]` for each group."""
+        self._set_threads()
+        self.model.eval()
+        return target_logprobs(groups, self.model, self.engine, self.setup)
 
     # --- weights and state ---
 

@@ -3,20 +3,20 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup
-from llmquest_rl.cached_tensors import content_key, load_tensors, save_tensors
+from llmquest_rl.cached_tensors import load_tensors, save_tensors
 from llmquest_rl.data.stream import SequenceGroupStream
 from llmquest_rl.objectives import Teacher
 from llmquest_rl.soft_targets import TopTokens, joined
 from trainer.learner.group import LearnerGroup
+from trainer.sources.data_key import data_key
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def with_teacher_cache(
     assert teacher.cache is not None, "only a teacher with a cache comes here"
     data = stream.data
     sides: tuple[Sequence[SequenceGroup], Sequence[SequenceGroup]] = (data.train, data.validation)
-    keys = {**made_by, "data set": _data_key(sides), "top_k": str(teacher.top_k)}
+    keys = {**made_by, "data set": data_key(chain(*sides)), "top_k": str(teacher.top_k)}
     found = load_tensors(teacher.cache, keys) or _make(teacher.cache, keys, sides, learners)
     counts = [sum(map(len, group.completions)) for side in sides for group in side]
     starts = list(accumulate(counts, initial=0))
@@ -84,16 +84,3 @@ def _make(
     tensors = {"ids": found.ids.to(torch.int32), "logprobs": found.logprobs}
     save_tensors(path, tensors, keys)
     return tensors
-
-
-def _data_key(sides: Sequence[Sequence[SequenceGroup]]) -> str:
-    """The key of all tokens, which depend on the rows, the chat template and the tokenizer."""
-    parts: list[bytes] = []
-    for side in sides:
-        for group in side:
-            parts += [_bytes(ids) for ids in (group.prompt, *group.completions, *(group.mask or ()))]
-    return content_key(*parts)
-
-
-def _bytes(values: Sequence[int]) -> bytes:
-    return np.asarray(values, dtype=np.int32).tobytes()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from llmquest_rl.batch import SequenceGroup
@@ -38,7 +39,8 @@ SHARED = {
 }
 """Metrics that do not depend on how the work was shared out."""
 
-Result = tuple[dict[str, Tensor], dict[str, float]]
+Result = tuple[dict[str, Tensor], dict[str, float], list[Tensor]]
+"""Weights, metrics, and the log-probs of the first minibatch's groups, for any number of processes in their order."""
 Draw = Callable[..., list[list[SequenceGroup]]]
 
 
@@ -47,10 +49,11 @@ def alone(
 ) -> Result:
     """One process on the same data."""
     learner = Learner(make_setup(folder, tokens_per_microbatch=tokens_per_microbatch, **changes))
+    scored = learner.logprobs(draw(0, count=1, groups=groups)[0])
     metrics = run_steps(learner, Case([], 1, 0, groups=groups, draw=draw), 0)
     weights = whole_weights(learner)
     learner.close()
-    return weights, metrics
+    return weights, metrics, scored
 
 
 def two(stage: int) -> LearnerConfig:
@@ -98,6 +101,8 @@ def test_two_processes_are_one_for_preferences(method: str, draw: Draw, tmp_path
     for result, other in zip(*ranks, strict=True):
         assert_same(result, expected, metrics=metrics)
         assert result[1] == other[1], "both processes report the same metrics"
+        for i, values in enumerate(expected[2]):
+            torch.testing.assert_close((result, other)[i % 2][2][i // 2], values, rtol=1e-5, atol=1e-6)
 
 
 def test_a_process_without_groups_keeps_step(tmp_path: Path) -> None:
