@@ -49,7 +49,7 @@ from trainer.learner.microbatches import (
 from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
-from trainer.learner.teacher import TopTokenScorer, on_device, with_hinted_logprobs
+from trainer.learner.teacher import TopTokenScorer, with_distributions, with_hinted_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,6 @@ class Learner(TopTokenScorer):
             self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
             self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
-
-    # --- training ---
 
     def update(self, minibatches: Sequence[Sequence[SequenceGroup]], epochs: int) -> dict[str, float]:
         """Run one optimizer update for each minibatch, in each epoch.
@@ -143,7 +141,9 @@ class Learner(TopTokenScorer):
         parts = []
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
-            batch = on_device(microbatch, self.reference, self.setup, self.device)
+            batch = microbatch.to(self.device)
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
             with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
                 # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
@@ -183,10 +183,12 @@ class Learner(TopTokenScorer):
     def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]], updates: int) -> Plan:
         """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
         objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
+        if objective.teacher is not None:
+            minibatches = with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
         shares_prompts = self.model.shares_prompts and (self.reference is None or self.reference.shares_prompts)
         fitted = [
             split_to_budget(sequence_groups, budget, shares_prompts, objective.needs_whole_group)
-            for sequence_groups in with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
+            for sequence_groups in minibatches
         ]
         plan = plan_microbatches(fitted, budget, image_format(self.model.config))
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
@@ -210,9 +212,10 @@ class Learner(TopTokenScorer):
         self.model.eval()
         plan = self._plan([sequence_groups], updates=1)
         metrics = Metrics()
-        for batch in plan[0]:
-            moved = on_device(batch, self.reference, self.setup, self.device)
-            metrics.merge([self.setup.objective.loss(self.engine, moved).metrics])
+        for batch in (microbatch.to(self.device) for microbatch in plan[0]):
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
+            metrics.merge([self.setup.objective.loss(self.engine, batch).metrics])
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
