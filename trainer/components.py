@@ -57,10 +57,14 @@ class RunComponents:
             ValueError: a file or a tensor is missing or truncated (the message names it), the objective needs a
                 classifier and the model cannot be turned into one, or its teacher has another tokenizer.
         """
-        if self.config.model.init == "pretrained":
+        config = self.config
+        if config.model.init == "pretrained":
             check_model_files(self.model_path)
         if self.reference_path is not None:
-            check_teacher(self.reference_path, self.model_path)
+            longest = config.batch.tokens_per_sequence
+            if self.objective.source == "rollout":
+                longest = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
+            check_teacher(self.reference_path, self.model_path, longest)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
 

@@ -120,6 +120,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(tiny_model: Path, runs: Run
         runs.train()
     with pytest.raises(ValueError, match="another tokenizer"):
         list(dry_run(runs.config()))
+    with pytest.raises(ValueError, match=r"supports \d+ positions, but sequences may have 100128 tokens"):
+        on_policy(runs, teacher=str(tiny_model)).train(
+            "rollout.sampling.max_tokens=100000", "batch.tokens_per_microbatch=200000"
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,30 @@ SHOWN = 3
 """Tokens that the error shows."""
 
 
-def check_teacher(teacher: Path, student: Path) -> None:
+def check_teacher(teacher: Path, student: Path, longest: int) -> None:
     """Check that the teacher is a complete language model whose tokens have the meaning of the student's.
 
     No weight is read.
 
+    Args:
+        teacher: The teacher's folder.
+        student: The student's folder.
+        longest: Tokens of the longest sequence that the student learns from.
+
     Raises:
-        ValueError: a file or a tensor is missing, the model scores labels, or the tokenizers differ; the message names
-            both folders and some tokens that differ.
+        ValueError: a file or a tensor is missing, the model scores labels, has too few positions, or has another
+            tokenizer; the message names both folders and some tokens that differ.
     """
     check_model_files(teacher)
-    hf, _ = read_shape(teacher)
+    hf, shape = read_shape(teacher)
     if not issubclass(hf.model, CausalLM):
         raise ValueError(
             f"the teacher {teacher} is a {hf.architecture}, which predicts no tokens: use a language model"
+        )
+    if shape.max_positions < longest:
+        raise ValueError(
+            f"the teacher {teacher} supports {shape.max_positions} positions, but sequences may have {longest} tokens: "
+            "lower data.max_prompt_tokens and rollout.sampling.max_tokens, or batch.tokens_per_sequence"
         )
     theirs, ours = ({i: t for t, i in load_tokenizer(path).get_vocab().items()} for path in (teacher, student))
     if theirs != ours:

@@ -20,7 +20,7 @@ from tests.trainer.conftest import REWARDS, ROOT
 from trainer.cli.main import main
 from trainer.config.tree import ConfigError
 from trainer.papers.measures import gradient_noise
-from trainer.papers.recipe import find_recipe, load_recipe
+from trainer.papers.recipe import arm_config, find_recipe, load_recipe
 from trainer.papers.reproduce import WORK, Report, reproduce
 from trainer.papers.runs import ArmError
 
@@ -218,3 +218,15 @@ def test_every_recipe_loads_and_says_what_it_shows(path: Path) -> None:
     load_recipe(path)
     text = path.read_text()
     assert all(f"# {part}: " in text for part in ("Paper", "Here", "Hardware"))
+
+
+def test_an_arm_may_learn_from_a_second_model(tmp_path: Path) -> None:
+    arms = {"one": {"objective": {"name": "distill", "teacher": "{teacher}"}, "algorithm": {"name": "reinforce"}}}
+    changed = values() | {"arms": arms}
+    with pytest.raises(ConfigError, match="an arm names {teacher}"):
+        load_recipe(write(tmp_path, arms=arms))
+    recipe = load_recipe(write(tmp_path, arms=arms, teacher={"run": {"steps": 7}}))
+    assert recipe.teacher_start is not None and recipe.teacher_start.model == recipe.start.model
+    assert recipe.teacher_start.run == changed["start"]["run"] | {"steps": 7}
+    config = arm_config(recipe, "one", 0, tmp_path / "start", "here", tmp_path / "second")
+    assert config.objective.options.teacher == str(tmp_path / "second")
