@@ -33,7 +33,9 @@ SHAPES = {
     "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
+    "Qwen/Qwen3-4B-Base": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "qwen2.5-1.5b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }
