@@ -112,6 +112,8 @@ class Score:
     detail: str = ""
     """The error message of a failure."""
     seconds: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each reward in the total, by name; `parts` also has components, which have none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,15 @@ def group_mean_std(rewards: Tensor, lengths: Tensor) -> Tensor:
     return group_mean(rewards, lengths) / (rewards.std() + STD_EPS)
 
 
+def mean_normalized(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """(R - mean) / mean of the group (MaxRL, arXiv 2602.02710).
+
+    With rewards of 0 and 1 the mean estimates the probability p of a right answer. 1 / p is the factor between the
+    gradient of log p and that of p, so hard prompts weigh more than easy ones. Rewards must not be below 0.
+    """
+    return group_mean(rewards, lengths) / rewards.mean()
+
+
 def leave_one_out(rewards: Tensor, lengths: Tensor) -> Tensor:
     """Reward minus the mean of the other rewards (RLOO, arXiv 2402.14740): n / (n - 1) times `group_mean`."""
     return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
@@ -107,11 +116,14 @@ class Advantage(Variant[AdvantageFunction]):
     """Whether a group's mean reward is the baseline: a phantom reward may join that mean."""
     in_deviations: bool = False
     """Whether the advantages are in units of their group's deviation."""
+    nonnegative: bool = False
+    """Whether rewards below 0 have no meaning."""
 
 
 ADVANTAGES: dict[str, Advantage] = {
     "group_mean_std": Advantage(group_mean_std, by_mean=True, in_deviations=True),
     "group_mean": Advantage(group_mean, by_mean=True),
+    "mean_normalized": Advantage(mean_normalized, nonnegative=True),
     "leave_one_out": Advantage(leave_one_out, by_mean=True),
     "length_weighted_mean": Advantage(length_weighted_mean),
     "pass_at_k": Advantage(pass_at_k, PassK, " (k {pass_k})", in_deviations=True),

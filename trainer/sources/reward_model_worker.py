@@ -113,7 +113,7 @@ class RewardModelWorker:
         name, weight = self.setup.config.name, self.setup.config.weight
         if value is None or not torch.tensor(value).isfinite():
             return Score(None, {}, "invalid", f"{name}: {error or f'the score is {value}'}", seconds)
-        return Score(weight * value, {name: value}, None, "", seconds)
+        return Score(weight * value, {name: value}, None, "", seconds, {name: weight})
 
     @torch.no_grad()
     def _scores(self, items: Sequence[GradeItem], sequences: dict[int, list[int]]) -> dict[int, float]:

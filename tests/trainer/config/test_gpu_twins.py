@@ -35,7 +35,9 @@ SHAPES = {
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
     "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
     "Qwen/Qwen3-8B": "qwen3-8b",
+    "Qwen/Qwen3-4B-Base": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "qwen2.5-1.5b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }

@@ -1,0 +1,123 @@
+"""Rows of the table of algorithms that compare rewards, gate tokens or give credit in other ways than GRPO's family."""
+
+from llmquest_rl.algorithms.variant import Row
+
+LATER_ROWS: dict[str, Row] = {
+    "maxrl": Row(
+        "MaxRL, arXiv 2602.02710",
+        {
+            "advantage": "mean_normalized",
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "sequence_sum",
+            "beta": 0.0,
+        },
+    ),
+    "gdpo": Row(
+        "GDPO, arXiv 2601.05242",
+        {
+            "advantage": "group_mean_std",
+            "decoupled_rewards": True,
+            "normalization": "standardize",
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "sequence_mean",
+            "beta": 0.0,
+        },
+    ),
+    "flash_reinforce": Row(
+        "FlashREINFORCE, 2026, github.com/NVIDIA-NeMo/labs-molt",
+        {
+            "advantage": "reward",
+            "normalization": "batch_mean",
+            "surrogate": "log_prob",
+            "aggregation": "sequence_mean",
+            "is_correction": "sequence_binary_kl",
+            "divergence_limit": 3e-3,
+            "beta": 0.0,
+        },
+    ),
+    "kpop": Row(
+        "KPop, 2026, ringtech.notion.site/kpop",
+        {
+            "advantage": "group_mean_std",
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "sequence_mean",
+            "is_correction": "token_binary_kl",
+            "divergence_limit": 0.1,
+            "beta": 0.0,
+        },
+    ),
+    "clip_cov": Row(
+        "Clip-Cov, arXiv 2505.22617",
+        {
+            "advantage": "group_mean_std",
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token_mean",
+            "covariance": "clip",
+            "cov_fraction": 2e-4,
+            "cov_low": 1.0,
+            "cov_high": 5.0,
+            "dynamic_sampling": True,
+            "beta": 0.0,
+        },
+    ),
+    "kl_cov": Row(
+        "KL-Cov, arXiv 2505.22617",
+        {
+            "advantage": "group_mean_std",
+            "ratio": "token",
+            "surrogate": "unclipped",
+            "aggregation": "token_mean",
+            "covariance": "kl",
+            "cov_fraction": 2e-4,
+            "cov_kl": 1.0,
+            "dynamic_sampling": True,
+            "beta": 0.0,
+        },
+    ),
+    "drpo": Row(
+        "DRPO, arXiv 2606.09821",
+        {
+            "advantage": "group_mean",
+            "ratio": "token",
+            "old_policy": "engine",
+            "surrogate": "shift_penalty",
+            "shift_limit": 12.5,
+            "aggregation": "max_tokens_mean",
+            "beta": 0.0,
+        },
+    ),
+    "fipo": Row(
+        "FIPO, arXiv 2603.19835",
+        {
+            "advantage": "group_mean_std",
+            "credit": "future_kl",
+            "future_half_life": 32.0,
+            "future_low": 1.0,
+            "future_high": 1.2,
+            "future_max_ratio": 10.0,
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "dual_clip": 10.0,
+            "aggregation": "token_mean",
+            "length_penalty": "soft_overlong",
+            "overlong_buffer": 0.2,
+            "dynamic_sampling": True,
+            "beta": 0.0,
+        },
+    ),
+}
+"""The rows by name. docs/algorithms/ says where a paper also changes other parts of a run."""
