@@ -22,6 +22,10 @@ class RolloutWorker:
         """Sample `n` completions of each request: `[requests][n]`. See `RolloutEngine.generate`, also for errors."""
         return self.engine.generate(requests, sampling)
 
+    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs of given tokens: `[sequences][len - 1]`. See `RolloutEngine.logprobs`."""
+        return self.engine.logprobs(sequences)
+
     def load_weights(self, snapshot: WeightSnapshot, version: int) -> SyncReport:
         """Verify a snapshot and load it. The tensors are only read, because they may be in shared memory.
 

@@ -19,7 +19,7 @@ GRADED_ROWS = 10
 """Number of rows whose gold answers are graded."""
 MEASURED_ROWS = 200
 """Number of rows whose lengths are measured."""
-GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>")
+GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>", "</think>\\boxed{ANSWER}")
 """Forms of a correct completion, because rewards expect different formats."""
 
 

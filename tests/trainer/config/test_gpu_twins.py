@@ -34,6 +34,7 @@ SHAPES = {
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": "r1-distill-qwen-14b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }
