@@ -20,6 +20,7 @@ from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
+from rollout.proxy import NativeProxy, open_proxy
 from trainer.cluster.hardware import available_cores, choose_dtype
 from trainer.config.rules import build_objective, optimizer_updates
 from trainer.config.schema import Config
@@ -106,9 +107,23 @@ class RunComponents:
         data = self.config.data
         assert data.task is not None, "a configuration rule requires a task for objectives that learn from rollouts"
         malformed = MalformedRows(data.malformed_rows)
-        task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
+        section, seed = data.task, self.config.seed
+        task = open_task(section.name, section.function, section.options, seed, malformed, self.open_proxy)
         hint = None if self.objective.teacher is None else self.objective.teacher.hint
-        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts, hint)
+        return PromptStream(task, self.renderer, seed, data.max_prompt_tokens, data.long_prompts, hint)
+
+    def open_proxy(self, reference: str | None) -> NativeProxy:
+        """Open a proxy model for a task that scores text; None = the model of this run before its training.
+
+        Raises:
+            ValueError: the model does not exist, or it is the model of this run, whose weights are random.
+        """
+        if reference is None and self.config.model.init == "random":
+            raise ValueError(
+                "a model with random weights cannot tell which tokens are hard: name a `proxy` in data.task"
+            )
+        path = self.model_path if reference is None else resolve_model(reference)
+        return open_proxy(path, self.model_path, threads(None, 1))
 
     @cached_property
     def sequences(self) -> SequenceGroupStream:
@@ -191,9 +206,10 @@ class RunComponents:
         config, gpus = self.config, self.config.cluster.gpus_per_rollout_worker
         dtype, reason = self.dtype(config.rollout.dtype, gpus, "engine")
         completion = max(config.rollout.sampling.max_tokens, config.eval.max_tokens or 0)
+        answer = 0 if config.rollout.answer_logprobs is None else config.rollout.answer_logprobs.max_tokens
         at_once = config.batch.prompts_per_step * config.batch.samples_per_prompt
         return EngineSetup(
-            context_tokens=config.data.max_prompt_tokens + completion,
+            context_tokens=config.data.max_prompt_tokens + completion + answer,
             max_sequences=-(-at_once // config.rollout.workers),
             dtype=dtype,  # type: ignore[arg-type]
             dtype_reason=reason,

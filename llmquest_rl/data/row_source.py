@@ -12,8 +12,7 @@ from llmquest_rl.data.rows import DataError, MalformedRows, Row, Rows
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.data.template import fill, placeholders
-from llmquest_rl.loader import absolute_name
-from llmquest_rl.options import Options, checked_options
+from llmquest_rl.options import Options, checked_component, checked_options
 
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
 """Rows to train on, and rows to validate on or the share of the questions to validate on."""
@@ -62,13 +61,7 @@ class RowSource(Location):
     @classmethod
     def _check_task(cls, task: dict[str, Any] | None) -> dict[str, Any] | None:
         """Check the task's options, and make the path of its file absolute."""
-        if task is None:
-            return None
-        if not isinstance(task.get("name"), str):
-            raise ValueError("a task needs a `name`, e.g. {name: arithmetic, digits: 2}")
-        named = {**task, "name": absolute_name(task["name"])}
-        checked_options(TASKS, named["name"], {key: value for key, value in named.items() if key != "name"})
-        return named
+        return None if task is None else checked_component(TASKS, task, "{name: arithmetic, digits: 2}")
 
     @model_validator(mode="after")
     def _path_or_task(self) -> "RowSource":

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from trainer.cli.positions import positions_app
 from trainer.cli.tools import all_passed, tools
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(tools)
+app.add_typer(positions_app)
 
 Recipe = Annotated[
     Path,

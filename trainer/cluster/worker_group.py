@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 
-from trainer.config.schema import ClusterConfig
+from trainer.config.cluster_section import ClusterConfig
 
 Worker = TypeVar("Worker", covariant=True)
 Arguments = TypeVarTuple("Arguments")

@@ -1,9 +1,5 @@
 """Rules on combinations of options."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 from llmquest_rl.algorithms.advantages import ADVANTAGES, Advantage
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
@@ -12,21 +8,8 @@ from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS, Normalization
 from llmquest_rl.loader import users_code
 from llmquest_rl.objectives import Objective
+from trainer.config.rule import Rule
 from trainer.config.schema import Config
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A condition on several options."""
-
-    key: str
-    """The option to change if the rule is broken."""
-    holds: Callable[[Config], bool]
-    """Whether a configuration follows the rule."""
-    message: str
-    """The reason and the remedy."""
-    applies_to: Literal["rollout", "dataset", "any"] = "any"
-    """The source of the objective's batches. The rule does not apply to configurations with another source."""
 
 
 def build_objective(config: Config) -> Objective:
@@ -116,6 +99,12 @@ RULES = [
         "two rewards have the same name: give one of them another `name` and point to the reward with `function`",
     ),
     Rule(
+        "rollout.answer_logprobs",
+        lambda c: c.rollout.answer_logprobs is not None or all(r.function != "likelihood_gain" for r in c.rewards),
+        "the reward likelihood_gain reads the log-prob of the answer: write `answer_logprobs: {}`",
+        applies_to="rollout",
+    ),
+    Rule(
         "reward_models",
         lambda c: len(set(c.reward_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
         "a reward model has the name of another one, or of a reward. Metrics are logged by name, so rename one of them",
@@ -172,6 +161,12 @@ RULES = [
         "algorithm.dynamic_sampling",
         lambda c: _advantage(c).group_relative or not c.algorithm.dynamic_sampling,
         "this algorithm does not compare within groups, so groups of equal rewards have a gradient: set it to false",
+        applies_to="rollout",
+    ),
+    Rule(
+        "batch.dynamic_sampling_from",
+        lambda c: c.batch.dynamic_sampling_from == 1 or c.algorithm.dynamic_sampling,
+        "there is no dynamic sampling: set algorithm.dynamic_sampling to true, or leave this out",
         applies_to="rollout",
     ),
     Rule(

@@ -16,6 +16,7 @@ from rewards.types import GradeItem
 from rollout.weights import SyncReport, WeightSnapshot
 from rollout.worker import RolloutWorker
 from trainer.cluster.worker_group import WorkerGroup
+from trainer.sources.answer_logprobs import AnswerScorer
 
 T = TypeVar("T")
 
@@ -53,7 +54,12 @@ class Rollouts:
     """Samples completions and grades them. A restarted rollout worker gets the weights of the last sync."""
 
     def __init__(
-        self, workers: WorkerGroup[RolloutWorker], rewards: list[RewardWorkers], seed: int, timeout_s: float
+        self,
+        workers: WorkerGroup[RolloutWorker],
+        rewards: list[RewardWorkers],
+        seed: int,
+        timeout_s: float,
+        answers: AnswerScorer | None = None,
     ) -> None:
         """Take the workers of a run.
 
@@ -62,11 +68,13 @@ class Rollouts:
             rewards: each of them scores every completion; the values add up.
             seed: the run's seed.
             timeout_s: time limit for the answers of one call of the rollout workers, in seconds.
+            answers: computes the log-probs of gold answers behind thoughts; None = no reward needs them.
         """
         self.workers = workers
         self.rewards = rewards
         self.seed = seed
         self.timeout_s = timeout_s
+        self.answers = answers
         self._current: tuple[WeightSnapshot, int] | None = None
         workers.on_restart = self._restore
 
@@ -85,6 +93,11 @@ class Rollouts:
         """
         work = [(share, sampling) for share in split_evenly(requests, self.workers.size)]
         return list(chain.from_iterable(self.workers.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
+
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Log-prob of each token given those before it, by the rollout workers: `[sequences][len - 1]`."""
+        work = [(share,) for share in split_evenly(sequences, self.workers.size)]
+        return list(chain.from_iterable(self.workers.map(RolloutWorker.logprobs, work, timeout_s=self.timeout_s)))
 
     def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
         """Load new weights into every rollout worker, which verifies their checksums first."""
@@ -153,6 +166,9 @@ class Rollouts:
             for problem, answers in zip(problems, completions, strict=True)
             for completion in answers
         ]
+        if self.answers is not None:
+            pairs = [(problem, one) for problem, own in zip(problems, completions, strict=True) for one in own]
+            items = self.answers.add(items, pairs, self.logprobs)
         by_reward = [reward.grade(items) for reward in self.rewards]
         scores = map(combine_scores, zip(*by_reward, strict=True))
         return [[next(scores) for _ in answers] for answers in completions]

@@ -38,6 +38,7 @@ SHAPES = {
     "Qwen/Qwen3-4B-Base": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "qwen2.5-1.5b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": "r1-distill-qwen-14b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
 }
