@@ -54,6 +54,11 @@ def totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
     return values.new_zeros(sequences).index_add(0, sequence_ids, values)
 
 
+def mean_of_sequence(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean over the targets of each sequence `[sequences]`."""
+    return totals(values, sequence_ids) / totals(torch.ones_like(values), sequence_ids).clamp(min=1)
+
+
 def token(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor) -> Tensor:
     """pi(token) / pi_old(token) of each token (PPO, arXiv 1707.06347, equation 6)."""
     return bounded_exp(logprobs - old_logprobs)

@@ -186,4 +186,5 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
         metrics.max("rollout/completion_tokens_max", len(completion.token_ids))
         metrics.mean("rollout/truncated_share", float(completion.finish_reason == "length"))
         metrics.sum("rollout/empty_samples", float(not completion.token_ids))
+        metrics.mean("rollout/repetition", completion.repetition)
     return metrics

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.types import Group
+from llmquest_rl.types import Group, Pooling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,6 +63,11 @@ class Objective(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels that the model scores: class names, or one label for a reward model; () = it predicts tokens."""
+        ...
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """The tokens at which a reward model reads its score; None = it is no reward model."""
         ...
 
     @property
@@ -132,6 +137,7 @@ class Supervised:
     derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False

@@ -1,5 +1,6 @@
 """The learner processes, seen from the loop: one batch in, one set of metrics out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from llmquest_rl.types import Group
 from rollout.weights import WeightSnapshot
 from trainer.cluster.worker_group import WorkerGroup
 from trainer.learner.learner import Learner
+from trainer.learner.reference import numbered_group
+from trainer.run.samples import Sample, unknown_kl
 from trainer.run.trained import MODEL
 
 
@@ -28,10 +31,17 @@ class StepBatch:
 class LearnerGroup:
     """The learner processes, which hold one model together: every call is a collective and goes to all of them."""
 
-    def __init__(self, group: WorkerGroup[Learner], timeout_s: float) -> None:
-        """`timeout_s` is the time limit of each call, in seconds."""
+    def __init__(self, group: WorkerGroup[Learner], timeout_s: float, has_reference: bool = False) -> None:
+        """Take the processes of a run.
+
+        Args:
+            group: the learner processes.
+            timeout_s: time limit of each call, in seconds.
+            has_reference: whether they hold a reference model.
+        """
         self.group = group
         self.timeout_s = timeout_s
+        self.has_reference = has_reference
 
     def update(self, batch: StepBatch) -> dict[str, float]:
         """Run the step's optimizer updates; each learner gets its share of every minibatch. Returns the metrics.
@@ -46,6 +56,21 @@ class LearnerGroup:
         """The objective's metrics on held-out sequence groups, without a gradient."""
         work = [(share,) for (share,) in self._split([sequence_groups])]
         return self.group.call_each(Learner.evaluate, work, timeout_s=self.timeout_s)[0]
+
+    def kl_to_reference(self, samples: Sequence[Sample]) -> list[float] | list[None]:
+        """log pi(y) - log pi_ref(y) of each sample's completion y in nats, under the weights that sampled it.
+
+        Its mean over samples is the KL to the reference model. Without a reference model there is None for each.
+        """
+        if not self.has_reference or not samples:
+            return unknown_kl(samples)
+        sequence_groups = [numbered_group(number, sample) for number, sample in enumerate(samples, start=1)]
+        work = [(share,) for (share,) in self._split([sequence_groups])]
+        found: dict[int, float] = {}
+        for answer in self.group.call_each(Learner.reference_logprobs, work, timeout_s=self.timeout_s):
+            found |= answer
+        completions = enumerate((sample.completion for sample in samples), start=1)
+        return [sum(completion.logprobs) - found.get(number, 0.0) for number, completion in completions]
 
     def weight_snapshot(self) -> WeightSnapshot:
         """The weights, gathered on the first learner. They stay there: use the result only as an argument of a call."""

@@ -44,7 +44,7 @@ from trainer.learner.microbatches import (
     plan_microbatches,
     split_to_budget,
 )
-from trainer.learner.reference import load_reference, save_reference, sync_reference
+from trainer.learner.reference import completion_logprobs, load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
 
@@ -210,6 +210,12 @@ class Learner:
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
+    def reference_logprobs(self, groups: Sequence[SequenceGroup]) -> dict[int, float]:
+        """See `completion_logprobs`; every process calls it, also without a group."""
+        self._set_threads()
+        assert self.reference is not None, "`LearnerGroup.has_reference` says whether there is one"
+        return completion_logprobs(self.reference, groups, self.setup, self.device)
+
     # --- weights and state ---
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -288,5 +294,5 @@ class Learner:
         is_new = self.setup.init == "random"
         if labels:
             build = new_classifier if is_new else load_classifier
-            return build(path, labels, self.dtype, self.device, seed)
+            return build(path, labels, self.dtype, self.device, seed, self.setup.objective.pooling)
         return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)

@@ -10,11 +10,13 @@ from typing import Any
 from trainer.papers.claims import Verdict, check
 from trainer.papers.figure import draw_figure
 from trainer.papers.measures import MEASURES, Measure, Trained
-from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
+from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe, stage_config
 from trainer.papers.runs import run_all
-from trainer.papers.series import Results, summary, with_cumulative_sums
+from trainer.papers.series import Results, summary, with_cumulative_sums, with_roots
 from trainer.papers.start import start_model
+from trainer.pipeline.stages import PREFIX, with_models
 from trainer.run.tracking import JsonLines
+from trainer.run.trained import trained_model
 
 WORK = Path("runs/papers")
 """Folder in which start models and runs are kept."""
@@ -68,11 +70,14 @@ def _with_runs(
 ) -> Results:
     """Train every arm with every seed, and run the measure."""
     configs = {(arm, seed): arm_config(recipe, arm, seed, start, origin) for arm, seed in jobs(recipe, seeds)}
+    if recipe.stages:
+        models = _stage_models(recipe, seeds, start, folder, origin, report)
+        configs = {job: with_models(config, models[job[1]], origin) for job, config in configs.items()}
     names = {job: f"{job[0]}, seed {job[1]}" for job in configs}
     by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
     results: Results = defaultdict(dict)
     for (arm, seed), name in names.items():
-        results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
+        results[arm][seed] = with_cumulative_sums(with_roots(JsonLines(by_name[name] / "metrics.jsonl").read()))
     if recipe.measure is not None:
         measure: Measure = MEASURES.module(recipe.measure).measure
         for seed in range(seeds):
@@ -82,6 +87,19 @@ def _with_runs(
                 results[label][seed] = rows
             report(f"measured, seed {seed}")
     return dict(results)
+
+
+def _stage_models(
+    recipe: Recipe, seeds: int, start: Path, folder: Path, origin: str, report: Callable[[str], None]
+) -> dict[int, dict[str, Path]]:
+    """Train every stage with every seed; returns the folders of the models by seed and reference."""
+    jobs = {(name, seed): f"{name}, seed {seed}" for seed in range(seeds) for name in recipe.stages}
+    configs = {label: stage_config(recipe, name, seed, start, origin) for (name, seed), label in jobs.items()}
+    runs = run_all(configs, folder, report)
+    models: dict[int, dict[str, Path]] = defaultdict(dict)
+    for (name, seed), label in jobs.items():
+        models[seed][f"{PREFIX}{name}"] = trained_model(str(runs[label]))
+    return models
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -68,6 +69,10 @@ class Rollouts:
         self.seed = seed
         self.timeout_s = timeout_s
         self._current: tuple[WeightSnapshot, int] | None = None
+        # Workers of other processes score side by side, and a thread calls each group. Those of this process take turns:
+        # they share its number of threads, and a debugger can follow them.
+        are_apart = len(rewards) > 1 and not any(reward.group.in_this_process for reward in rewards)
+        self._threads = ThreadPoolExecutor(len(rewards), "reward") if are_apart else None
         workers.on_restart = self._restore
 
     def wait_ready(self) -> None:
@@ -139,6 +144,8 @@ class Rollouts:
 
     def close(self) -> None:
         """End every worker."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         self.workers.close()
         for reward in self.rewards:
             reward.group.close()
@@ -153,7 +160,11 @@ class Rollouts:
             for problem, answers in zip(problems, completions, strict=True)
             for completion in answers
         ]
-        by_reward = [reward.grade(items) for reward in self.rewards]
+        if self._threads is None:
+            by_reward = [reward.grade(items) for reward in self.rewards]
+        else:
+            futures = [self._threads.submit(reward.grade, items) for reward in self.rewards]
+            by_reward = [future.result() for future in futures]
         scores = map(combine_scores, zip(*by_reward, strict=True))
         return [[next(scores) for _ in answers] for answers in completions]
 
