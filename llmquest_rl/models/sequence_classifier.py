@@ -1,8 +1,8 @@
 """A sequence classifier: any decoder of this folder, with one number for each label in place of its output layer.
 
-The numbers are read at the sources of the targets, usually at the last token of the text, the only one that attends to
-all of it. With several labels it is a classifier of texts (Radford et al. 2018, *Improving Language Understanding by
-Generative Pre-Training*, section 3.2), with one label a reward model (Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
+The numbers are read at the sources of the targets, usually the last token of the text, which attends to all of it. With
+several labels it is a classifier of texts (Radford et al. 2018, *Improving Language Understanding by Generative
+Pre-Training*, section 3.2), with one label a reward model (Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
 Modules for multi-token prediction are left out, because they need the output layer.
 Shapes: T tokens of a pack, D hidden size.
 """

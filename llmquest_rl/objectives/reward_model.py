@@ -3,8 +3,8 @@
 The loss is -(1 - s) log sigmoid(d) - s log sigmoid(-d) + center (chosen + rejected)^2 with d = chosen - rejected -
 margin, the mean over the pairs of an update. Without label smoothing (s = 0) the first two terms are equation 1 of
 Ouyang et al. 2022 (arXiv:2203.02155). The margin is equation 2 of Touvron et al. 2023 (arXiv:2307.09288); it is 0 if
-the data has none. Smoothing assumes that a share s of the labels is wrong (Wang et al. 2024, arXiv:2401.06080). The last
-term keeps scores near 0 (Eisenstein et al. 2023, arXiv:2312.09244).
+the data has none. Smoothing assumes that a share s of the labels is wrong (Wang et al. 2024, arXiv:2401.06080). The
+last term keeps scores near 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
 On held-out pairs the confidence of a ranking, sigmoid(|chosen - rejected|), is compared with the share of right
 rankings, in bins of equal width: the expected calibration error of Guo et al. 2017 (arXiv:1706.04599, equation 3).

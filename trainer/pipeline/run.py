@@ -41,7 +41,7 @@ class FinishedStage:
 def find_run(config: Config, runs: Path = RUNS) -> FoundRun | None:
     """The run below `runs`/<name> with exactly this configuration that got furthest, or None; of several the newest."""
     wanted = dump(config)
-    markers = sorted((runs / config.name).glob(f"*/{MARKER}"), reverse=True)
+    markers = sorted((runs / config.name).resolve().glob(f"*/{MARKER}"), reverse=True)
     folders = [marker.parent for marker in markers if marker.read_text(encoding="utf-8") == wanted]
     found = [FoundRun(folder, newest_step(RunFolder(folder))) for folder in folders]
     return max(found, key=lambda run: run.step or 0, default=None)

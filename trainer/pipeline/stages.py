@@ -6,6 +6,7 @@ and `stage:NAME@best` or `stage:NAME@200` that of another one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,7 +83,7 @@ def _tree(file: PipelineFile, number: int, path: Path) -> ConfigTree:
     origin = f"{path}: stages.{number}"
     inherited = {"inherit": own.pop("inherit")} if "inherit" in own else {}
     tree = ConfigTree.inheriting(inherited, path, origin)
-    tree.merge(file.shared, f"{path}: {SHARED}")
+    tree.merge(deepcopy(file.shared), f"{path}: {SHARED}")  # an override changes the sections of one stage
     tree.merge(own, origin)
     return tree
 

@@ -56,8 +56,8 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "rollout/completion_tokens_max": ("tokens", "Length of the longest completion."),
     "rollout/repetition": (
         "share",
-        "Runs of four tokens that occurred before in the same completion, mean. A policy that exploits its reward often "
-        "repeats itself.",
+        "Runs of four tokens that occurred before in the same completion, mean. A policy that exploits its reward "
+        "often repeats itself.",
     ),
     "rollout/truncated_share": ("share", "Completions that were cut at the token limit."),
     "rollout/right_tokens": ("tokens", "Length of a correct completion, mean. Absent if there is none."),

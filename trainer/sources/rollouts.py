@@ -69,8 +69,8 @@ class Rollouts:
         self.seed = seed
         self.timeout_s = timeout_s
         self._current: tuple[WeightSnapshot, int] | None = None
-        # Workers of other processes score side by side, and a thread calls each group. Those of this process take turns:
-        # they share its number of threads, and a debugger can follow them.
+        # Workers of other processes score side by side, and a thread calls each group. Those of this process take
+        # turns: they share its number of threads, and a debugger can follow them.
         are_apart = len(rewards) > 1 and not any(reward.group.in_this_process for reward in rewards)
         self._threads = ThreadPoolExecutor(len(rewards), "reward") if are_apart else None
         workers.on_restart = self._restore

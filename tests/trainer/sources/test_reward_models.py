@@ -156,7 +156,7 @@ def test_a_judge_that_answers_nan_ends_the_run_and_is_named(runs: Runs, model: P
         runs.train()
     runs.values["rewards"] = [{"function": f"{REWARDS}:low_characters"}]
     runs.values["graders"] |= {"max_unscored_share": 1.0}
-    row = rows(runs.train("steps=1", "optimizer.warmup_steps=0"))[-1]
+    row = rows(runs.train("steps=1", "optimizer.warmup_steps=0", "eval.every=0"))[-1]
     assert row["reward/failed_invalid"] == row["reward/unscored_share"] * 16 == 16
     assert "reward/mean" not in row, "and it is nowhere a number"
 
