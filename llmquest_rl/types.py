@@ -24,9 +24,6 @@ Pooling = Literal["eos", "last_token", "mean"]
 """Where a reward model reads its score: at the end-of-sequence token after the reply, at the last token of the reply
 itself (the end-of-sequence token is left out), or as the mean over the reply's tokens."""
 
-REPEATED = 4
-"""Number of tokens in a row that count as a repetition when they occur again."""
-
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
@@ -102,16 +99,6 @@ class Completion:
     finish_reason: FinishReason
     weight_version: int
     """Version of the weights that sampled the completion."""
-
-    @property
-    def repetition(self) -> float:
-        """Share of the runs of four tokens that occurred before in the completion; 0 if it is shorter.
-
-        This is seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319, section 6.1).
-        """
-        ids = self.token_ids
-        runs = [tuple(ids[i : i + REPEATED]) for i in range(len(ids) - REPEATED + 1)]
-        return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from llmquest_rl.algorithms.sequence_groups import repetition
 from llmquest_rl.types import Completion, Group, Score
 
 
@@ -36,7 +37,7 @@ class Sample:
             "detail": self.score.detail,
             "finish_reason": self.completion.finish_reason,
             "num_tokens": len(self.completion.token_ids),
-            "repetition": self.completion.repetition,
+            "repetition": repetition(self.completion.token_ids),
             "kl": kl,
             "weight_version": self.completion.weight_version,
         }

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmquest_rl.algorithms.sequence_groups import repetition
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.models.checkpoint.load_save import load_model
-from llmquest_rl.types import Completion
 from tests.trainer.conftest import Runs, rows
 from trainer.config.tree import ConfigError
 from trainer.run.checkpoint import Best, best_checkpoint
@@ -85,19 +85,16 @@ def test_sample_completions_show_their_kl_to_the_reference(runs: Runs, tiny_mode
             with torch.no_grad():
                 expected = sum(completion.logprobs) - float(reference(batch).logprobs.sum())
             assert row["kl"] == pytest.approx(expected, abs=1e-4)
-            assert row["repetition"] == completion.repetition
+            assert row["repetition"] == repetition(completion.token_ids)
         assert (max(abs(row["kl"]) for row in shown) < 1e-4) == (step == 1)
     row = rows(run)[-1]
     assert 0 <= row["rollout/repetition"] <= 1 and row["policy/kl_sequence"] >= row["policy/kl"] > 0
 
 
 def test_repetition_is_the_share_of_runs_that_occurred_before() -> None:
-    def repetition(*ids: int) -> float:
-        return Completion(list(ids), [0.0] * len(ids), "", "stop", 0).repetition
-
-    assert repetition() == repetition(1, 1, 1) == repetition(1, 2, 3, 4) == 0
-    assert repetition(1, 2, 3, 4, 1, 2, 3, 4) == pytest.approx(1 / 5)
-    assert repetition(*[7] * 10) == pytest.approx(6 / 7)
+    assert repetition([]) == repetition([1, 1, 1]) == repetition([1, 2, 3, 4]) == 0
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
 
 
 def test_without_a_reference_there_is_no_kl(runs: Runs) -> None:
