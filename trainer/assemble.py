@@ -111,7 +111,7 @@ def start_learners(setup: LearnerSetup, config: Config, cluster: Cluster) -> Lea
     group = cluster.spawn(
         Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
     )
-    return LearnerGroup(group, config.learner.timeout_s)
+    return LearnerGroup(group, config.learner.timeout_s, setup.objective.needs_reference)
 
 
 def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:

@@ -138,6 +138,7 @@ class RunComponents:
             data.long_prompts,
             self.objective.labels,
             self.image_reader,
+            (self.objective.pooling if self.objective.labels else None) or "eos",
         )
         return SequenceGroupStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed

@@ -86,6 +86,11 @@ def _log_complement(logprobs: Tensor) -> Tensor:
     return (-torch.expm1(logprobs)).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
+def mean_of_sequence(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean over the targets of each sequence `[sequences]`."""
+    return totals(values, sequence_ids) / totals(torch.ones_like(values), sequence_ids).clamp(min=1)
+
+
 def token(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor) -> Tensor:
     """pi(token) / pi_old(token) of each token (PPO, arXiv 1707.06347, equation 6)."""
     return bounded_exp(logprobs - old_logprobs)

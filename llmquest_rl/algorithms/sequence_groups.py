@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+REPEATED = 4
+"""Number of tokens in a row that count as a repetition when they occur again."""
+
+
 class _Compared(NamedTuple):
     """The samples of a group that are compared: those with a score and at least one token."""
 
@@ -202,6 +206,15 @@ def _std(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
 
 
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of the runs of four tokens that occurred before in the text; 0 if it is shorter.
+
+    This is seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319, section 6.1).
+    """
+    runs = [tuple(token_ids[i : i + REPEATED]) for i in range(len(token_ids) - REPEATED + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def group_metrics(groups: Sequence[Group]) -> Metrics:
     """Metrics on the rewards and the lengths of the completions of a step."""
     metrics = Metrics()
@@ -223,4 +236,5 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
         metrics.max("rollout/completion_tokens_max", len(completion.token_ids))
         metrics.mean("rollout/truncated_share", float(completion.finish_reason == "length"))
         metrics.sum("rollout/empty_samples", float(not completion.token_ids))
+        metrics.mean("rollout/repetition", repetition(completion.token_ids))
     return metrics

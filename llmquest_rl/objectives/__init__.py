@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.types import Group
+from llmquest_rl.types import Group, Pooling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,6 +102,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def pooling(self) -> Pooling | None:
+        """The tokens at which a reward model reads its score; None = it is no reward model."""
+        ...
+
+    @property
     def needs_whole_group(self) -> int:
         """Completions of a group at most, if they are compared with each other: a microbatch must hold all of them.
         0 = a group may be split."""
@@ -179,6 +184,7 @@ class Supervised:
     derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False

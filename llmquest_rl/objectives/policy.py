@@ -15,7 +15,7 @@ from llmquest_rl.algorithms.is_correction import CORRECTIONS, Gap
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS, k3
 from llmquest_rl.algorithms.masks import most_uncertain, on_policy_enough
 from llmquest_rl.algorithms.presets import Algorithm
-from llmquest_rl.algorithms.ratios import RATIOS, bounded_exp, sum_to_end
+from llmquest_rl.algorithms.ratios import RATIOS, bounded_exp, sum_to_end, totals
 from llmquest_rl.algorithms.sequence_groups import make_sequence_groups, token_weights
 from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
@@ -23,7 +23,7 @@ from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
 from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Teacher, with_aux
 from llmquest_rl.options import Options
-from llmquest_rl.types import Group, Sampling
+from llmquest_rl.types import Group, Pooling, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,6 +47,7 @@ METRICS: Descriptions = {
     "policy/clip_frac_rare": ("share", "Clipped tokens among those with a probability below 0.1 in the old policy."),
     "policy/clip_frac_common": ("share", "Clipped tokens among the other ones."),
     "policy/kl": ("nats", "Estimate k3 of KL(policy || reference), mean."),
+    "policy/kl_sequence": ("nats", "The same, summed over the tokens of a completion, mean over completions."),
     "policy/approx_kl": ("nats", "Estimate k3 of KL(old policy || current policy), mean."),
     "policy/logp_gap": ("nats", "Absolute difference of the engine's and the learner's log-prob of a token, mean."),
     "policy/logp_gap_max": ("nats", "Largest such difference."),
@@ -92,6 +93,7 @@ class Policy:
     entropy: bool = True
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     needs_whole_group: int = 0
     reference_cache: Path | None = None
     teacher: Teacher | None = None
@@ -236,7 +238,10 @@ class Policy:
         """The KL's term of the loss `[targets]`; 0 if the KL is in the reward."""
         algorithm, reference = self.algorithm, batch.token_fields["ref_logprobs"]
         counted = batch.token_fields["weights"] != 0
-        metrics.mean("policy/kl", k3(logprobs.detach(), reference)[counted].sum(), counted.sum())
+        estimates = torch.where(counted, k3(logprobs.detach(), reference), 0.0)
+        metrics.mean("policy/kl", estimates.sum(), counted.sum())
+        completions = totals(counted.float(), batch.sequence_ids) > 0
+        metrics.mean("policy/kl_sequence", estimates.sum(), completions.sum())
         if algorithm.kl_in == "reward":
             return torch.zeros_like(reference)
         weight = bounded_exp(logprobs - old) if algorithm.kl_unbiased else 1.0

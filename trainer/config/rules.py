@@ -283,6 +283,11 @@ RULES = [
         lambda c: not (c.checkpoint.best_metric or "").startswith("eval/") or c.eval.every > 0,
         "this metric is never measured: set eval.every above 0, or best_metric to null",
     ),
+    Rule(
+        "checkpoint.max_kl",
+        lambda c: not c.checkpoint.reads_kl or (from_rollouts(c) and build_objective(c).needs_reference),
+        "max_kl and kl_coef need the KL of sampled completions to a reference: use RL with algorithm.beta above 0",
+    ),
 ]
 
 

@@ -21,8 +21,8 @@ from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 from rewards.config import GraderConfig, RewardConfig
 from trainer.config.algorithm_section import AlgorithmSection
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.cluster_section import ClusterConfig
-from trainer.config.renamed_keys import MetricName
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.sections import DatasetSection, EngineSection, ObjectiveSection, TaskSection
 from trainer.run.folder import RUN_NAME
@@ -212,19 +212,6 @@ class EvalConfig(Options):
     threshold: float = 1.0
     """RL: minimum value of that reward, before weighting, that counts as correct. Scores of reward models have no fixed
     scale: choose a value for yours, or read only `eval/reward`."""
-
-
-class CheckpointConfig(Options):
-    """Checkpoints, which hold everything for an exact resume."""
-
-    every: NonNegativeInt = 10
-    """Steps between two checkpoints; the last step is always saved. 0 = only the last step."""
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep, in addition to the best one."""
-    best_metric: MetricName | None = "eval/accuracy"
-    """Metric that selects the best checkpoint, which is kept as well; null = none."""
-    best_mode: Literal["max", "min"] = "max"
-    """`max` if larger values of that metric are better, `min` if smaller ones are (losses)."""
 
 
 class TrackingConfig(Options):

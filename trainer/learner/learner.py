@@ -220,13 +220,13 @@ class Learner(TopTokenScorer):
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
-        """Log-probs of the targets of this process's groups under the current weights: `[targets]` for each group."""
+    def logprobs(self, groups: Sequence[SequenceGroup], of_reference: bool = False) -> list[Tensor]:
+        """Log-probs of the targets of this process's groups, `[targets]` each: of the model, or of the reference."""
         self._set_threads()
         self.model.eval()
-        return target_logprobs(groups, self.model, self.engine, self.setup)
-
-    # --- weights and state ---
+        model = self.reference if of_reference else self.model
+        assert model is not None, "`LearnerGroup.has_reference` says whether there is one"
+        return target_logprobs(groups, model, model if of_reference else self.engine, self.setup)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs (name on disk, tensor) of the current weights. Every process must exhaust the iterator.

@@ -245,6 +245,7 @@ BROKEN = [
     (RL, "data.eval_size", 0, "eval.every"),
     (RL, "eval.reward", "format", "eval.reward"),
     (RL, "eval.every", 0, "checkpoint.best_metric"),
+    (RL, "checkpoint", {"max_kl": 1.0}, "checkpoint.max_kl"),
 ]
 
 

@@ -27,6 +27,7 @@ STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))
 """Supervised runs at the same size, whose models some twins start from."""
 
 SHAPES = {
+    "Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b",
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
     "Qwen/Qwen2.5-32B": "qwen2.5-32b",
     "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",

@@ -23,6 +23,7 @@ from trainer.papers.measures import gradient_noise
 from trainer.papers.recipe import arm_config, find_recipe, load_recipe
 from trainer.papers.reproduce import WORK, Report, reproduce
 from trainer.papers.runs import ArmError
+from trainer.pipeline.stages import with_models
 
 BOUND = {"says": "", "kind": "inside", "metric": "m", "high": 1.0}
 RECIPES = sorted((ROOT / "configs" / "papers").glob("*.yaml"))
@@ -221,12 +222,13 @@ def test_every_recipe_loads_and_says_what_it_shows(path: Path) -> None:
 
 
 def test_an_arm_may_learn_from_a_second_model(tmp_path: Path) -> None:
-    arms = {"one": {"objective": {"name": "distill", "teacher": "{teacher}"}, "algorithm": {"name": "reinforce"}}}
+    arms = {"one": {"objective": {"name": "distill", "teacher": "stage:teacher"}, "algorithm": {"name": "reinforce"}}}
     changed = values() | {"arms": arms}
-    with pytest.raises(ConfigError, match="an arm names {teacher}"):
+    with pytest.raises(ConfigError, match="there is no such stage before this one"):
         load_recipe(write(tmp_path, arms=arms))
     recipe = load_recipe(write(tmp_path, arms=arms, teacher={"run": {"steps": 7}}))
     assert recipe.teacher_start is not None and recipe.teacher_start.model == recipe.start.model
     assert recipe.teacher_start.run == changed["start"]["run"] | {"steps": 7}
-    config = arm_config(recipe, "one", 0, tmp_path / "start", "here", tmp_path / "second")
+    named = arm_config(recipe, "one", 0, tmp_path / "start", "here")
+    config = with_models(named, {"stage:teacher": tmp_path / "second"}, "here")
     assert config.objective.options.teacher == str(tmp_path / "second")
