@@ -22,7 +22,7 @@ from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from rollout.proxy import NativeProxy, open_proxy
 from trainer.cluster.hardware import available_cores, choose_dtype
-from trainer.config.rules import build_objective, optimizer_updates
+from trainer.config.rules import build_objective, from_rollouts, optimizer_updates
 from trainer.config.schema import Config
 from trainer.learner.check_teacher import check_teacher
 from trainer.learner.setup import LearnerSetup
@@ -63,7 +63,7 @@ class RunComponents:
             check_model_files(self.model_path)
         if self.reference_path is not None:
             longest = config.batch.tokens_per_sequence
-            if self.objective.source == "rollout":
+            if from_rollouts(config):
                 longest = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
             check_teacher(self.reference_path, self.model_path, longest)
         if self.objective.labels:
