@@ -215,6 +215,28 @@ def test_top_tokens_follow_their_targets_through_packing() -> None:
     assert collate([idle]).soft_targets is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_trls_gkd_trainer(temperature: float) -> None:
+    """`generalized_jsd_loss` with beta 0, the forward KL, on whole tensors of logits; its mean is over the targets."""
+    pytest.importorskip("trl", reason="TRL is not installed: requirements/benchmark.txt, see benchmarks/README.md")
+    from trl.experimental.gkd import GKDTrainer
+
+    heads = Heads(4)
+    made = Offline(Teacher("teacher", gives_distributions=True))
+    [group] = made.assign_token_weights([SequenceGroup([1], [heads.targets.tolist()])])
+    batch = collate([group])
+    batch = replace(batch, token_fields={"weights": torch.full((7,), 1 / 7, dtype=torch.float64)})
+    logprobs, kls = heads.kl(heads.teacher, None, temperature)
+    ours = made.loss_of(Output(logprobs, None, {}, kls), batch).value
+    logits = heads.states @ heads.weight.t()
+    capped = 3.0 * torch.tanh(heads.teacher.states @ heads.teacher.weight.t() / 3.0)
+    theirs = GKDTrainer.generalized_jsd_loss(logits[None], capped[None], heads.targets[None], 0, temperature)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    leaves = (heads.states, heads.weight)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in (ours, theirs)), **EXACT)
+
+
 # --- options and hints ---
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import overload
 
@@ -71,7 +71,8 @@ class Labelled(Sequence[SequenceGroup]):
         group = self.groups[index]
         ends = list(accumulate(map(len, group.completions), initial=self.starts[index]))
         ids, logprobs = self.tensors["ids"], self.tensors["logprobs"]
-        tokens = [TopTokens(ids[a:b].long(), logprobs[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        # Copies: a view would be sent to another process with the whole file.
+        tokens = [TopTokens(ids[a:b].long(), logprobs[a:b].clone()) for a, b in pairwise(ends)]
         return replace(group, top_tokens=tokens)
 
 
