@@ -98,7 +98,7 @@ def test_sft_fills_a_template_as_pairs_and_tasks_do(
     context: Callable[..., DatasetContext], renderer: PromptRenderer, jsonl: Callable[..., str]
 ) -> None:
     """So the stages of RLHF read one file of pairs with the same prompts, and hold out the same ones."""
-    rows = [{"instruction": f"Add {i}", "input": f"to {i}", "chosen": f"{2 * i}", "rejected": "0"} for i in range(20)]
+    rows = [{"instruction": f"Add {i}", "input": f"to {i}", "chosen": f"{2 * i}", "rejected": "no"} for i in range(20)]
     path, template = jsonl(rows), "{prompt}\n{input}"
     columns = {"prompt": "instruction", "completion": "chosen"}
     tuned = sft.load(sft.Config.model_validate({"path": path, "columns": columns, "template": template}), context())
