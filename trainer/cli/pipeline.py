@@ -51,12 +51,13 @@ def _check(stages: dict[str, "Config"], origin: str, quiet: bool) -> bool:
     from trainer.pipeline.run import as_far_as_known, finished_stages
 
     kept = finished_stages(stages, origin)
-    passed = True
-    for name, config in stages.items():
-        if name in kept:
-            continue
-        from trainer.cli.dry_run import dry_run
+    waiting = {name: config for name, config in stages.items() if name not in kept}
+    if not waiting:
+        return True
+    from trainer.cli.dry_run import dry_run  # imports torch
 
+    passed = True
+    for name, config in waiting.items():
         if not quiet:
             console.print(Text(f"{name}:"))
         results = dry_run(as_far_as_known(config, stages, kept))

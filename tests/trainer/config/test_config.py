@@ -222,7 +222,7 @@ BROKEN = [
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
     (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
     (RL, "batch.dynamic_sampling_from", 5, "batch.dynamic_sampling_from"),
-    (RL, "algorithm.credit", "future_shift", "algorithm.credit"),
+    (RL, "algorithm.credit", "future_kl", "algorithm.credit"),
     (RL, "rewards", [{"name": "likelihood_gain"}], "rollout.answer_logprobs"),
     (changed(RL, "algorithm.name", "rloo"), "batch.minibatches_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "opo"), "batch.epochs_per_step", 2, "algorithm.surrogate"),

@@ -19,6 +19,7 @@ from trainer.config.load import load_config
 from trainer.config.rules import build_objective, from_rollouts
 from trainer.config.schema import Config
 from trainer.config.sizes import sizes
+from trainer.pipeline.stages import load_pipeline
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PAPERS = CONFIGS / "papers"
@@ -199,6 +200,21 @@ def test_the_stages_of_rlhf_read_and_write_one_form() -> None:
     assert {c.data.system_prompt for c in (rlhf, fine_tuned, reward_model)} == {preferred.system_prompt} == {None}
     longest = rlhf.data.max_prompt_tokens + rlhf.rollout.sampling.max_tokens
     assert longest <= reward_model.batch.tokens_per_sequence == fine_tuned.batch.tokens_per_sequence
+
+
+def test_the_pipeline_of_these_stages_has_their_numbers() -> None:
+    """It is one command for the three files; its last stage has another algorithm."""
+    stages = load_pipeline(CONFIGS / "rlhf_8gpu.yaml")
+    rlhf, fine_tuned, reward_model = map(load_config, (RLHF, FINE_TUNING, REWARD_MODEL))
+    assert stages["hh-sft"] == fine_tuned
+    model = reward_model.model.model_copy(update={"path": "stage:hh-sft"})
+    assert stages["hh-reward-model"] == reward_model.model_copy(update={"model": model})
+    policy = stages["rlhf-8gpu"]
+    same = ("steps", "data", "batch", "rollout", "optimizer", "learner", "cluster")
+    assert {key: getattr(policy, key) for key in same} == {key: getattr(rlhf, key) for key in same}
+    assert policy.reward_models[0].model_copy(update={"path": rlhf.reward_models[0].path}) == rlhf.reward_models[0]
+    gpus, _ = hardware(CONFIGS / "rlhf_8gpu.yaml")
+    assert all({name: value for name, value, _ in sizes(config)}["GPUs"] == str(gpus) for config in stages.values())
 
 
 def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:

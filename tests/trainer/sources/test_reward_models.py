@@ -31,6 +31,7 @@ from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
 from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
 from trainer import inference
+from trainer.cli.calibration import calibration, reliability
 from trainer.cli.dry_run import dry_run
 from trainer.cluster.worker_group import InlineWorkerGroup
 from trainer.config.reward_model import RewardModelConfig
@@ -200,6 +201,31 @@ def test_another_pooling_is_trained_exported_and_honoured(
     assert 0 <= last["eval/accuracy_low"] < last["eval/accuracy"] < last["eval/accuracy_high"] <= 1
     assert sum(last[f"eval/pairs_at_{start}"] for start in BIN_STARTS) == last["eval/pairs"] > 10
     assert 0 <= last["eval/ece"] <= 0.5 and "train/ece" not in last
+
+
+def test_the_reliability_curve_is_drawn_and_its_numbers_agree(
+    reward_model_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = rows(reward_model_run)[-1]
+    bins = reliability(last)
+    assert sum(one.pairs for one in bins) == last["eval/pairs"] == 100
+    right = sum(one.pairs * one.right.value for one in bins)
+    assert right == pytest.approx(100 * last["eval/accuracy"])
+    error = sum(one.pairs * abs(one.right.value - one.confidence) for one in bins) / 100
+    assert error == pytest.approx(last["eval/ece"], abs=1e-6)
+    assert all(one.start / 100 - 1e-6 <= one.confidence <= one.start / 100 + 0.05 + 1e-6 for one in bins)
+    assert all(one.right.low <= one.right.value <= one.right.high for one in bins)
+    calibration(str(reward_model_run), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"100 held-out pairs, accuracy {last['eval/accuracy']:.3f} (95 % CI" in printed
+    assert f"expected calibration error {last['eval/ece']:.3f}" in printed
+
+
+def test_a_run_without_pairs_has_no_reliability_curve(runs: Runs) -> None:
+    run = runs.train("steps=1", "optimizer.warmup_steps=0")
+    with pytest.raises(ValueError, match="no evaluation of a reward model on held-out pairs"):
+        calibration(str(run))
 
 
 def test_an_exported_reward_model_has_no_padding_that_ends_its_texts(runs: Runs, tiny_model: Path) -> None:
