@@ -21,6 +21,7 @@ from rollout.engine import EngineSetup
 from trainer.cluster.hardware import available_cores, choose_dtype
 from trainer.config.rules import build_objective, optimizer_updates
 from trainer.config.schema import Config
+from trainer.learner.critic import check_critic
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
 
@@ -41,6 +42,12 @@ class RunComponents:
     def model_path(self) -> Path:
         return resolve_model(self.config.model.path)
 
+    @cached_property
+    def critic_path(self) -> Path | None:
+        """The folder of the model that the critic begins with; None = the model that is trained, or there is none."""
+        critic = self.objective.critic
+        return None if critic is None or critic.path is None else resolve_model(critic.path)
+
     def check_model(self) -> None:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
@@ -52,6 +59,8 @@ class RunComponents:
             check_model_files(self.model_path)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
+        if self.objective.critic is not None:
+            check_critic(self.model_path, self.critic_path)
 
     def check_experts(self) -> None:
         """Check that a model whose expert routing is to be replayed has experts.
@@ -131,6 +140,7 @@ class RunComponents:
             total_updates=optimizer_updates(config),
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             folder=folder,
+            critic_path=self.critic_path,
             init=config.model.init,
             dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
             device="cuda" if gpus else "cpu",

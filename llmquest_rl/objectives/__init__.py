@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from pydantic import PositiveFloat
+
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
+from llmquest_rl.options import Options
 from llmquest_rl.types import Group
 
 if TYPE_CHECKING:
@@ -47,6 +50,16 @@ def with_aux(value: Tensor, aux: Mapping[str, Tensor], batch: TokenBatch, metric
         metrics.mean(f"aux/{name}", term.detach() * share, share)
         value = value + share * term
     return Loss(value, metrics)
+
+
+class CriticOptions(Options):
+    """The model that a critic begins with, and its optimizer."""
+
+    path: str | None = None
+    """A folder in the Hub's layout, or a Hub id: a text decoder, or a reward model, which keeps its head; null = the
+    model that is trained. It must have the same tokenizer."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of the critic. Its schedule and the other options are those of `optimizer`."""
 
 
 class Objective(Protocol):
@@ -98,6 +111,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def critic(self) -> CriticOptions | None:
+        """The critic that the learner trains beside the model; None = there is none."""
+        ...
+
+    @property
     def routing_replay(self) -> bool:
         """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
@@ -116,13 +134,18 @@ class Objective(Protocol):
         """Add token fields whose values depend on all microbatches of an update. A collective call.
 
         Args:
-            microbatches: those of this process, with the log-probs of `computed_logprobs`.
+            microbatches: those of this process, with the log-probs of `computed_logprobs`, and the token field
+                `values` if there is a critic.
             all_reduce: sums a tensor over the processes, in place.
         """
         ...
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """Compute the forward pass and the loss of one microbatch."""
+        ...
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        """Compute the forward pass and the loss of the critic on one microbatch. Only with a `critic`."""
         ...
 
 
@@ -136,6 +159,7 @@ class Supervised:
     temperature: float = 1.0
     needs_reference: bool = False
     ref_sync_interval: int | None = None
+    critic: CriticOptions | None = None
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
@@ -151,3 +175,7 @@ class Supervised:
     ) -> list[TokenBatch]:
         """See `Objective.with_shared_values`: none."""
         return microbatches
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        """See `Objective.value_loss`: there is no critic."""
+        raise NotImplementedError("this objective has no critic")
