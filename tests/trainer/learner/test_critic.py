@@ -1,5 +1,7 @@
 """The critic of PPO in the learner: against plain PyTorch, over processes, in checkpoints."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from llmquest_rl.algorithms.presets import resolve
 from llmquest_rl.batch import TokenBatch, collate
 from llmquest_rl.models.checkpoint.load_classifier import new_classifier
-from llmquest_rl.models.checkpoint.load_save import new_model
+from llmquest_rl.models.checkpoint.load_save import new_model, save_model
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.objectives import CriticOptions
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.optim.groups import decay_groups
@@ -30,6 +33,7 @@ from tests.trainer.learner.learner_cases import (
 )
 from trainer.cluster.worker_group import free_port
 from trainer.config.schema import LearnerConfig
+from trainer.learner.critic import check_critic
 from trainer.learner.learner import Learner
 
 pytestmark = pytest.mark.slow
@@ -140,3 +144,27 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             assert (result[0][name] - weight).norm() / weight.norm() < 1e-4, name
         for name in OF_CRITIC | {"learner/critic_grad_norm"}:
             assert result[1][name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_critic_with_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    check_critic(tiny_model, other)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="objective.critic.path: .*another tokenizer"):
+        check_critic(tiny_model, other)
+
+
+def test_a_reward_model_keeps_its_head(tmp_path: Path) -> None:
+    """A scorer begins with its own values, any other model with values of 0."""
+    folder, scorer = make_folder(tmp_path / "model"), tmp_path / "scorer"
+    values = new_classifier(folder, ("helpful",), torch.float32, seed=1)
+    scorer.mkdir()
+    save_model(folder, disk_tensors(values), scorer, config_fields=values.config_fields)
+    for path, is_zero in ((None, True), (scorer, False)):
+        with opened(folder, critic_path=path) as learner:
+            assert bool((critic_weights(learner)["score.weight"] == 0).all()) == is_zero
+            assert (learner.update(minibatches(0), 1)["policy/value"] == 0) == is_zero
