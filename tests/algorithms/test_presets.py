@@ -30,7 +30,7 @@ from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.types import Completion, FinishReason, Group, Problem, Score
 from tests.algorithms.cases import without_chance
 
-CASES = settings(max_examples=50, deadline=None)
+CASES = settings(max_examples=30, deadline=None)
 L_MAX = 10
 STEP = 1e-30
 PARTS = {"right": 1.0, "short": 0.5}
