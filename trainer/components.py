@@ -25,6 +25,7 @@ from trainer.cluster.hardware import available_cores, choose_dtype
 from trainer.config.rules import build_objective, from_rollouts, optimizer_updates
 from trainer.config.schema import Config
 from trainer.learner.check_teacher import check_teacher
+from trainer.learner.critic import check_critic
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
 
@@ -51,6 +52,12 @@ class RunComponents:
         teacher = self.objective.teacher
         return None if teacher is None or teacher.path is None else resolve_model(teacher.path)
 
+    @cached_property
+    def critic_path(self) -> Path | None:
+        """The folder of the model that the critic begins with; None = the model that is trained, or there is none."""
+        critic = self.objective.critic
+        return None if critic is None or critic.path is None else resolve_model(critic.path)
+
     def check_model(self) -> None:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
@@ -68,6 +75,8 @@ class RunComponents:
             check_teacher(self.reference_path, self.model_path, longest)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
+        if self.objective.critic is not None:
+            check_critic(self.model_path, self.critic_path)
 
     def check_experts(self) -> None:
         """Check that a model whose expert routing is to be replayed has experts.
@@ -177,6 +186,7 @@ class RunComponents:
             total_updates=optimizer_updates(config),
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             folder=folder,
+            critic_path=self.critic_path,
             init=config.model.init,
             dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
             device="cuda" if gpus else "cpu",

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmquest_rl.algorithms.variant import Variant
 from llmquest_rl.deferred import torch
@@ -98,6 +98,23 @@ def reward(rewards: Tensor, lengths: Tensor) -> Tensor:
     return rewards
 
 
+class GAE(Options):
+    """Settings of `gae`."""
+
+    gae_gamma: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """`gae`: discount of a reward for each token that it comes later."""
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """`gae`: 1 compares the rest of a completion with the critic's value, 0 the next token's value only."""
+    value_clip: PositiveFloat | None = 0.2
+    """`gae`: an update moves the critic's value of a token by at most this from its value before the step; null = no
+    limit."""
+
+
+def gae(rewards: Tensor, lengths: Tensor, settings: GAE) -> Tensor:
+    """The reward itself: the learner turns it into an advantage of each token, with the critic's values (`gae.py`)."""
+    return rewards
+
+
 def _shares(counts: list[int], total: int, like: Tensor) -> Tensor:
     return torch.tensor([count / total for count in counts], dtype=like.dtype)
 
@@ -118,6 +135,8 @@ class Advantage(Variant[AdvantageFunction]):
     """Whether the advantages are in units of their group's deviation."""
     nonnegative: bool = False
     """Whether rewards below 0 have no meaning."""
+    by_critic: bool = False
+    """Whether a critic in the learner compares the rewards, token by token."""
 
 
 ADVANTAGES: dict[str, Advantage] = {
@@ -128,4 +147,5 @@ ADVANTAGES: dict[str, Advantage] = {
     "length_weighted_mean": Advantage(length_weighted_mean),
     "pass_at_k": Advantage(pass_at_k, PassK, " (k {pass_k})", in_deviations=True),
     "reward": Advantage(reward, group_relative=False),
+    "gae": Advantage(gae, GAE, " (lambda {gae_lambda:g})", group_relative=False, by_critic=True),
 }

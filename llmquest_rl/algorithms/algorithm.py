@@ -32,7 +32,7 @@ class SharedSettings(Options):
         "advantage",
         "group_mean_std",
         "Advantage of a completion: a comparison of its reward with the rewards of its group. `reward` is the reward "
-        "itself, without a comparison.",
+        "itself, without a comparison; `gae` compares it token by token with the values of a critic (PPO).",
     )
     phantom_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """An additional reward, without a completion, that counts in the mean and standard deviation of every group. Set it
@@ -167,6 +167,16 @@ class SharedSettings(Options):
         return self
 
     @model_validator(mode="after")
+    def _a_critic_compares_alone(self) -> Self:
+        shaped = self.advantage_limit is not None or (self.positive_weight, self.negative_weight) != (1, 1)
+        if ADVANTAGES[self.advantage].by_critic and (shaped or self.normalization not in ("none", "whiten")):
+            raise ValueError(
+                f"{self.advantage!r} is computed in the learner, token by token: use normalization: whiten or none, "
+                "and no advantage_limit, positive_weight or negative_weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_token_keeps_a_gradient_that_it_must_not_have(self) -> Self:
         if COVARIANCES[self.covariance].masks_tokens and self.mixes_tokens:
             raise ValueError(
@@ -185,7 +195,12 @@ class SharedSettings(Options):
     @property
     def needs_advantage(self) -> bool:
         """Whether a group without any advantage has no gradient."""
-        return self.beta == 0 and self.entropy_bonus == 0
+        return self.beta == 0 and self.entropy_bonus == 0 and not self.has_critic
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return ADVANTAGES[self.advantage].by_critic
 
 
 class Algorithm(*settings_of_variants(CELLS, SharedSettings), SharedSettings):  # type: ignore[misc]

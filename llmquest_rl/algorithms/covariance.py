@@ -25,7 +25,7 @@ from llmquest_rl.deferred import torch
 from llmquest_rl.options import Options
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 FIELD = "high_covariance"
 """Token field: 1 for the tokens to restrain, 0 for the others."""
@@ -129,14 +129,15 @@ def _rows(group: SequenceGroup, values: Iterator[float]) -> Iterator[list[float]
 
 
 def _chances(groups: Sequence[SequenceGroup]) -> Tensor:
-    """A random number in [0, 1) for each token `[tokens]`. It is seeded with the tokens of the completion and of the
-    update, so a resumed run draws the same, in any order of the groups."""
-    completions = [group.prompt + completion for group in groups for completion in group.completions]
-    lengths = [len(completion) for group in groups for completion in group.completions]
-    seeds = [zlib.crc32(array("q", tokens).tobytes()) for tokens in completions]
-    total = sum(seeds)
-    drawn = (
-        torch.rand(length, generator=torch.Generator().manual_seed(seed + total), dtype=torch.float64)
-        for seed, length in zip(seeds, lengths, strict=True)
-    )
+    """A random number in [0, 1) for each token `[tokens]`. It is seeded with the completion, so a resumed run draws the
+    same, in any order of the groups."""
+    drawn = [
+        torch.rand(len(completion), generator=_generator(group.prompt + completion), dtype=torch.float64)
+        for group in groups
+        for completion in group.completions
+    ]
     return torch.cat([torch.zeros(0, dtype=torch.float64), *drawn])
+
+
+def _generator(tokens: list[int]) -> Generator:
+    return torch.Generator().manual_seed(zlib.crc32(array("q", tokens).tobytes()))

@@ -3,6 +3,24 @@
 from llmquest_rl.algorithms.variant import Row
 
 LATER_ROWS: dict[str, Row] = {
+    "ppo": Row(
+        "PPO, arXiv 1707.06347; on completions as in InstructGPT, arXiv 2203.02155",
+        {
+            "advantage": "gae",
+            "gae_gamma": 1.0,
+            "gae_lambda": 0.95,
+            "value_clip": 0.2,
+            "normalization": "whiten",
+            "ratio": "token",
+            "surrogate": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token_mean",
+            "kl": "k1",
+            "kl_in": "reward",
+            "beta": 0.0,
+        },
+    ),
     "maxrl": Row(
         "MaxRL, arXiv 2602.02710",
         {

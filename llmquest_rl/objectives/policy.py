@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmquest_rl.algorithms import covariance
+from llmquest_rl.algorithms import covariance, gae
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.credit import CREDITS
 from llmquest_rl.algorithms.is_correction import CORRECTIONS, Gap
@@ -21,7 +21,7 @@ from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
-from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Teacher, with_aux
+from llmquest_rl.objectives import CriticOptions, Descriptions, Loss, ModelOutput, Teacher, with_aux
 from llmquest_rl.options import Options
 from llmquest_rl.types import Group, Pooling, Sampling
 
@@ -60,6 +60,7 @@ METRICS: Descriptions = {
     "policy/low_entropy_share": ("share", "Tokens that `top_entropy_fraction` left out of the policy loss."),
     "policy/high_covariance_share": ("share", "Tokens that `covariance` restrained."),
     "policy/credit_factor": ("ratio", "Factor of a token's advantage by `credit`, mean."),
+    **gae.METRICS,
 }
 
 
@@ -68,6 +69,8 @@ class Config(Options):
 
     entropy: bool = True
     """Log the policy's entropy. It costs about one more pass over the logits."""
+    critic: CriticOptions = CriticOptions()
+    """The critic of `algorithm.advantage: gae`: `{lr: 1e-5, path: runs/models/reward-model}`."""
 
 
 def _effective_sample_size(weight: float, square: float) -> float:
@@ -84,13 +87,15 @@ class Policy:
     """
 
     derived_metrics: ClassVar[Mapping[str, Derived]] = {
-        "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), _effective_sample_size)
+        "policy/tis_ess": (("policy/tis_weight", "policy/tis_square"), _effective_sample_size),
+        **gae.DERIVED,
     }
 
     algorithm: Algorithm
     temperature: float
     max_tokens: int
     entropy: bool = True
+    critic: CriticOptions | None = None
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
     pooling: Pooling | None = None
@@ -116,7 +121,9 @@ class Policy:
         return self.algorithm.entropy_bonus > 0 or self.algorithm.top_entropy_fraction < 1
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
-        old = ("old_logprobs",) if updates > 1 and self.algorithm.old_policy == "learner" else ()
+        algorithm = self.algorithm
+        in_reward = algorithm.has_critic and algorithm.beta > 0 and algorithm.kl_in == "reward"
+        old = ("old_logprobs",) if in_reward or (updates > 1 and algorithm.old_policy == "learner") else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
 
     def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
@@ -125,7 +132,14 @@ class Policy:
     def with_shared_values(
         self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
     ) -> list[TokenBatch]:
-        return microbatches
+        return gae.with_advantages(microbatches, self.algorithm, all_reduce) if self.critic else microbatches
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        scores = critic(batch)
+        value, metrics = gae.critic_loss(scores.values[:, 0], batch, self.algorithm.value_clip)
+        return Loss(
+            value + sum(batch.token_fields["value_weights"].sum() * term for term in scores.aux.values()), metrics
+        )
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         weighted = token_weights(groups, self.algorithm, self.max_tokens)
@@ -189,7 +203,7 @@ class Policy:
         """Advantages `[targets]`: those of the batch, minus the KL in the reward (summed from each token to the end),
         times the credit of each token."""
         algorithm, advantages = self.algorithm, batch.token_fields["advantages"]
-        if algorithm.beta > 0 and algorithm.kl_in == "reward":
+        if algorithm.beta > 0 and algorithm.kl_in == "reward" and self.critic is None:
             kl = KL_ESTIMATORS[algorithm.kl].configured(algorithm)(old, batch.token_fields["ref_logprobs"])
             advantages = advantages - algorithm.beta * sum_to_end(kl, batch.sequence_ids)
         if algorithm.credit == "uniform":
@@ -280,4 +294,7 @@ def build(config: Config, algorithm: Algorithm, sampling: Sampling) -> Policy:
     A sampling temperature of 0 (greedy) has no distribution to train on. Engines then return log-probs at temperature
     1, and the objective uses temperature 1 as well.
     """
-    return Policy(algorithm, sampling.temperature or 1.0, sampling.max_tokens, config.entropy)
+    if config.critic != CriticOptions() and not algorithm.has_critic:
+        raise ValueError("objective.critic is read only with algorithm.advantage: gae, e.g. algorithm.name: ppo")
+    critic = config.critic if algorithm.has_critic else None
+    return Policy(algorithm, sampling.temperature or 1.0, sampling.max_tokens, config.entropy, critic)

@@ -48,7 +48,7 @@ def check(algorithm: Algorithm, case: Case, reused: bool, differences: int = 6) 
             np.testing.assert_allclose(float(grads[i]), (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-8)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(rows, st.integers(0, 2**31), st.booleans())
 def test_any_combination_of_cells(cells: dict[str, Any], seed: int, reused: bool) -> None:
     if not reused and cells["clip_low"] * cells["clip_high"] == 0:
@@ -56,7 +56,7 @@ def test_any_combination_of_cells(cells: dict[str, Any], seed: int, reused: bool
     check(Algorithm(**cells), random_case(seed), reused, differences=2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @pytest.mark.parametrize("name", oracle.known_rows())
 @given(st.integers(0, 2**31), st.booleans(), st.sampled_from([0.0, 0.1]))
 def test_rows(name: str, seed: int, reused: bool, beta: float) -> None:

@@ -359,6 +359,9 @@ def test_cells_are_overridable() -> None:
         ("maxrl", {"length_penalty": "soft_overlong"}, "length_penalty: none"),
         ("gdpo", {"phantom_reward": 1.0}, "decoupled_rewards.*no phantom_reward"),
         ("gdpo", {"advantage": "reward"}, "decoupled_rewards.*group_mean_std"),
+        ("ppo", {"normalization": "batch_mean"}, "computed in the learner.*whiten or none"),
+        ("ppo", {"advantage_limit": 3.0}, "computed in the learner.*no advantage_limit"),
+        ("ppo", {"positive_weight": 0.5}, "computed in the learner"),
     ],
 )
 def test_mistakes_are_named(name: str, overrides: dict[str, object], message: str) -> None:

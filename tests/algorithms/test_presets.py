@@ -10,7 +10,7 @@ gradient. Ratios are to the learner's old policy, and `tis` is the engine's corr
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, count
 from typing import Any
 
@@ -25,11 +25,12 @@ from llmquest_rl.algorithms.later_rows import LATER_ROWS
 from llmquest_rl.algorithms.presets import LITERATURE, PRESETS, resolve
 from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.batch import collate
+from llmquest_rl.objectives import CriticOptions
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.types import Completion, FinishReason, Group, Problem, Score
 from tests.algorithms.cases import without_chance
 
-CASES = settings(max_examples=50, deadline=None)
+CASES = settings(max_examples=30, deadline=None)
 L_MAX = 10
 STEP = 1e-30
 PARTS = {"right": 1.0, "short": 0.5}
@@ -48,6 +49,8 @@ class Answer:
     old: Vector
     engine: Vector
     reference: Vector
+    values: Vector
+    """The critic's."""
 
 
 Step = list[list[Answer]]
@@ -268,6 +271,24 @@ def gdpo(step: Step) -> Losses:
         yield -(tis(o) * ppo(ratio(o), (a - values.mean()) * scale, 0.8, 1.2)).mean(-1) / completions(step)
 
 
+def ppo_row(step: Step, beta: float = 0.0) -> Losses:
+    """PPO, arXiv 1707.06347, equations 7, 11 and 12: A_t = delta_t + 0.95 A_{t+1}, gamma 1, with the reward on the last
+    token and k1 of every token in the reward; advantages normalised over the tokens of the update."""
+    pairs = []
+    for o in chain(*step):
+        rewards = -beta * (o.old - o.reference)
+        rewards[-1] += o.reward
+        later, advantages = 0.0, np.zeros(o.old.size)
+        for t in reversed(range(o.old.size)):
+            behind = o.values[t + 1] if t + 1 < o.old.size else 0.0
+            later = advantages[t] = rewards[t] + behind - o.values[t] + 0.95 * later
+        pairs.append((o, advantages))
+    values = np.concatenate([a for _, a in pairs])
+    for o, a in pairs:
+        white = (a - values.mean()) / (values.std() + 1e-6)
+        yield -(tis(o) * ppo(ratio(o), white, 0.8, 1.2)).sum(-1) / tokens(step)
+
+
 def binary_kl(log_p: Vector, log_q: Vector) -> Vector:
     """KL(p || q) of "this token or another"."""
     p, q = np.exp(log_p), np.exp(log_q)
@@ -347,8 +368,8 @@ EQUATIONS: tuple[Callable[..., Losses], ...] = (
     *(rloo, reinforce, reinforce_pp, reinforce_pp_baseline, opo, gpg, pass_at_k),
     *(maxrl, gdpo, flash_reinforce, kpop, clip_cov, kl_cov, drpo, fipo),
 )
-ROWS = {equation.__name__: equation for equation in EQUATIONS}
-WITH_KL = ("grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline")
+ROWS = {equation.__name__: equation for equation in EQUATIONS} | {"ppo": ppo_row}
+WITH_KL = ("ppo", "grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline")
 
 
 def random_answer(draw: np.random.Generator, reward: float, ends: FinishReason, reused: bool) -> Answer:
@@ -359,7 +380,9 @@ def random_answer(draw: np.random.Generator, reward: float, ends: FinishReason, 
     new, old, engine, reference = (-abs(base + draw.normal(0, scale, n)) for scale in scales)
     second = float(draw.integers(0, 3)) if draw.random() < 0.8 else None
     parts = (reward - PARTS["short"] * (second or 0.0), second)
-    return Answer(reward, parts, ends, new + 1j * STEP * np.eye(n), old if reused else new, engine, reference)
+    return Answer(
+        reward, parts, ends, new + 1j * STEP * np.eye(n), old if reused else new, engine, reference, draw.normal(size=n)
+    )
 
 
 def random_step(seed: int, nonnegative: bool) -> tuple[Step, bool]:
@@ -393,6 +416,12 @@ def ours(name: str, step: Step, reused: bool, cells: dict[str, Any]) -> tuple[Ve
     batch.token_fields["ref_logprobs"] = torch.tensor(np.concatenate([o.reference for o in flat]))[batch.targets]
     if reused:
         batch.token_fields["old_logprobs"] = torch.tensor(np.concatenate([o.old for o in flat]))[batch.targets]
+    if row.algorithm.has_critic:
+        row = replace(row, critic=CriticOptions())
+        batch.token_fields["values"] = torch.tensor(np.concatenate([o.values for o in flat]))[batch.targets]
+        if row.algorithm.beta > 0:
+            batch.token_fields["old_logprobs"] = torch.tensor(np.concatenate([o.old for o in flat]))[batch.targets]
+        (batch,) = row.with_shared_values([batch], lambda sums: None)
     new = torch.tensor(np.concatenate([o.new[0].real for o in flat]), requires_grad=True)
     losses = batch.token_fields["weights"] * row.token_losses(new[batch.targets], batch)[0]
     (gradient,) = torch.autograd.grad(losses.sum(), new)

@@ -16,7 +16,7 @@ from llmquest_rl.algorithms.presets import Algorithm, resolve
 from llmquest_rl.batch import SequenceGroup
 from tests.algorithms.cases import Case, all_rows, batch_of, policy, random_case, rows, total
 
-CASES = settings(max_examples=40, deadline=None)
+CASES = settings(max_examples=25, deadline=None)
 PLAIN = {"tis_cap": None, "beta": 0.0, "old_policy": "learner", "covariance": "none"}
 every_row = pytest.mark.parametrize("name", all_rows())
 seeds = st.integers(0, 2**31)

@@ -14,6 +14,7 @@ from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Output
+from llmquest_rl.objectives import CriticOptions
 from llmquest_rl.objectives.policy import Config, Policy, build
 from llmquest_rl.types import Sampling
 from tests.algorithms import oracle
@@ -341,3 +342,16 @@ def test_rare_tokens_are_cut_apart_from_others() -> None:
     assert metrics["policy/clip_frac_rare"] == 0.5
     assert metrics["policy/clip_frac_common"] == 0.0
     assert metrics["policy/clip_frac"] == 0.25
+
+
+def test_options_of_a_critic_need_a_critic() -> None:
+    critic = Config(critic=CriticOptions(lr=1e-3))
+    assert build(critic, resolve("ppo"), Sampling()).critic == critic.critic
+    assert build(Config(), resolve("grpo"), Sampling()).critic is None
+    with pytest.raises(ValueError, match="objective.critic is read only with algorithm.advantage: gae"):
+        build(critic, resolve("grpo"), Sampling())
+
+
+def test_a_group_without_rewards_teaches_a_critic() -> None:
+    """Rewards of 0 differ from its values, so such groups are not left out of a step."""
+    assert not resolve("ppo").needs_advantage

@@ -131,6 +131,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "learner/lr": ("", "Learning rate of the last update of the step."),
     "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
     "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
+    "learner/critic_grad_norm": ("", "Norm of the critic's gradient before clipping, mean over its updates."),
+    "learner/critic_skipped_updates": (
+        "count",
+        "The critic's skipped updates in the step.",
+    ),
     "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
     "learner/tokens_per_s": (
         "tokens/s",

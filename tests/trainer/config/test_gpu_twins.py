@@ -110,13 +110,15 @@ def learner_gb(config: Config, parameters: int, teacher: int = 0) -> float:
     """Peak gigabytes of weights and optimizer state on a learner's GPU, while it loads or while it trains.
 
     Every learner loads the complete model in bfloat16 and keeps the complete reference, a copy of the model or a
-    teacher with that many parameters. Gradients, master weights and
-    the two averages of AdamW are float32 and partitioned.
+    teacher with that many parameters. Gradients, master weights and the two averages of AdamW are float32 and
+    partitioned. A critic is a second model of this size.
     """
-    weights = 2e-9 * parameters
-    reference = 2e-9 * (teacher or parameters) * build_objective(config).needs_reference
+    weights, objective = 2e-9 * parameters, build_objective(config)
+    reference = 2e-9 * (teacher or parameters) * objective.needs_reference
     kept = weights / config.learner.processes if config.learner.zero_stage == 3 else weights
-    return reference + max(weights, kept + 16e-9 * parameters / config.learner.processes)
+    trained = kept + 16e-9 * parameters / config.learner.processes
+    critic = 0 if objective.critic is None else trained
+    return reference + critic + max(weights, trained)
 
 
 def test_every_recipe_has_a_twin() -> None:
@@ -156,8 +158,10 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
 @by_name
 def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folders: dict[str, Path]) -> None:
     for label, arguments in variants(path).items():
-        folder, teacher = folders[load_config(path, arguments).model.path], teacher_path(load_config(path, arguments))
+        config = load_config(path, arguments)
+        folder, teacher, critic = folders[config.model.path], teacher_path(config), build_objective(config).critic
         changes = [f"model.path={folder}"] + ([] if teacher is None else [f"objective.teacher={folders[teacher]}"])
+        changes += [f"objective.critic.path={folder}"] if critic is not None and critic.path is not None else []
         parts = RunComponents(load_config(path, [*arguments, *changes]))
         parts.check_experts()
         setup = parts.learner_setup(folder)
