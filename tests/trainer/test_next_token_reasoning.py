@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,20 @@ from llmquest_rl.data.rows import DataError, MalformedRows
 from llmquest_rl.data.task import Task, open_task
 from llmquest_rl.data.tasks import TASKS, next_token_reasoning
 from llmquest_rl.layers.attention.attention import PackedAttention
-from llmquest_rl.models.checkpoint.load_save import load_model
+from llmquest_rl.models.checkpoint.hub import resolve_model
+from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.llama import LlamaConfig
+from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.types import Completion
+from rewards.builtin.next_token import Config as Reward
+from rewards.builtin.next_token import reward
 from rollout.proxy import NativeProxy, open_proxy
 from tests.trainer.conftest import Runs, assert_equal_runs, rows
 from trainer.cli.main import app
 from trainer.components import RunComponents
+from trainer.papers.measures import Trained
+from trainer.papers.measures.next_token import labels, measure
+from trainer.run.tracking import JsonLines
 from trainer.sources.answer_logprobs import AnswerScorer
 from trainer.sources.next_token_eval import DIFFICULTIES
 
@@ -31,10 +39,14 @@ ON_SUMS = {"task": SUMS, "task_rows": 60, "separator": "=", "template": "{contex
 
 
 @pytest.fixture(scope="module")
-def proxy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeProxy]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMQUEST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield open_proxy(tiny_model, tiny_model, 1)
+def proxy(tiny_model: Path) -> NativeProxy:
+    return open_proxy(tiny_model, tiny_model, 1)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """Found before the cache is another folder."""
+    return resolve_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +124,31 @@ def test_questions_with_answers_are_predicted_in_the_answer_alone(proxy: NativeP
     first = sums.train.row(0)
     assert str(first.prompt).endswith("=?") and first.answer == str(eval(str(first.prompt)[:-2]))
     assert first.columns["plain_logprob"] < 0
+
+
+def test_no_context_and_no_boundary_is_inside_a_character(smollm2: Path, tmp_path: Path) -> None:
+    """With the tokenizer of a real model, whose tokens are bytes; a character may be several of them."""
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    for file in smollm2.glob("tokenizer*"):
+        shutil.copy(file, shape)
+    config = replace(LlamaConfig.tiny(), vocab_size=49152, hidden_size=16, intermediate_size=16)
+    (shape / "config.json").write_text(json.dumps(config.to_hf()))
+    save_model(shape, disk_tensors(new_model(shape, torch.float32)), tmp_path / "model")
+    text = " ".join(f"Zeile {n}: \u4f60\u597d \U0001f9ec\U0001f1e9\U0001f1ea {n}é\u0f40." for n in range(20))
+    (tmp_path / "text.txt").write_text(text)
+    proxy = open_proxy(tmp_path / "model", tmp_path / "model", 1)
+    task = opened(proxy, path=str(tmp_path / "text.txt"), select="all", template="{context}", continuation_tokens=6)
+    found = [task.train.row(i) for i in range(task.train.size or 0)]
+    assert len(found) > 100
+    for row in found:
+        assert str(row.prompt) + row.answer in text
+        parts = [row.answer.encode()[:end].decode() for end in row.columns["boundaries"]]
+        assert all(
+            reward(f"</think>\\boxed{{{part}}}", row.answer, Reward(), row.columns["boundaries"]) for part in parts
+        )
+    assert any(row.answer.startswith(" ") for row in found), "the leading space is kept"
+    assert any(row.columns["boundaries"][0] > 3 for row in found), "a character of several tokens comes first"
 
 
 def test_a_masked_span_is_shown_as_a_gap(proxy: NativeProxy, text: Path) -> None:
@@ -217,6 +254,22 @@ def _own_argmax(runs: Runs) -> float:
             best = int(model(batch).logprobs.argmax())
         hits.append(components.renderer.encode(problem.answer)[0] == best)
     return sum(hits) / len(hits)
+
+
+def test_a_recipe_measures_all_models_on_the_same_positions(runs: Runs, tiny_model: Path) -> None:
+    with_task(runs)
+    runs.values["rewards"] = [{"name": "next_token"}, *runs.values["rewards"]]
+    run, config = runs.train("steps=2", "eval.every=0"), runs.config()
+    measured = measure(Trained(0, tiny_model, {"RPT": config}, {"RPT": run}))
+    assert set(measured) == labels(["RPT"]) and len(measured) == 4
+    hard = [rows[-1] for rows in measured.values()]
+    assert {(row["step"], row["entropy above"]) for row in hard} == {(1.5, 1.5)}
+    assert measured["start model, argmax"][0]["hit rate"] == _own_argmax(runs)
+    assert measured["start model, argmax"][0]["GFLOP"] == 0
+    logged = JsonLines(run / "metrics.jsonl").read()
+    weights = sum(parameter.numel() for parameter in load_model(tiny_model, torch.float32).parameters())
+    work = sum(weights * (2 * row["rollout/tokens"] + 6 * row["learner/tokens"]) for row in logged) / 1e9
+    assert measured["RPT, thinking"][0]["GFLOP"] == pytest.approx(work)
 
 
 def test_the_likelihood_of_the_text_behind_a_thought_is_a_reward(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
