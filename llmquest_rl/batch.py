@@ -195,7 +195,7 @@ def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
         token_fields={name: torch.tensor(values, dtype=torch.float32) for name, values in packed.token_fields.items()},
         images=images,
         image_counts=image_counts,
-        soft_targets=joined_or_blank(packed.top_tokens),
+        soft_targets=joined_or_blank(packed.top_tokens) if any(group.top_tokens for group in groups) else None,
     )
 
 

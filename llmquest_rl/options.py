@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from llmquest_rl.loader import ComponentError, ComponentKind, did_you_mean, users_code, users_function
+from llmquest_rl.loader import ComponentError, ComponentKind, absolute_name, did_you_mean, users_code, users_function
 
 
 class Options(BaseModel):
@@ -83,6 +83,20 @@ def checked_options(kind: ComponentKind, name: str, values: Mapping[str, Any]) -
         return known(**values)
     except ValidationError as error:
         raise ValueError("; ".join(_wrong(name, part, known) for part in error.errors())) from error
+
+
+def checked_component(kind: ComponentKind, section: Mapping[str, Any], example: str) -> dict[str, Any]:
+    """A component that is an option of another one: its section with checked options, and an absolute path of its file.
+
+    Raises:
+        ValueError: it has no name, or an option does not exist or has the wrong type.
+        ComponentError: the component cannot be loaded.
+    """
+    if not isinstance(section.get("name"), str):
+        raise ValueError(f"{kind.noun} needs a `name`, e.g. {example}")
+    named = {**section, "name": absolute_name(section["name"])}
+    checked_options(kind, named["name"], {key: value for key, value in named.items() if key != "name"})
+    return named
 
 
 def _wrong(name: str, error: ErrorDetails, known: type[Options]) -> str:

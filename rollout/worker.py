@@ -23,7 +23,7 @@ class RolloutWorker:
         return self.engine.generate(requests, sampling)
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """The log-prob of each token given those before it, at temperature 1: `[sequences][len - 1]`."""
+        """Log-probs of given tokens: `[sequences][len - 1]`. See `RolloutEngine.logprobs`."""
         return self.engine.logprobs(sequences)
 
     def load_weights(self, snapshot: WeightSnapshot, version: int) -> SyncReport:

@@ -16,9 +16,9 @@ COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
 SERVERS = ("ray", "vllm", "deepspeed", "accelerate")
 READ_ALL = """
 from pathlib import Path
-from trainer.config.load import load_config
+from trainer.cli.check_configs import load_recipe_or_pipeline
 for path in [*Path("configs").glob("*.yaml")]:
-    load_config(path)
+    load_recipe_or_pipeline(path)
 """
 MISTYPED = """
 from trainer.config.load import ConfigError, load_config

@@ -23,6 +23,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
+from trainer.sources.answer_logprobs import AnswerScorer
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
 from trainer.sources.engine_teacher import TEACHER, EngineTeacher
 from trainer.sources.reference_cache import with_reference
@@ -110,7 +111,7 @@ def start_learners(setup: LearnerSetup, config: Config, cluster: Cluster) -> Lea
     group = cluster.spawn(
         Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
     )
-    return LearnerGroup(group, config.learner.timeout_s)
+    return LearnerGroup(group, config.learner.timeout_s, setup.objective.needs_reference)
 
 
 def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
@@ -123,7 +124,9 @@ def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path
         "setup": components.engine_setup,
     }
     group = cluster.spawn(RolloutWorker, "rollout", lambda i: kwargs, max_restarts=MAX_RESTARTS)
-    return Rollouts(group, start_reward_workers(components, cluster), config.seed, config.rollout.timeout_s)
+    options = config.rollout.answer_logprobs
+    answers = None if options is None else AnswerScorer(options, components.renderer)
+    return Rollouts(group, start_reward_workers(components, cluster), config.seed, config.rollout.timeout_s, answers)
 
 
 def start_reward_workers(components: RunComponents, cluster: Cluster) -> list[RewardWorkers]:

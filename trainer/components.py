@@ -20,10 +20,12 @@ from llmquest_rl.models.checkpoint.load_classifier import check_classifier
 from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
+from rollout.proxy import NativeProxy, open_proxy
 from trainer.cluster.hardware import available_cores, choose_dtype
-from trainer.config.rules import build_objective, optimizer_updates
+from trainer.config.rules import build_objective, from_rollouts, optimizer_updates
 from trainer.config.schema import Config
 from trainer.learner.check_teacher import check_teacher
+from trainer.learner.critic import check_critic
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
 
@@ -50,6 +52,12 @@ class RunComponents:
         teacher = self.objective.teacher
         return None if teacher is None or teacher.path is None else resolve_model(teacher.path)
 
+    @cached_property
+    def critic_path(self) -> Path | None:
+        """The folder of the model that the critic begins with; None = the model that is trained, or there is none."""
+        critic = self.objective.critic
+        return None if critic is None or critic.path is None else resolve_model(critic.path)
+
     def check_model(self) -> None:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
@@ -62,11 +70,13 @@ class RunComponents:
             check_model_files(self.model_path)
         if self.reference_path is not None:
             longest = config.batch.tokens_per_sequence
-            if self.objective.source == "rollout":
+            if from_rollouts(config):
                 longest = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
             check_teacher(self.reference_path, self.model_path, longest)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
+        if self.objective.critic is not None:
+            check_critic(self.model_path, self.critic_path)
 
     def check_experts(self) -> None:
         """Check that a model whose expert routing is to be replayed has experts.
@@ -106,9 +116,23 @@ class RunComponents:
         data = self.config.data
         assert data.task is not None, "a configuration rule requires a task for objectives that learn from rollouts"
         malformed = MalformedRows(data.malformed_rows)
-        task = open_task(data.task.name, data.task.function, data.task.options, self.config.seed, malformed)
+        section, seed = data.task, self.config.seed
+        task = open_task(section.name, section.function, section.options, seed, malformed, self.open_proxy)
         hint = None if self.objective.teacher is None else self.objective.teacher.hint
-        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts, hint)
+        return PromptStream(task, self.renderer, seed, data.max_prompt_tokens, data.long_prompts, hint)
+
+    def open_proxy(self, reference: str | None) -> NativeProxy:
+        """Open a proxy model for a task that scores text; None = the model of this run before its training.
+
+        Raises:
+            ValueError: the model does not exist, or it is the model of this run, whose weights are random.
+        """
+        if reference is None and self.config.model.init == "random":
+            raise ValueError(
+                "a model with random weights cannot tell which tokens are hard: name a `proxy` in data.task"
+            )
+        path = self.model_path if reference is None else resolve_model(reference)
+        return open_proxy(path, self.model_path, threads(None, 1))
 
     @cached_property
     def sequences(self) -> SequenceGroupStream:
@@ -123,6 +147,7 @@ class RunComponents:
             data.long_prompts,
             self.objective.labels,
             self.image_reader,
+            (self.objective.pooling if self.objective.labels else None) or "eos",
         )
         return SequenceGroupStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
@@ -161,6 +186,7 @@ class RunComponents:
             total_updates=optimizer_updates(config),
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             folder=folder,
+            critic_path=self.critic_path,
             init=config.model.init,
             dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
             device="cuda" if gpus else "cpu",
@@ -191,9 +217,10 @@ class RunComponents:
         config, gpus = self.config, self.config.cluster.gpus_per_rollout_worker
         dtype, reason = self.dtype(config.rollout.dtype, gpus, "engine")
         completion = max(config.rollout.sampling.max_tokens, config.eval.max_tokens or 0)
+        answer = 0 if config.rollout.answer_logprobs is None else config.rollout.answer_logprobs.max_tokens
         at_once = config.batch.prompts_per_step * config.batch.samples_per_prompt
         return EngineSetup(
-            context_tokens=config.data.max_prompt_tokens + completion,
+            context_tokens=config.data.max_prompt_tokens + completion + answer,
             max_sequences=-(-at_once // config.rollout.workers),
             dtype=dtype,  # type: ignore[arg-type]
             dtype_reason=reason,

@@ -13,6 +13,7 @@ from trainer.cluster.open_cluster import open_cluster
 from trainer.components import RunComponents
 from trainer.config.schema import Config
 from trainer.sources.eval_metrics import accuracy_metrics
+from trainer.sources.next_token_eval import argmax_metrics
 from trainer.sources.replay import save_rollouts
 from trainer.sources.rollouts import Rollouts, seed_for
 from trainer.sources.sampler import check_groups
@@ -59,8 +60,9 @@ def evaluate(config: Config) -> tuple[dict[str, float], list[Group]]:
     with live_rollouts(config) as live:
         problems = live.components.prompts.held_out(config.data.eval_size)
         groups, _ = live.rollouts.run(problems, config.eval.samples_per_prompt, config.eval_sampling, "eval")
+        argmax = argmax_metrics(problems, live.rollouts.generate)
     check_groups(groups, config.graders.max_unscored_share)
-    return accuracy_metrics(groups, *config.correct_if), groups
+    return accuracy_metrics(groups, *config.correct_if) | argmax, groups
 
 
 def generate_rollouts(config: Config, steps: int, out: Path) -> Iterator[tuple[int, list[Group]]]:

@@ -1,9 +1,10 @@
 """A task: problems to train on, and held-out problems that are never trained on."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmquest_rl.data.images import check_images, image_list
 from llmquest_rl.data.rows import (
@@ -19,6 +20,9 @@ from llmquest_rl.data.rows import (
 )
 from llmquest_rl.loader import users_code
 from llmquest_rl.options import Options, call_users_function
+
+if TYPE_CHECKING:
+    from llmquest_rl.data.token_scores import OpenProxy
 
 REDRAWS = 256
 PROBED_PER_HELD_OUT = 4
@@ -125,19 +129,28 @@ def listed_task(name: str, rows: list[Row], held_out: list[Row] | float, seed: i
     return Task(name, ListedRows(train), ListedRows(test), counters)
 
 
-def open_task(name: str, function: Callable[..., Any], options: Options, seed: int, malformed: MalformedRows) -> Task:
+def open_task(
+    name: str,
+    function: Callable[..., Any],
+    options: Options,
+    seed: int,
+    malformed: MalformedRows,
+    proxy: "OpenProxy | None" = None,
+) -> Task:
     """Open the task that a section of the configuration names.
 
     `function` is the `load` of a module, or a user's function if `name` has a colon. A user's function is called with
     its options as keyword arguments (and with `seed`, if it has such a parameter). It returns a whole `Task`, or an
     iterable of rows: dicts with `prompt`, `answer`, `images` if there are any, and further columns.
+    A `load` with a parameter `proxy` is given `proxy`, with which it can score tokens of text by a model.
 
     Raises:
         DataError: there are no usable rows, or a row is malformed and `data.malformed_rows` is `error`.
     """
     if ":" not in name:
         with users_code(name):
-            loaded = function(options, seed, malformed)
+            wanted = {"proxy": proxy} if "proxy" in inspect.signature(function).parameters else {}
+            loaded = function(options, seed, malformed, **wanted)
         if not isinstance(loaded, Task):
             raise DataError(f"{name}: `load` must return a Task, not {type(loaded).__name__}")
         return loaded

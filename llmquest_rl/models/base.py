@@ -45,7 +45,7 @@ class Scores(NamedTuple):
     """The logits of a classifier, or the rewards of a reward model."""
 
     values: Tensor
-    """Float32 `[targets, labels]`, read at the source of each target: the last token of the text."""
+    """Float32 `[targets, labels]`, read at the source of each target, usually the last token of the text."""
     aux: dict[str, Tensor]
     """See `Hidden.aux`."""
 
@@ -184,9 +184,10 @@ class ClassifierModel(Model):
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """See `Model.config_fields`: the labels, and the architecture, since the source may be a decoder."""
+        """See `Model.config_fields`: labels, pooling, and the architecture, since the source may be a decoder."""
         fields = self.config.to_hf()
-        return {name: fields[name] for name in ("architectures", "num_labels", "id2label", "label2id")}
+        names = ("architectures", "num_labels", "id2label", "label2id", "score_pooling")
+        return {name: fields[name] for name in names if name in fields}
 
     def init_head(self, generator: torch.Generator) -> None:
         """Draw the weights of the output layer for labels that the checkpoint was not trained on."""

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from pydantic import PositiveFloat
+
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.loader import ComponentKind
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.types import Group
+from llmquest_rl.options import Options
+from llmquest_rl.types import Group, Pooling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +88,16 @@ class Teacher:
     """Whether a worker with a rollout engine holds the teacher and scores the sampled completions."""
 
 
+class CriticOptions(Options):
+    """The model that a critic begins with, and its optimizer."""
+
+    path: str | None = None
+    """A folder in the Hub's layout, or a Hub id: a text decoder, or a reward model, which keeps its head; null = the
+    model that is trained. It must have the same tokenizer."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of the critic. Its schedule and the other options are those of `optimizer`."""
+
+
 class Objective(Protocol):
     """A loss, and the inputs that it needs."""
 
@@ -99,6 +112,11 @@ class Objective(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels that the model scores: class names, or one label for a reward model; () = it predicts tokens."""
+        ...
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """The tokens at which a reward model reads its score; None = it is no reward model."""
         ...
 
     @property
@@ -145,6 +163,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def critic(self) -> CriticOptions | None:
+        """The critic that the learner trains beside the model; None = there is none."""
+        ...
+
+    @property
     def routing_replay(self) -> bool:
         """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
         ...
@@ -163,13 +186,18 @@ class Objective(Protocol):
         """Add token fields whose values depend on all microbatches of an update. A collective call.
 
         Args:
-            microbatches: those of this process, with the log-probs of `computed_logprobs`.
+            microbatches: those of this process, with the log-probs of `computed_logprobs`, and the token field
+                `values` if there is a critic.
             all_reduce: sums a tensor over the processes, in place.
         """
         ...
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """Compute the forward pass and the loss of one microbatch."""
+        ...
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        """Compute the forward pass and the loss of the critic on one microbatch. Only with a `critic`."""
         ...
 
 
@@ -179,12 +207,14 @@ class Supervised:
     derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     needs_whole_group: int = 0
     temperature: float = 1.0
     needs_reference: bool = False
     teacher: Teacher | None = None
     ref_sync_interval: int | None = None
     reference_cache: Path | None = None
+    critic: CriticOptions | None = None
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
@@ -200,3 +230,7 @@ class Supervised:
     ) -> list[TokenBatch]:
         """See `Objective.with_shared_values`: none."""
         return microbatches
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        """See `Objective.value_loss`: there is no critic."""
+        raise NotImplementedError("this objective has no critic")

@@ -37,7 +37,7 @@ from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
 from llmquest_rl.objectives import Descriptions, Loss, Teacher, with_aux
-from llmquest_rl.types import Group, Sampling
+from llmquest_rl.types import Group, Pooling, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,6 +128,7 @@ class Preference:
     method: Config
     temperature: float = 1.0
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     ref_sync_interval: int | None = None
     routing_replay: bool = False
     teacher: Teacher | None = None

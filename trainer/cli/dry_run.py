@@ -21,7 +21,7 @@ MEASURED_ROWS = 200
 """Number of rows whose lengths are measured."""
 SHOWN = 200
 """Characters of each text of an example."""
-GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>")
+GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>", "</think>\\boxed{ANSWER}")
 """Forms of a correct completion, because rewards expect different formats."""
 
 

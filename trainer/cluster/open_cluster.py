@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.cluster.worker_group import Cluster, InlineCluster, ResourceRequest
-from trainer.config.schema import ClusterConfig
+from trainer.config.cluster_section import ClusterConfig
 
 
 def open_cluster(config: ClusterConfig, requests: list[ResourceRequest], log_dir: Path) -> Cluster:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 
 from trainer.cluster.ray_group import Host, RayWorkerGroup  # noqa: E402
 from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, Worker, WorkerGroup  # noqa: E402
-from trainer.config.schema import ClusterConfig  # noqa: E402
+from trainer.config.cluster_section import ClusterConfig  # noqa: E402
 
 PASSED_ON = ("HF_", "LLMQUEST_", "TOKENIZERS_", "CUDA_", "NCCL_")
 """Environment variables with these prefixes reach the actors of a cluster that was joined. Those of a local cluster

@@ -1,9 +1,5 @@
 """Rules on combinations of options."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 from llmquest_rl.algorithms.advantages import ADVANTAGES, Advantage
 from llmquest_rl.algorithms.cells import SURROGATES
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
@@ -12,21 +8,8 @@ from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS, Normalization
 from llmquest_rl.loader import users_code
 from llmquest_rl.objectives import Objective
+from trainer.config.rule import Rule
 from trainer.config.schema import Config
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A condition on several options."""
-
-    key: str
-    """The option to change if the rule is broken."""
-    holds: Callable[[Config], bool]
-    """Whether a configuration follows the rule."""
-    message: str
-    """The reason and the remedy."""
-    applies_to: Literal["rollout", "dataset", "any"] = "any"
-    """The source of the objective's batches. The rule does not apply to configurations with another source."""
 
 
 def build_objective(config: Config) -> Objective:
@@ -55,10 +38,6 @@ def updates_in_a_step(config: Config) -> int:
 def _computes_old_logprobs(config: Config) -> bool:
     """Whether the learner computes the old policy's log-probs, and records the experts of a mixture with them."""
     return "old_logprobs" in build_objective(config).computed_logprobs(updates_in_a_step(config))
-
-
-def _samples_per_step(config: Config) -> int:
-    return config.batch.prompts_per_step * config.batch.samples_per_prompt
 
 
 def _has_kl_in_loss(config: Config) -> bool:
@@ -120,6 +99,12 @@ RULES = [
         "two rewards have the same name: give one of them another `name` and point to the reward with `function`",
     ),
     Rule(
+        "rollout.answer_logprobs",
+        lambda c: c.rollout.answer_logprobs is not None or all(r.function != "likelihood_gain" for r in c.rewards),
+        "the reward likelihood_gain reads the log-prob of the answer: write `answer_logprobs: {}`",
+        applies_to="rollout",
+    ),
+    Rule(
         "reward_models",
         lambda c: len(set(c.reward_names)) - len({r.name for r in c.rewards}) == len(c.reward_models),
         "a reward model has the name of another one, or of a reward. Metrics are logged by name, so rename one of them",
@@ -132,7 +117,7 @@ RULES = [
     ),
     Rule(
         "batch.prompts_per_step",
-        lambda c: _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
+        lambda c: c.batch.prompts_per_step * c.batch.samples_per_prompt > 1 or c.algorithm.normalization == "none",
         "this algorithm normalises the advantages of a step, which needs more than one sample: raise it or "
         "batch.samples_per_prompt",
         applies_to="rollout",
@@ -179,9 +164,22 @@ RULES = [
         applies_to="rollout",
     ),
     Rule(
+        "batch.dynamic_sampling_from",
+        lambda c: c.batch.dynamic_sampling_from == 1 or c.algorithm.dynamic_sampling,
+        "there is no dynamic sampling: set algorithm.dynamic_sampling to true, or leave this out",
+        applies_to="rollout",
+    ),
+    Rule(
         "algorithm.pass_k",
         lambda c: c.algorithm.advantage != "pass_at_k" or c.algorithm.pass_k < c.batch.samples_per_prompt,
         "pass_at_k compares the subsets of k samples of a group: set it below batch.samples_per_prompt",
+        applies_to="rollout",
+    ),
+    Rule(
+        "algorithm.credit",
+        lambda c: c.algorithm.credit == "uniform" or c.algorithm.old_policy == "engine" or updates_in_a_step(c) > 1,
+        "credit comes from the change since the old policy, which the only update of a step does not see: raise "
+        "batch.minibatches_per_step or batch.epochs_per_step, or set old_policy: engine",
         applies_to="rollout",
     ),
     Rule(
@@ -284,6 +282,11 @@ RULES = [
         "checkpoint.best_metric",
         lambda c: not (c.checkpoint.best_metric or "").startswith("eval/") or c.eval.every > 0,
         "this metric is never measured: set eval.every above 0, or best_metric to null",
+    ),
+    Rule(
+        "checkpoint.max_kl",
+        lambda c: not c.checkpoint.reads_kl or (from_rollouts(c) and build_objective(c).needs_reference),
+        "max_kl and kl_coef need the KL of sampled completions to a reference: use RL with algorithm.beta above 0",
     ),
 ]
 

@@ -6,7 +6,7 @@
 """
 
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -15,14 +15,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
 from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 from rewards.config import GraderConfig, RewardConfig
 from trainer.config.algorithm_section import AlgorithmSection
-from trainer.config.renamed_keys import MetricName
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.config.cluster_section import ClusterConfig
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.sections import DatasetSection, EngineSection, ObjectiveSection, TaskSection
 from trainer.run.folder import RUN_NAME
@@ -81,6 +81,12 @@ class BatchConfig(Options):
     max_rounds: PositiveInt = 10
     """RL with `algorithm.dynamic_sampling`: maximum sampling rounds in a step. After them the step trains on the usable
     groups that it has, with a warning. If it has none, the run stops and shows the rewards and some completions."""
+    dynamic_sampling_from: PositiveInt = 1
+    """RL with `algorithm.dynamic_sampling`: first step that samples in rounds; earlier steps take the groups of one
+    round (RPT: 500, arXiv:2506.08007)."""
+    equalize_wrong_groups: bool = False
+    """RL: give all completions of a group the reward 0 if none of them is correct (`eval.reward`, `eval.threshold`), so
+    that they have no advantage. Otherwise a reward with partial credit teaches which wrong answers are better."""
     sequences_per_step: PositiveInt = 16
     """Supervised: packed sequences (or pairs of replies) in each step, over all learners."""
     tokens_per_sequence: PositiveInt = 512
@@ -106,6 +112,17 @@ class BatchConfig(Options):
         return ceil(missing * self.oversampling)
 
 
+class AnswerLogprobs(Options):
+    """The place of the gold answer behind a thought, for rewards without a verifier."""
+
+    after: Annotated[str, Field(min_length=1)] = "</think>"
+    """Text that ends a thought. The rest of the completion is left out; a completion without it gets it."""
+    before: str = ""
+    """Text between that end and the answer, e.g. `\\boxed{`."""
+    max_tokens: PositiveInt = 64
+    """Maximum length in tokens of what follows the thought; a longer answer is cut. The engine has room for it."""
+
+
 class RolloutConfig(Options):
     """Sampling of completions. Supervised objectives ignore this section."""
 
@@ -128,6 +145,9 @@ class RolloutConfig(Options):
     sample from stale weights, as asynchronous training does. This also raises the difference that `max_logprob_gap`
     limits. `algorithm.old_policy: engine` takes ratios to the policy that sampled. A resumed run starts with fresh
     weights."""
+    answer_logprobs: AnswerLogprobs | None = None
+    """Compute the log-prob of the gold answer behind every thought with the engine; rewards get it as
+    `answer_logprob`. The reward `likelihood_gain` needs it. null = do not."""
     sleep: bool = False
     """Free the engine's memory while the learners train, for rollout workers and learners that share a GPU."""
     save: bool = False
@@ -194,19 +214,6 @@ class EvalConfig(Options):
     scale: choose a value for yours, or read only `eval/reward`."""
 
 
-class CheckpointConfig(Options):
-    """Checkpoints, which hold everything for an exact resume."""
-
-    every: NonNegativeInt = 10
-    """Steps between two checkpoints; the last step is always saved. 0 = only the last step."""
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep, in addition to the best one."""
-    best_metric: MetricName | None = "eval/accuracy"
-    """Metric that selects the best checkpoint, which is kept as well; null = none."""
-    best_mode: Literal["max", "min"] = "max"
-    """`max` if larger values of that metric are better, `min` if smaller ones are (losses)."""
-
-
 class TrackingConfig(Options):
     """Destinations of metrics, in addition to `metrics.jsonl` in the run folder, which is always written."""
 
@@ -214,34 +221,6 @@ class TrackingConfig(Options):
     """Names of Accelerate's trackers: `tensorboard`, `wandb`, `trackio`, ..."""
     completions_per_step: NonNegativeInt = 4
     """Number of sample completions saved in each step, with their rewards by name."""
-
-
-class ClusterConfig(Options):
-    """Placement of the processes. `cluster: inline` is short for `cluster: {kind: inline}`."""
-
-    kind: Literal["ray", "inline"] = "ray"
-    """`ray` starts a local Ray cluster or joins the one at RAY_ADDRESS; `inline` runs everything in one process, for
-    debuggers, notebooks and small models."""
-    gpus_per_rollout_worker: NonNegativeFloat = 0.0
-    """GPUs for each rollout worker; with a fraction it shares a GPU with others."""
-    gpus_per_learner: NonNegativeFloat = 0.0
-    """GPUs for each learner process; with a fraction it shares a GPU, e.g. with a rollout worker."""
-    gpus_per_reward_model: NonNegativeFloat = 0.0
-    """GPUs for each process of a reward model; with a fraction it shares a GPU, e.g. with a rollout worker."""
-    cpus_per_rollout_worker: PositiveFloat | None = None
-    """CPU cores of each rollout worker. null reserves one in Ray, but uses all cores of the machine, divided equally
-    among the workers, because sampling and learning take turns."""
-    cpus_per_learner: PositiveFloat | None = None
-    """CPU cores of each learner process; null as for rollout workers."""
-    cpus_per_reward_model: PositiveFloat | None = None
-    """CPU cores of each process of a reward model; null as for rollout workers."""
-    start_timeout_s: PositiveFloat = 300.0
-    """Time limit in seconds for the placement and the start of actors."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
 
 
 class Config(Options):

@@ -17,7 +17,7 @@ def build_model(setup: LearnerSetup) -> CausalLM | ClassifierModel:
     is_new = setup.init == "random"
     if labels:
         build = new_classifier if is_new else load_classifier
-        return build(path, labels, dtype, device, seed)
+        return build(path, labels, dtype, device, seed, setup.objective.pooling)
     return new_model(path, dtype, device, seed) if is_new else load_model(path, dtype, device)
 
 

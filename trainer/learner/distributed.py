@@ -86,6 +86,33 @@ def _plugin(config: dict[str, Any]) -> Any:
     return Plugin(hf_ds_config=config, zero3_init_flag=False)
 
 
+def backward(engine: Any, loss: Tensor, world_size: int) -> None:
+    """Add the gradients of a loss that is a sum over processes. If it is not finite, every process skips the update."""
+    # A loss that is not finite can have a finite gradient: with NaN no process has one.
+    poison = torch.where(loss.isfinite(), 1.0, torch.nan)
+    engine.backward(loss * (poison * world_size), scale_wrt_gas=False)
+
+
+def apply_gradients(engine: Any, limit: float | None) -> float | None:
+    """Clip the gradients to the norm `limit` and update the weights.
+
+    Returns:
+        The norm before clipping, or None if it was not finite and the weights are unchanged.
+    """
+    if engine.zero_optimization():
+        engine.step()
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if not norm.isfinite():
+        engine.zero_grad()
+        return None
+    if limit is not None and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    engine.step()
+    return float(norm)
+
+
 def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Pairs (our name, tensor) of all weights; ZeRO-3 gathers one at a time. A collective call."""
     from deepspeed.runtime.zero import GatheredParameters

@@ -26,7 +26,10 @@ from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
 from trainer.learner.build_models import build_model, build_reference
+from trainer.learner.critic import Critic
 from trainer.learner.distributed import (
+    apply_gradients,
+    backward,
     forget_accelerate,
     join_group,
     leave_process_group,
@@ -49,7 +52,7 @@ from trainer.learner.microbatches import (
 from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
-from trainer.learner.teacher import TopTokenScorer, on_device, with_hinted_logprobs
+from trainer.learner.teacher import TopTokenScorer, with_distributions, with_hinted_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +94,7 @@ class Learner(TopTokenScorer):
             self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
             self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
-
-    # --- training ---
+        self.critic = Critic(setup, rank, world_size) if setup.objective.critic is not None else None
 
     def update(self, minibatches: Sequence[Sequence[SequenceGroup]], epochs: int) -> dict[str, float]:
         """Run one optimizer update for each minibatch, in each epoch.
@@ -135,22 +137,24 @@ class Learner(TopTokenScorer):
         self, microbatches: list[TokenBatch], sequence_groups: Sequence[SequenceGroup], metrics: Metrics
     ) -> None:
         options = self.setup.optimizer
-        lr = options.lr * lr_factor(
+        factor = lr_factor(
             options.schedule, self.updates, self.setup.total_updates, options.warmup_steps, options.min_lr_ratio
         )
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = options.lr * factor
+        if self.critic is not None:
+            self.critic.update(microbatches, factor, metrics)
         parts = []
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
-            batch = on_device(microbatch, self.reference, self.setup, self.device)
+            batch = microbatch.to(self.device)
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
             with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
-                # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
-                poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
-                self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
+                backward(self.engine, loss.value, self.world_size)
             parts.append(loss.metrics)
-        norm = self._step()
+        norm = apply_gradients(self.engine, options.max_grad_norm)
         routing = self.model.after_update(norm is not None, dist.all_reduce)
         self.updates += 1
         if norm is None:
@@ -164,29 +168,15 @@ class Learner(TopTokenScorer):
         for name, value in routing.items():
             metrics.mean(name, value)
 
-    def _step(self) -> float | None:
-        """Clip and update; returns the gradient's norm, or None if it was not finite and the weights are unchanged."""
-        if self.engine.zero_optimization():
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if not norm.isfinite():
-            self.engine.zero_grad()
-            return None
-        limit = self.setup.optimizer.max_grad_norm
-        if limit is not None and norm > limit:
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        self.engine.step()
-        return float(norm)
-
     def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]], updates: int) -> Plan:
         """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
         objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
+        if objective.teacher is not None:
+            minibatches = with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
         shares_prompts = self.model.shares_prompts and (self.reference is None or self.reference.shares_prompts)
         fitted = [
             split_to_budget(sequence_groups, budget, shares_prompts, objective.needs_whole_group)
-            for sequence_groups in with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
+            for sequence_groups in minibatches
         ]
         plan = plan_microbatches(fitted, budget, image_format(self.model.config))
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
@@ -196,6 +186,8 @@ class Learner(TopTokenScorer):
                 continue
             assert model is not None, f"the objective needs {name}, but no reference model"
             plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
+        if self.critic is not None:
+            plan = self.critic.add_values(plan)
         all_reduce = partial(sum_over_processes, device=self.device)
         return [objective.with_shared_values(microbatches, all_reduce) for microbatches in plan]
 
@@ -210,20 +202,21 @@ class Learner(TopTokenScorer):
         self.model.eval()
         plan = self._plan([sequence_groups], updates=1)
         metrics = Metrics()
-        for batch in plan[0]:
-            moved = on_device(batch, self.reference, self.setup, self.device)
-            metrics.merge([self.setup.objective.loss(self.engine, moved).metrics])
+        for batch in (microbatch.to(self.device) for microbatch in plan[0]):
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
+            metrics.merge([self.setup.objective.loss(self.engine, batch).metrics])
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
-        """Log-probs of the targets of this process's groups under the current weights: `[targets]` for each group."""
+    def logprobs(self, groups: Sequence[SequenceGroup], of_reference: bool = False) -> list[Tensor]:
+        """Log-probs of the targets of this process's groups, `[targets]` each: of the model, or of the reference."""
         self._set_threads()
         self.model.eval()
-        return target_logprobs(groups, self.model, self.engine, self.setup)
-
-    # --- weights and state ---
+        model = self.reference if of_reference else self.model
+        assert model is not None, "`LearnerGroup.has_reference` says whether there is one"
+        return target_logprobs(groups, model, model if of_reference else self.engine, self.setup)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs (name on disk, tensor) of the current weights. Every process must exhaust the iterator.
@@ -244,6 +237,8 @@ class Learner(TopTokenScorer):
         """Write the state for an exact resume into an existing folder."""
         state = {"steps": self.steps, "updates": self.updates, **self.skipped_updates.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        if self.critic is not None:
+            self.critic.save(folder)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
         if self.rank == 0 and self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             save_reference(self.reference, folder / TAG)
@@ -270,6 +265,8 @@ class Learner(TopTokenScorer):
         self.steps, self.updates = state["steps"], state["updates"]
         if self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             load_reference(self.reference, folder / TAG)
+        if self.critic is not None:
+            self.critic.load(folder)
         self.skipped_updates.load_state_dict(state)
         load_rng(folder / TAG / f"rng_{self.rank}.pt")
 
@@ -285,8 +282,10 @@ class Learner(TopTokenScorer):
         """Leave the group and free the model. Idempotent."""
         if not hasattr(self, "engine"):
             return
+        if self.critic is not None:
+            self.critic.close()
         self.engine.destroy()
-        del self.engine, self.model, self.adamw, self.reference
+        del self.critic, self.engine, self.model, self.adamw, self.reference
         forget_accelerate()
         if self._owns_group and dist.is_initialized():  # closing a vLLM engine here may have ended every group
             leave_process_group()

@@ -130,14 +130,14 @@ def add_logprobs(
 
 
 def target_logprobs(
-    groups: Sequence[SequenceGroup], model: Model, engine: nn.Module, setup: LearnerSetup
+    groups: Sequence[SequenceGroup], model: Model, forward: nn.Module, setup: LearnerSetup
 ) -> list[Tensor]:
     """The log-probs of the targets of each group, float32 `[targets]`, in the order of its completions. A collective.
 
     Args:
         groups: this process's groups.
         model: the model, which says how groups are packed.
-        engine: DeepSpeed's engine around it, which computes.
+        forward: the model itself, or DeepSpeed's engine around it.
         setup: the learner's setup.
     """
     counts = [[sum(mask) for mask in group.targets] for group in groups]
@@ -149,7 +149,7 @@ def target_logprobs(
     budget, temperature, device = setup.tokens_per_microbatch, setup.objective.temperature, torch.device(setup.device)
     fitted = split_to_budget(numbered, budget, model.shares_prompts, needs_whole_group=0)
     plan = plan_microbatches([fitted], budget, image_format(model.config))
-    [batches] = add_logprobs(plan, "logprobs", engine, temperature, device, record_experts=False)
+    [batches] = add_logprobs(plan, "logprobs", forward, temperature, device, record_experts=False)
     number, logprobs = (torch.cat([batch.token_fields[name] for batch in batches]) for name in ("number", "logprobs"))
     in_order = logprobs[number.argsort(stable=True)][int((number == 0).sum()) :]
     return list(in_order.split([sum(own) for own in counts]))

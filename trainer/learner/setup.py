@@ -22,6 +22,8 @@ class LearnerSetup:
     tokens_per_microbatch: int
     folder: Path
     """The run folder, in which a batch that made the gradient NaN is saved."""
+    critic_path: Path | None = None
+    """The folder of the model that the critic begins with; None = `model_path`."""
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and arithmetic; master weights and AdamW state are always float32."""

@@ -44,13 +44,13 @@ def with_hinted_logprobs(
     ]
 
 
-def on_device(batch: TokenBatch, teacher: nn.Module | None, setup: LearnerSetup, device: torch.device) -> TokenBatch:
-    """A microbatch on the learner's device, with the teacher's distributions if the objective wants them."""
-    moved, described = batch.to(device), setup.objective.teacher
+def with_distributions(batch: TokenBatch, teacher: nn.Module | None, setup: LearnerSetup) -> TokenBatch:
+    """A microbatch on the teacher's device with its distributions, if the objective wants them."""
+    described = setup.objective.teacher
     if described is None or not described.gives_distributions or teacher is None:
-        return moved
+        return batch
     assert isinstance(teacher, CausalLM), "a teacher predicts tokens"
-    return replace(moved, soft_targets=teacher.distributions(moved))
+    return replace(batch, soft_targets=teacher.distributions(batch))
 
 
 class TopTokenScorer:

@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
-from trainer.config.load import parse_config
+from trainer.config.load import parse_config, read_options
 from trainer.config.schema import Config
-from trainer.config.tree import ConfigError, ConfigTree
+from trainer.config.tree import ConfigTree
 from trainer.papers.claims import Claim
 from trainer.papers.figure import Panel
 from trainer.papers.measures import MEASURES, Labels
+from trainer.pipeline.stages import check_references
 
 FOLDER = Path("configs/papers")
 START = "start"
 """Name of the runs that pretrain start models."""
-TEACHER = "{teacher}"
-"""Stands for the folder of the recipe's teacher in the values of an arm."""
+TEACHER = "teacher"
+"""Name of the stage that stands for the recipe's second start model."""
 
 
 class StartModel(Options):
@@ -51,7 +52,10 @@ class Recipe(Options):
     start: Start
     teacher: dict[str, Any] | None = None
     """Keys of `start` that differ for a second model, which is pretrained in the same way and kept as well. Arms name
-    it as `objective: {name: distill, teacher: "{teacher}"}`. null = there is none."""
+    it as `objective: {name: distill, teacher: "stage:teacher"}`. null = there is none."""
+    stages: dict[str, dict[str, Any]] = {}
+    """Run configurations of further models that are trained from the start model for each seed, by name: `stage:NAME`
+    in `run` or in an arm is the trained model, e.g. a reward model."""
     run: dict[str, Any]
     """Run configuration that all arms share, without `name`, `seed` and `model.path`."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -78,7 +82,9 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _check_reserved_keys(self) -> Self:
-        for place, values in (("run", self.run), *((f"arms.{arm}", values) for arm, values in self.arms.items())):
+        sections = {"run": self.run} | {f"arms.{arm}": values for arm, values in self.arms.items()}
+        sections |= {f"stages.{name}": values for name, values in self.stages.items()}
+        for place, values in sections.items():
             model = values.get("model")
             path = {"model.path"} if isinstance(model, dict) and "path" in model else set()
             own = ({"name", "seed"} & set(values)) | path
@@ -86,14 +92,6 @@ class Recipe(Options):
                 raise ValueError(
                     f"{place}: remove {', '.join(sorted(own))}; the recipe, the arm and the seed determine it"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_teacher(self) -> Self:
-        if self.teacher is None and _with_teacher(self.arms, "") != self.arms:
-            raise ValueError(
-                f"an arm names {TEACHER}, the recipe's teacher, which it does not have: add `teacher: ...`"
-            )
         return self
 
     @property
@@ -118,16 +116,14 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: the recipe is invalid; the message lists every problem.
     """
-    try:
-        recipe = Recipe(**ConfigTree.read(path).values)
-    except ValidationError as error:
-        raise ConfigError(
-            [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
-        ) from error
+    recipe = read_options(Recipe, path)
     for start in filter(None, (recipe.start, recipe.teacher_start)):
         start_config(start, Path("start"), str(path))
+    stages = {name: stage_config(recipe, name, 0, Path("start"), str(path)) for name in recipe.stages}
+    if recipe.teacher_start is not None:
+        stages[TEACHER] = start_config(recipe.teacher_start, Path("start"), str(path))
     for arm in recipe.arms:
-        arm_config(recipe, arm, 0, Path("start"), str(path))
+        check_references(arm_config(recipe, arm, 0, Path("start"), str(path)), stages, str(path))
     return recipe
 
 
@@ -156,19 +152,19 @@ def start_config(start: Start, model: Path, origin: str) -> Config:
     return parse_config(tree.values, f"{origin}: start.run")
 
 
-def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str, teacher: Path | None = None) -> Config:
+def stage_config(recipe: Recipe, name: str, seed: int, model: Path, origin: str) -> Config:
+    """Configuration of the run of one stage and seed, which starts from the model in folder `model`."""
+    tree = ConfigTree(recipe.stages[name], f"{origin}: stages.{name}")
+    tree.merge({"name": f"stage-{slug(name)}", "seed": seed, "model": {"path": str(model)}}, origin)
+    return parse_config(tree.values, f"{origin}: stages.{name}")
+
+
+def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str) -> Config:
     """Configuration of the run of one arm and seed, which starts from the model in folder `model`."""
     tree = ConfigTree(recipe.run, f"{origin}: run")
-    tree.merge(_with_teacher(recipe.arms[arm], str(teacher or TEACHER)), f"{origin}: arms.{arm}")
+    tree.merge(recipe.arms[arm], f"{origin}: arms.{arm}")
     tree.merge({"name": f"arm-{slug(arm)}", "seed": seed, "model": {"path": str(model)}}, origin)
     return parse_config(tree.values, f"{origin}: arms.{arm}")
-
-
-def _with_teacher(values: Any, folder: str) -> Any:
-    """Values of a configuration with the teacher's folder in place of `TEACHER`."""
-    if isinstance(values, dict):
-        return {key: _with_teacher(value, folder) for key, value in values.items()}
-    return folder if values == TEACHER else values
 
 
 def slug(label: str) -> str:

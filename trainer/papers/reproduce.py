@@ -11,11 +11,13 @@ from trainer.config.schema import Config
 from trainer.papers.claims import Verdict, check
 from trainer.papers.figure import draw_figure
 from trainer.papers.measures import MEASURES, Measure, Trained
-from trainer.papers.recipe import Recipe, arm_config, jobs, load_recipe
+from trainer.papers.recipe import TEACHER, Recipe, arm_config, jobs, load_recipe, stage_config
 from trainer.papers.runs import run_all
-from trainer.papers.series import Results, summary, with_cumulative_sums
+from trainer.papers.series import Results, summary, with_cumulative_sums, with_roots
 from trainer.papers.start import start_model
+from trainer.pipeline.stages import PREFIX, with_models
 from trainer.run.tracking import JsonLines
+from trainer.run.trained import trained_model
 
 WORK = Path("runs/papers")
 """Folder in which start models and runs are kept."""
@@ -52,13 +54,9 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
     recipe, origin = load_recipe(path), str(path)
     out = out or work / path.stem
     out.mkdir(parents=True, exist_ok=True)
-    models = {"start model": start_model(recipe.start, work, origin)}
-    if recipe.teacher_start is not None:
-        models["teacher"] = start_model(recipe.teacher_start, work, origin)
-    for kind, model in models.items():
-        report(f"{kind}: {model}")
-    start, *teacher = (model.resolve() for model in models.values())
-    configs = {job: arm_config(recipe, *job, start, origin, *teacher) for job in jobs(recipe, seeds)}
+    start = start_model(recipe.start, work, origin).resolve()
+    report(f"start model: {start}")
+    configs = _configs(recipe, seeds, start, work, origin, report)
     results = _with_runs(recipe, configs, start, work / path.stem, report)
     figure = draw_figure(recipe.panels, results, recipe.columns, out / f"{path.stem}.png")
     verdicts = [check(claim, results) for claim in recipe.claims]
@@ -69,6 +67,21 @@ def reproduce(path: Path, seeds: int, out: Path | None, report: Callable[[str], 
     return Report(verdicts, figure, numbers)
 
 
+def _configs(
+    recipe: Recipe, seeds: int, start: Path, work: Path, origin: str, report: Callable[[str], None]
+) -> dict[tuple[str, int], Config]:
+    """The run of every arm and seed, after the models of teacher and stages have been trained."""
+    configs = {job: arm_config(recipe, *job, start, origin) for job in jobs(recipe, seeds)}
+    shared: dict[str, Path] = {}
+    if recipe.teacher_start is not None:
+        shared[f"{PREFIX}{TEACHER}"] = start_model(recipe.teacher_start, work, origin).resolve()
+        report(f"teacher: {shared[f'{PREFIX}{TEACHER}']}")
+    of_seeds = _stage_models(recipe, seeds, start, work / Path(origin).stem, origin, report)
+    if not shared and not recipe.stages:
+        return configs
+    return {job: with_models(config, shared | of_seeds[job[1]], origin) for job, config in configs.items()}
+
+
 def _with_runs(
     recipe: Recipe, configs: dict[tuple[str, int], Config], start: Path, folder: Path, report: Callable[[str], None]
 ) -> Results:
@@ -77,7 +90,7 @@ def _with_runs(
     by_name = run_all({names[job]: config for job, config in configs.items()}, folder, report)
     results: Results = defaultdict(dict)
     for (arm, seed), name in names.items():
-        results[arm][seed] = with_cumulative_sums(JsonLines(by_name[name] / "metrics.jsonl").read())
+        results[arm][seed] = with_cumulative_sums(with_roots(JsonLines(by_name[name] / "metrics.jsonl").read()))
     if recipe.measure is not None:
         measure: Measure = MEASURES.module(recipe.measure).measure
         for seed in sorted({seed for _, seed in configs}):
@@ -87,6 +100,19 @@ def _with_runs(
                 results[label][seed] = rows
             report(f"measured, seed {seed}")
     return dict(results)
+
+
+def _stage_models(
+    recipe: Recipe, seeds: int, start: Path, folder: Path, origin: str, report: Callable[[str], None]
+) -> dict[int, dict[str, Path]]:
+    """Train every stage with every seed; returns the folders of the models by seed and reference."""
+    jobs = {(name, seed): f"{name}, seed {seed}" for seed in range(seeds) for name in recipe.stages}
+    configs = {label: stage_config(recipe, name, seed, start, origin) for (name, seed), label in jobs.items()}
+    runs = run_all(configs, folder, report)
+    models: dict[int, dict[str, Path]] = defaultdict(dict)
+    for (name, seed), label in jobs.items():
+        models[seed][f"{PREFIX}{name}"] = trained_model(str(runs[label]))
+    return models
 
 
 def _json(content: dict[str, Any]) -> str:

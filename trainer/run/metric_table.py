@@ -54,6 +54,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "rollout/tokens_per_s": ("tokens/s", "Sampled completion tokens per second, all rollout workers together."),
     "rollout/completion_tokens": ("tokens", "Length of a completion, mean."),
     "rollout/completion_tokens_max": ("tokens", "Length of the longest completion."),
+    "rollout/repetition": (
+        "share",
+        "Runs of four tokens that occurred before in the same completion, mean. A policy that exploits its reward "
+        "often repeats itself.",
+    ),
     "rollout/truncated_share": ("share", "Completions that were cut at the token limit."),
     "rollout/right_tokens": ("tokens", "Length of a correct completion, mean. Absent if there is none."),
     "rollout/wrong_tokens": ("tokens", "Length of an incorrect completion, mean. Absent if there is none."),
@@ -87,6 +92,23 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     ),
     "eval/pass_at_<k>_low": ("share", "Lower end of the 95 % interval of pass@k."),
     "eval/pass_at_<k>_high": ("share", "Upper end of the 95 % interval of pass@k."),
+    "eval/accuracy_easy": (
+        "share",
+        "Next-token reasoning: accuracy at held-out positions where the proxy has an entropy above 0.5 nats.",
+    ),
+    "eval/accuracy_medium": ("share", "The same above 1.0 nats."),
+    "eval/accuracy_hard": ("share", "The same above 1.5 nats."),
+    "eval/argmax": (
+        "share",
+        "Next-token reasoning: held-out positions whose true token the model finds most likely without thinking.",
+    ),
+    "eval/argmax_easy": ("share", "The same above 0.5 nats."),
+    "eval/argmax_medium": ("share", "The same above 1.0 nats."),
+    "eval/argmax_hard": ("share", "The same above 1.5 nats."),
+    "eval/positions_easy": ("count", "Held-out positions above 0.5 nats with a scored completion."),
+    "eval/positions_medium": ("count", "The same above 1.0 nats."),
+    "eval/positions_hard": ("count", "The same above 1.5 nats."),
+    "eval/tokens_per_hit": ("tokens", "Next-token reasoning: completion tokens for each right prediction."),
     "eval/reward": ("reward", "Total reward of a held-out completion, mean."),
     "eval/problems": ("count", "Held-out problems with a scored completion."),
     "eval/unscored": ("count", "Held-out completions that could not be graded."),
@@ -109,6 +131,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "learner/lr": ("", "Learning rate of the last update of the step."),
     "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
     "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
+    "learner/critic_grad_norm": ("", "Norm of the critic's gradient before clipping, mean over its updates."),
+    "learner/critic_skipped_updates": (
+        "count",
+        "The critic's skipped updates in the step.",
+    ),
     "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
     "learner/tokens_per_s": (
         "tokens/s",
@@ -130,6 +157,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "time/sync_s": ("s", "Transfer of the new weights to the rollout workers."),
     "time/eval_s": ("s", "Sampling and grading of the held-out problems."),
     "time/checkpoint_s": ("s", "The last checkpoint that was saved before this step."),
+    "checkpoint/score": (
+        "",
+        "Value of `checkpoint.best_metric`, minus `kl_coef` x KL: the checkpoint with the best one is kept. Absent if "
+        "the KL is above `max_kl`, or if the step trained on no completion.",
+    ),
     "checkpoint/failed_saves": ("count", "Checkpoints that failed since the start because the disk was full."),
     "memory/learner_peak_gb": ("GB", "Largest memory of a learner process so far: on its GPU, or resident on a CPU."),
     "system/driver_memory_gb": ("GB", "Resident memory of the driver process."),

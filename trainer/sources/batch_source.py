@@ -13,9 +13,10 @@ from llmquest_rl.packing import minibatches
 from llmquest_rl.types import Group
 from trainer.config.schema import BatchConfig, Config
 from trainer.learner.group import LearnerGroup, StepBatch
-from trainer.run.tracking import completions_table, sample_rows
+from trainer.run.samples import completions_table, sample_rows
 from trainer.sources.engine_teacher import EngineTeacher
 from trainer.sources.eval_metrics import accuracy_metrics, lengths_by_outcome
+from trainer.sources.intervals import wilson
 from trainer.sources.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,12 @@ class DatasetSource:
         return {}
 
     def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
-        return learners.evaluate(self.validation)
+        metrics = learners.evaluate(self.validation)
+        if "eval/accuracy" not in metrics:
+            return metrics
+        # A sequence group is one decision: a pair, or a labelled text.
+        estimate = wilson(metrics["eval/accuracy"], len(self.validation))
+        return metrics | {"eval/accuracy_low": estimate.low, "eval/accuracy_high": estimate.high}
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

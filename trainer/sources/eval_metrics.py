@@ -1,15 +1,25 @@
 """Metrics of held-out groups: accuracy, mean@k and pass@k with confidence intervals."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llmquest_rl.types import Group, Score
 from trainer.sources.intervals import accuracy, pass_at_k
+from trainer.sources.next_token_eval import difficulty_metrics
 
 
 def is_correct(score: Score, reward: str, threshold: float) -> bool:
     """True if the named reward reaches the threshold. A reward that does not apply counts as not correct."""
     part = score.parts.get(reward)
     return part is not None and part >= threshold
+
+
+def equalized(group: Group, reward: str, threshold: float) -> Group:
+    """The group, with the value 0 for every scored completion if none is correct: then none has an advantage."""
+    if any(is_correct(score, reward, threshold) for score in group.scores if score.failure is None):
+        return group
+    equal = [replace(score, value=None if score.value is None else 0.0) for score in group.scores]
+    return Group(group.problem, group.completions, equal)
 
 
 def lengths_by_outcome(groups: Sequence[Group], reward: str, threshold: float) -> dict[str, float]:
@@ -64,4 +74,4 @@ def accuracy_metrics(groups: Sequence[Group], reward: str, threshold: float) -> 
         estimate = pass_at_k(scored, k)
         metrics |= {f"eval/pass_at_{k}": estimate.value}
         metrics |= {f"eval/pass_at_{k}_low": estimate.low, f"eval/pass_at_{k}_high": estimate.high}
-    return metrics
+    return metrics | difficulty_metrics(groups, outcomes)

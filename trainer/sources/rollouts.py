@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from rewards.types import GradeItem
 from rollout.weights import SyncReport, WeightSnapshot
 from rollout.worker import RolloutWorker
 from trainer.cluster.worker_group import WorkerGroup
+from trainer.sources.answer_logprobs import AnswerScorer
 
 T = TypeVar("T")
 
@@ -53,7 +55,12 @@ class Rollouts:
     """Samples completions and grades them. A restarted rollout worker gets the weights of the last sync."""
 
     def __init__(
-        self, workers: WorkerGroup[RolloutWorker], rewards: list[RewardWorkers], seed: int, timeout_s: float
+        self,
+        workers: WorkerGroup[RolloutWorker],
+        rewards: list[RewardWorkers],
+        seed: int,
+        timeout_s: float,
+        answers: AnswerScorer | None = None,
     ) -> None:
         """Take the workers of a run.
 
@@ -62,12 +69,18 @@ class Rollouts:
             rewards: each of them scores every completion; the values add up.
             seed: the run's seed.
             timeout_s: time limit for the answers of one call of the rollout workers, in seconds.
+            answers: computes the log-probs of gold answers behind thoughts; None = no reward needs them.
         """
         self.workers = workers
         self.rewards = rewards
         self.seed = seed
         self.timeout_s = timeout_s
+        self.answers = answers
         self._current: tuple[WeightSnapshot, int] | None = None
+        # Workers of other processes score side by side, and a thread calls each group. Those of this process take
+        # turns: they share its number of threads, and a debugger can follow them.
+        are_apart = len(rewards) > 1 and not any(reward.group.in_this_process for reward in rewards)
+        self._threads = ThreadPoolExecutor(len(rewards), "reward") if are_apart else None
         workers.on_restart = self._restore
 
     def wait_ready(self) -> None:
@@ -85,6 +98,11 @@ class Rollouts:
         """
         work = [(share, sampling) for share in split_evenly(requests, self.workers.size)]
         return list(chain.from_iterable(self.workers.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
+
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Log-prob of each token given those before it, by the rollout workers: `[sequences][len - 1]`."""
+        work = [(share,) for share in split_evenly(sequences, self.workers.size)]
+        return list(chain.from_iterable(self.workers.map(RolloutWorker.logprobs, work, timeout_s=self.timeout_s)))
 
     def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
         """Load new weights into every rollout worker, which verifies their checksums first."""
@@ -139,6 +157,8 @@ class Rollouts:
 
     def close(self) -> None:
         """End every worker."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         self.workers.close()
         for reward in self.rewards:
             reward.group.close()
@@ -153,7 +173,14 @@ class Rollouts:
             for problem, answers in zip(problems, completions, strict=True)
             for completion in answers
         ]
-        by_reward = [reward.grade(items) for reward in self.rewards]
+        if self.answers is not None:
+            pairs = [(problem, one) for problem, own in zip(problems, completions, strict=True) for one in own]
+            items = self.answers.add(items, pairs, self.logprobs)
+        if self._threads is None:
+            by_reward = [reward.grade(items) for reward in self.rewards]
+        else:
+            futures = [self._threads.submit(reward.grade, items) for reward in self.rewards]
+            by_reward = [future.result() for future in futures]
         scores = map(combine_scores, zip(*by_reward, strict=True))
         return [[next(scores) for _ in answers] for answers in completions]
 

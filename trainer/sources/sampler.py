@@ -12,6 +12,8 @@ from rewards.failures import TooManyUnscoredError, check_unscored
 from trainer.config.schema import Config
 from trainer.learner.group import LearnerGroup
 from trainer.sources.dynamic_sampling import DynamicSampling, NothingUsableError
+from trainer.sources.eval_metrics import equalized
+from trainer.sources.next_token_eval import argmax_metrics
 from trainer.sources.replay import load_rollouts, save_rollouts
 from trainer.sources.rollouts import Rollouts, Sampled, grade_item
 
@@ -64,7 +66,7 @@ class LiveSampler:
     def groups(self, step: int, stream: PromptStream) -> Sampled:
         sampled: list[Group] = []
         try:
-            if self.dynamic is None:
+            if self.dynamic is None or step < self.config.batch.dynamic_sampling_from:
                 groups, metrics = self._round(step, stream, self.config.batch.prompts_per_step, sampled)
             else:
                 while count := self.dynamic.prompts_to_sample():
@@ -85,6 +87,8 @@ class LiveSampler:
         n, sampling = self.config.batch.samples_per_prompt, self.config.rollout.sampling
         problems = stream.take(count)
         groups, metrics = self.rollouts.run(problems, n, sampling, f"train/{step}", first=len(sampled))
+        if self.config.batch.equalize_wrong_groups:
+            groups = [equalized(group, *self.config.correct_if) for group in groups]
         sampled += groups
         return groups, metrics | check_groups(sampled, self.config.graders.max_unscored_share)
 
@@ -93,7 +97,8 @@ class LiveSampler:
         n = self.config.eval.samples_per_prompt
         groups, metrics = self.rollouts.run(problems, n, self.config.eval_sampling, "eval")
         check_groups(groups, self.config.graders.max_unscored_share)
-        return groups, {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
+        timing = {"time/eval_s": metrics["time/generate_s"] + metrics["time/grade_s"]}
+        return groups, timing | argmax_metrics(problems, self.rollouts.generate)
 
     def sync_weights(self, learners: LearnerGroup, version: int) -> dict[str, float]:
         started = time.perf_counter()

@@ -4,10 +4,9 @@ A block may hold the end of one document and the beginning of others. Attention 
 pretraining. A document is either trained on or validated on as a whole.
 """
 
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Annotated, overload
 
 import numpy as np
@@ -16,12 +15,9 @@ from pydantic import Field, PositiveInt
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
-from llmquest_rl.data.files import READERS, find_files, is_local, read_files, read_hub
+from llmquest_rl.data.documents import Document, read_documents
 from llmquest_rl.data.rows import DataError, held_out_keys
 from llmquest_rl.options import Options
-
-Document = tuple[str, str]
-"""The place of a document (`file:line`), and its text."""
 
 
 class Config(Options):
@@ -72,7 +68,7 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     Raises:
         DataError: a file is missing or holds no text, or a row is malformed and `data.malformed_rows` is `error`.
     """
-    documents = _limited(_documents(config, config.path, context), config.max_documents)
+    documents = list(islice(_documents(config, config.path, context), config.max_documents))
     if config.validation_path is None:
         if len(documents) < 2:
             raise DataError(f"{config.path} holds {len(documents)} documents: give more, or a validation_path")
@@ -101,39 +97,5 @@ def _blocks(documents: Iterable[Document], context: DatasetContext) -> Blocks:
     return Blocks(np.concatenate(parts) if parts else np.zeros(0, np.int32), context.tokens_per_sequence)
 
 
-def _limited(documents: Iterator[Document], limit: int | None) -> list[Document]:
-    taken: list[Document] = []
-    for document in documents:
-        taken.append(document)
-        if len(taken) == limit:
-            break
-    return taken
-
-
 def _documents(config: Config, paths: str | tuple[str, ...], context: DatasetContext) -> Iterator[Document]:
-    for raw in [paths] if isinstance(paths, str) else paths:
-        path = raw.replace("{stdlib}", sysconfig.get_path("stdlib"))
-        if is_local(path) and not any(file.suffix in READERS for file in find_files(path)):
-            yield from _text_files(path, context)
-            continue
-        rows = read_files(path, context.malformed) if is_local(path) else read_hub(path, config.subset, config.split)
-        for where, row in rows:
-            text = row.get(config.text_column)
-            if isinstance(text, str) and text.strip():
-                yield where, text
-            else:
-                context.malformed.report(where, f"there is no text in the column {config.text_column!r}")
-
-
-def _text_files(path: str, context: DatasetContext) -> Iterator[Document]:
-    files: list[Path] = find_files(path)
-    if not files:
-        raise DataError(f"there is no file {path} (relative paths start at {Path.cwd()})")
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            context.malformed.report(str(file), f"not UTF-8 text: {error}")
-            continue
-        if text.strip():
-            yield str(file), text
+    return read_documents(paths, config.subset, config.split, config.text_column, context.malformed)

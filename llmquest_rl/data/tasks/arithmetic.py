@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from llmquest_rl.data.rows import DataError, MalformedRows, Row
 from llmquest_rl.data.task import Draw, Task, generated_task
@@ -26,6 +26,9 @@ class Config(Options):
     """The prompt; `{question}` is replaced by the sum, e.g. `12 + 7`."""
     held_out: PositiveInt = 100
     """Distinct problems set aside for evaluation; at most a quarter of a small space (one-digit sums)."""
+    noise_digits: NonNegativeInt = 0
+    """Random digits behind every answer, after a semicolon: text that no model can predict. With the task
+    `next_token_reasoning` it shows what noise does; rewards that read a number need 0."""
 
     @field_validator("terms")
     @classmethod
@@ -73,7 +76,9 @@ def load(config: Config, seed: int, malformed: MalformedRows) -> Task:
         question = str(operands[0]) + "".join(f" {operator} {operand}" for operator, operand in steps)
         commutes = set(operators) in ({"+"}, {"*"})
         key = f" {operators[0]} ".join(map(str, sorted(operands))) if commutes else question
-        row = Row(question, config.template.replace("{question}", question), str(evaluate(operands, operators)))
+        noise = "".join(rng.choice("0123456789") for _ in range(config.noise_digits))
+        answer = f"{evaluate(operands, operators)}{noise and f';{noise}'}"
+        row = Row(question, config.template.replace("{question}", question), answer)
         return Draw(row, key)
 
     try:

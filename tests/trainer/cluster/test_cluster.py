@@ -14,7 +14,7 @@ from rollout.worker import RolloutWorker
 from tests.trainer.cluster.workers import Slow, Worker
 from trainer.cluster.open_cluster import open_cluster
 from trainer.cluster.worker_group import Cluster, ClusterError, ResourceRequest, free_port
-from trainer.config.schema import ClusterConfig
+from trainer.config.cluster_section import ClusterConfig
 
 NEEDS = [ResourceRequest("workers", 2, cpus=1, gpus=0), ResourceRequest("frail", 2, cpus=1, gpus=0)]
 
