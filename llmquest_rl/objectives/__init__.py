@@ -201,7 +201,17 @@ class Objective(Protocol):
         ...
 
 
-class Supervised:
+class WithoutCritic:
+    """Defaults of objectives that train no critic."""
+
+    critic: CriticOptions | None = None
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        """See `Objective.value_loss`: there is no critic."""
+        raise NotImplementedError("this objective has no critic")
+
+
+class Supervised(WithoutCritic):
     """Defaults of objectives that learn from given sequences: one model, and nothing to compute first."""
 
     derived_metrics: ClassVar[Mapping[str, Derived]] = {}
@@ -214,7 +224,6 @@ class Supervised:
     teacher: Teacher | None = None
     ref_sync_interval: int | None = None
     reference_cache: Path | None = None
-    critic: CriticOptions | None = None
     routing_replay: bool = False
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
@@ -230,7 +239,3 @@ class Supervised:
     ) -> list[TokenBatch]:
         """See `Objective.with_shared_values`: none."""
         return microbatches
-
-    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
-        """See `Objective.value_loss`: there is no critic."""
-        raise NotImplementedError("this objective has no critic")

@@ -29,11 +29,11 @@ from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.loader import ComponentError
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Supervised, Teacher, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Supervised, Teacher, WithoutCritic, with_aux
 from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.options import Options
-from llmquest_rl.types import Group, Sampling
+from llmquest_rl.types import Group, Pooling, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,7 +118,7 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class OnPolicy:
+class OnPolicy(WithoutCritic):
     """The policy gradient with the advantages log(pi_teacher / pi_old) of the sampled tokens.
 
     Batches carry the token fields `weights`, `rollout_logprobs` and `ref_logprobs` (the teacher's), and `old_logprobs`
@@ -132,7 +132,9 @@ class OnPolicy:
     ref_sync_interval: int | None = None
     source: Literal["rollout", "dataset"] = "rollout"
     labels: tuple[str, ...] = ()
+    pooling: Pooling | None = None
     needs_whole_group: int = 0
+    reference_cache: Path | None = None
 
     @property
     def needs_reference(self) -> bool:

@@ -36,7 +36,7 @@ from llmquest_rl.algorithms.unused_settings import check_read
 from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, Teacher, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Teacher, WithoutCritic, with_aux
 from llmquest_rl.types import Group, Pooling, Sampling
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _margin(chosen: float, rejected: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
+class Preference(WithoutCritic):
     """The loss of one preference method. Batches carry the token fields `weights`, `sides` and, for some, others."""
 
     derived_metrics: ClassVar[Mapping[str, Derived]] = {
