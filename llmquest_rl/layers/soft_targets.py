@@ -4,10 +4,10 @@ Rows of logits are computed in blocks. The backward pass computes each block aga
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from llmquest_rl.soft_targets import SoftTargets, TeacherHead, TopTokens
 
@@ -36,22 +36,47 @@ def logprobs_and_kl(
     Returns:
         Log-probs `[n]` and KLs in nats `[n]`, float32, both with gradient. (Float64 states give float64.)
     """
-    parts = [
-        checkpoint(
-            _block,
-            states[rows],
-            weight,
-            softcap,
-            targets[rows],
-            temperature,
-            teacher.rows(rows),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for rows in _blocks(len(states), len(weight), states.device)
-    ]
-    logprobs, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+    logprobs, kl = _Blocks.apply(states, weight, softcap, targets, temperature, teacher)  # type: ignore[no-untyped-call]
     return logprobs, kl
+
+
+class _Blocks(torch.autograd.Function):
+    """`_block` for one block of rows after the other, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        targets: Tensor,
+        temperature: float,
+        teacher: SoftTargets,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(states, weight, targets)
+        ctx.settings = softcap, temperature, teacher
+        parts = [
+            _block(states[rows], weight, softcap, targets[rows], temperature, teacher.rows(rows))
+            for rows in _blocks(len(states), len(weight), states.device)
+        ]
+        logprobs, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logprobs, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute each block again, with a graph of its own. Gradients of the weight are summed in float32."""
+        states, weight, targets = ctx.saved_tensors
+        softcap, temperature, teacher = ctx.settings
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        grad_states, grad_weight = torch.zeros_like(states), torch.zeros_like(weight, dtype=wide)
+        for rows in _blocks(len(states), len(weight), states.device):
+            leaves = [part.detach().requires_grad_() for part in (states[rows], weight)]
+            with torch.enable_grad():
+                outputs = _block(leaves[0], leaves[1], softcap, targets[rows], temperature, teacher.rows(rows))
+            of_states, of_weight = torch.autograd.grad(outputs, leaves, [grad[rows] for grad in grads])
+            grad_states[rows] = of_states
+            grad_weight += of_weight
+        return grad_states, grad_weight.to(weight.dtype), None, None, None, None
 
 
 @torch.no_grad()
