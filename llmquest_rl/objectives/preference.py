@@ -35,7 +35,7 @@ from llmquest_rl.algorithms.unused_settings import check_read
 from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, with_aux
+from llmquest_rl.objectives import CriticOptions, Descriptions, Loss, with_aux
 from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Preference:
     temperature: float = 1.0
     labels: tuple[str, ...] = ()
     ref_sync_interval: int | None = None
+    critic: CriticOptions | None = None
     routing_replay: bool = False
 
     @property
@@ -188,6 +189,9 @@ class Preference:
         output = model(batch, temperature=self.temperature)
         value, metrics = self.pair_losses(output.logprobs, batch)
         return with_aux(value, output.aux, batch, metrics)
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        raise NotImplementedError("a preference method has no critic")
 
     def pair_losses(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The weighted loss of a microbatch, a scalar, and metrics.
