@@ -116,7 +116,7 @@ class Policy(Objective):
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         algorithm = self.algorithm
-        in_reward = algorithm.has_critic and algorithm.beta > 0 and algorithm.kl_in == "reward"
+        in_reward = self.critic is not None and algorithm.beta > 0 and algorithm.kl_in == "reward"
         old = ("old_logprobs",) if in_reward or (updates > 1 and algorithm.old_policy == "learner") else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
 
