@@ -208,6 +208,7 @@ BROKEN = [
     (SUPERVISED, "data.dataset", None, "data.dataset"),
     (RL, "rewards", [], "rewards"),
     (RL, "rewards", [{"name": "exact_number"}, {"name": "exact_number"}], "rewards"),
+    (RL, "rewards", [{"name": "likelihood_gain"}], "rollout.answer_logprobs"),
     (RL, "reward_models", [{"name": "exact_number", "path": "judge"}], "reward_models"),
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
     (changed(RL, "algorithm.name", "dr_grpo"), "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
