@@ -124,7 +124,7 @@ def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int,
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
     """Advantages `[samples]` of each group."""
     estimated = [_group_advantages(part, algorithm) for part in compared]
-    if algorithm.has_critic:
+    if ADVANTAGES[algorithm.advantage].by_critic:
         return estimated
     normalized = estimated
     if algorithm.normalization != "none":

@@ -99,9 +99,12 @@ class CriticOptions(Options):
 
 
 class Objective(Protocol):
-    """A loss, and the inputs that it needs."""
+    """A loss, and the inputs that it needs.
 
-    derived_metrics: ClassVar[Mapping[str, Derived]]
+    Objectives inherit the defaults: one model that predicts tokens, and nothing to compute before the loss.
+    """
+
+    derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     """Metrics that are computed from merged ones, by name: no mean, sum or maximum over microbatches gives them."""
 
     @property
@@ -112,23 +115,23 @@ class Objective(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels that the model scores: class names, or one label for a reward model; () = it predicts tokens."""
-        ...
+        return ()
 
     @property
     def pooling(self) -> Pooling | None:
         """The tokens at which a reward model reads its score; None = it is no reward model."""
-        ...
+        return None
 
     @property
     def needs_whole_group(self) -> int:
         """Completions of a group at most, if they are compared with each other: a microbatch must hold all of them.
         0 = a group may be split."""
-        ...
+        return 0
 
     @property
     def temperature(self) -> float:
         """Divides the logits of every forward pass, so that log-probs are those of the sampled distribution."""
-        ...
+        return 1.0
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         """Names of the log-probs that must be computed first, without gradient.
@@ -139,38 +142,38 @@ class Objective(Protocol):
         Returns:
             `old_logprobs` (of the model before the step), `ref_logprobs` (of the reference model), both or neither.
         """
-        ...
+        return ()
 
     @property
     def needs_reference(self) -> bool:
         """Whether the learner holds a frozen copy of the initial model, the reference."""
-        ...
+        return False
 
     @property
     def teacher(self) -> Teacher | None:
         """The reference model, if it is not just a frozen copy of the initial model."""
-        ...
+        return None
 
     @property
     def ref_sync_interval(self) -> int | None:
         """Steps after which the reference becomes the current model; None = it stays the initial model."""
-        ...
+        return None
 
     @property
     def reference_cache(self) -> Path | None:
         """File of the reference's log-probs of the whole data set, which are then computed once; None = each step
         computes its own. Only with `source` dataset."""
-        ...
+        return None
 
     @property
     def critic(self) -> CriticOptions | None:
         """The critic that the learner trains beside the model; None = there is none."""
-        ...
+        return None
 
     @property
     def routing_replay(self) -> bool:
         """Whether updates of an MoE model use the experts recorded with `old_logprobs` (`TokenBatch.experts`)."""
-        ...
+        return False
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         """Set the token field `weights` on all groups of one optimizer update, before they are split over processes."""
@@ -178,7 +181,7 @@ class Objective(Protocol):
 
     def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
         """The sequences to train on of a step's graded rollouts, and metrics. Only with `source` rollout."""
-        ...
+        raise RuntimeError("this objective learns from given sequences")
 
     def with_shared_values(
         self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
@@ -190,7 +193,7 @@ class Objective(Protocol):
                 `values` if there is a critic.
             all_reduce: sums a tensor over the processes, in place.
         """
-        ...
+        return microbatches
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         """Compute the forward pass and the loss of one microbatch."""
@@ -198,44 +201,10 @@ class Objective(Protocol):
 
     def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
         """Compute the forward pass and the loss of the critic on one microbatch. Only with a `critic`."""
-        ...
+        raise RuntimeError("this objective has no critic")
 
 
-class WithoutCritic:
-    """Defaults of objectives that train no critic."""
+class Supervised(Objective):
+    """An objective that learns from given sequences."""
 
-    critic: CriticOptions | None = None
-
-    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
-        """See `Objective.value_loss`: there is no critic."""
-        raise NotImplementedError("this objective has no critic")
-
-
-class Supervised(WithoutCritic):
-    """Defaults of objectives that learn from given sequences: one model, and nothing to compute first."""
-
-    derived_metrics: ClassVar[Mapping[str, Derived]] = {}
     source: Literal["rollout", "dataset"] = "dataset"
-    labels: tuple[str, ...] = ()
-    pooling: Pooling | None = None
-    needs_whole_group: int = 0
-    temperature: float = 1.0
-    needs_reference: bool = False
-    teacher: Teacher | None = None
-    ref_sync_interval: int | None = None
-    reference_cache: Path | None = None
-    routing_replay: bool = False
-
-    def computed_logprobs(self, updates: int) -> tuple[str, ...]:
-        """See `Objective.computed_logprobs`: none."""
-        return ()
-
-    def sequence_groups(self, groups: Sequence[Group]) -> tuple[list[SequenceGroup], Metrics]:
-        """See `Objective.sequence_groups`: there are no rollouts."""
-        raise NotImplementedError("this objective learns from given sequences")
-
-    def with_shared_values(
-        self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
-    ) -> list[TokenBatch]:
-        """See `Objective.with_shared_values`: none."""
-        return microbatches

@@ -15,8 +15,8 @@ Offline (`source: dataset`): KL(pi_teacher || pi) of the next token at every tar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -29,14 +29,14 @@ from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.loader import ComponentError
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Supervised, Teacher, WithoutCritic, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, ModelOutput, Objective, Supervised, Teacher, with_aux
 from llmquest_rl.objectives.next_token import NextToken
 from llmquest_rl.objectives.policy import Policy
 from llmquest_rl.options import Options
-from llmquest_rl.types import Group, Pooling, Sampling
+from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 METRICS: Descriptions = {
     "train/reverse_kl": (
@@ -118,7 +118,7 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class OnPolicy(WithoutCritic):
+class OnPolicy(Objective):
     """The policy gradient with the advantages log(pi_teacher / pi_old) of the sampled tokens.
 
     Batches carry the token fields `weights`, `rollout_logprobs` and `ref_logprobs` (the teacher's), and `old_logprobs`
@@ -128,13 +128,9 @@ class OnPolicy(WithoutCritic):
     derived_metrics: ClassVar[Mapping[str, Derived]] = Policy.derived_metrics
 
     policy: Policy
-    teacher: Teacher
+    teacher: Teacher = field()  # no default, although `Objective` has one
     ref_sync_interval: int | None = None
     source: Literal["rollout", "dataset"] = "rollout"
-    labels: tuple[str, ...] = ()
-    pooling: Pooling | None = None
-    needs_whole_group: int = 0
-    reference_cache: Path | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -160,12 +156,6 @@ class OnPolicy(WithoutCritic):
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:
         """See `Objective.assign_token_weights`: `algorithm.aggregation` gives them."""
         return self.policy.assign_token_weights(groups)
-
-    def with_shared_values(
-        self, microbatches: list[TokenBatch], all_reduce: Callable[[Tensor], object]
-    ) -> list[TokenBatch]:
-        """See `Objective.with_shared_values`: none."""
-        return microbatches
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Loss:
         policy = self.policy
@@ -202,7 +192,7 @@ class Offline(Supervised):
     Batches carry the token field `weights`, and the teacher's distributions as `soft_targets`.
     """
 
-    teacher: Teacher
+    teacher: Teacher = field()
     nll_weight: float = 0.0
     needs_reference: bool = True
 

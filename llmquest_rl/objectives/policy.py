@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmquest_rl.algorithms import covariance, gae
@@ -21,9 +20,9 @@ from llmquest_rl.algorithms.surrogates import Tokens
 from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics, ratio
-from llmquest_rl.objectives import CriticOptions, Descriptions, Loss, ModelOutput, Teacher, with_aux
+from llmquest_rl.objectives import CriticOptions, Descriptions, Loss, ModelOutput, Objective, with_aux
 from llmquest_rl.options import Options
-from llmquest_rl.types import Group, Pooling, Sampling
+from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,7 +77,7 @@ def _effective_sample_size(weight: float, square: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Objective):
     """sum_t weight_t (kept_t x correction_t x surrogate(ratio_t, advantage_t) + beta x kl_t - bonus x entropy_t).
 
     Batches carry the token fields `weights`, `advantages` and `rollout_logprobs`. They have `old_logprobs` only if a
@@ -92,16 +91,11 @@ class Policy:
     }
 
     algorithm: Algorithm
-    temperature: float
+    temperature: float = field()  # no default, although `Objective` has one
     max_tokens: int
     entropy: bool = True
     critic: CriticOptions | None = None
     source: Literal["rollout", "dataset"] = "rollout"
-    labels: tuple[str, ...] = ()
-    pooling: Pooling | None = None
-    needs_whole_group: int = 0
-    reference_cache: Path | None = None
-    teacher: Teacher | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -122,7 +116,7 @@ class Policy:
 
     def computed_logprobs(self, updates: int) -> tuple[str, ...]:
         algorithm = self.algorithm
-        in_reward = algorithm.has_critic and algorithm.beta > 0 and algorithm.kl_in == "reward"
+        in_reward = self.critic is not None and algorithm.beta > 0 and algorithm.kl_in == "reward"
         old = ("old_logprobs",) if in_reward or (updates > 1 and algorithm.old_policy == "learner") else ()
         return (*old, "ref_logprobs") if self.needs_reference else old
 

@@ -36,8 +36,8 @@ from llmquest_rl.algorithms.unused_settings import check_read
 from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, Teacher, WithoutCritic, with_aux
-from llmquest_rl.types import Group, Pooling, Sampling
+from llmquest_rl.objectives import Descriptions, Loss, Objective, with_aux
+from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,7 +118,7 @@ def _margin(chosen: float, rejected: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Preference(WithoutCritic):
+class Preference(Objective):
     """The loss of one preference method. Batches carry the token fields `weights`, `sides` and, for some, others."""
 
     derived_metrics: ClassVar[Mapping[str, Derived]] = {
@@ -127,11 +127,6 @@ class Preference(WithoutCritic):
 
     method: Config
     temperature: float = 1.0
-    labels: tuple[str, ...] = ()
-    pooling: Pooling | None = None
-    ref_sync_interval: int | None = None
-    routing_replay: bool = False
-    teacher: Teacher | None = None
 
     @property
     def source(self) -> Literal["rollout", "dataset"]:
@@ -212,6 +207,9 @@ class Preference(WithoutCritic):
         output = model(batch, temperature=self.temperature)
         value, metrics = self.pair_losses(output.logprobs, batch)
         return with_aux(value, output.aux, batch, metrics)
+
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        raise NotImplementedError("a preference method has no critic")
 
     def pair_losses(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The weighted loss of a microbatch, a scalar, and metrics.

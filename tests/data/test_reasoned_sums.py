@@ -38,8 +38,8 @@ def test_a_question_is_answered_with_the_next_character_after_a_thought(load: Lo
     for prompt, completion in load(direct_share=0.0, error_rate=0.0, whole_share=0.0):
         left, right, shown = re.fullmatch(r"(\d+) \+ (\d+)=(\d*)\?", prompt).groups()  # type: ignore[union-attr]
         answer = str(int(left) + int(right))
-        assert answer.startswith(shown) and f"#{answer}</think>" in completion
         gold = answer[len(shown) :]
+        assert answer.startswith(shown) and f"#{shown}.{gold}</think>" in completion
         assert next_token.reward(completion, gold, next_token.Config(), list(range(1, len(gold) + 1))) == 1.0
 
 

@@ -23,7 +23,7 @@ from llmquest_rl.types import Pooling
 from trainer.learner.microbatches import idle_group
 from trainer.run.metric_table import METRICS, entry
 
-score = st.floats(-30, 30)
+score = st.floats(-30, 30, width=32)
 Pairs = list[tuple[float, float, float]]
 """Scores of the chosen and the rejected reply, and the margin."""
 many = st.lists(st.tuples(score, score, st.floats(0, 3)), min_size=1, max_size=8)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from llmquest_rl.algorithms.presets import resolve
+from llmquest_rl.algorithms.sequence_groups import make_sequence_groups
 from llmquest_rl.batch import SequenceGroup, collate
 from llmquest_rl.data.rows import DataError, MalformedRows
 from llmquest_rl.data.task import Task, open_task
@@ -20,7 +22,8 @@ from llmquest_rl.models.checkpoint.hub import resolve_model
 from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.weight_map import disk_tensors
-from llmquest_rl.types import Completion
+from llmquest_rl.types import Completion, Group, Problem, Score
+from rewards.builtin import likelihood_gain
 from rewards.builtin.next_token import Config as Reward
 from rewards.builtin.next_token import reward
 from rollout.proxy import NativeProxy, open_proxy
@@ -62,7 +65,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def opened(proxy: NativeProxy, **options: Any) -> Task:
-    config = next_token_reasoning.Config(**{"document_tokens": 64, "threshold": 0.0} | options)
+    defaults = {"threshold": 0.0} if options.get("select", "entropy") == "entropy" else {}
+    config = next_token_reasoning.Config(**{"document_tokens": 64} | defaults | options)
     return open_task(
         "next_token_reasoning", TASKS.function("next_token_reasoning"), config, 3, MalformedRows(), lambda _: proxy
     )
@@ -176,6 +180,8 @@ def test_no_position_above_the_threshold_is_told_with_the_entropies(proxy: Nativ
         ({"path": "a.txt", "task": SUMS}, "either `path` or `task`"),
         ({"path": "a.txt", "template": "predict!"}, "v0, v6, gap, or contain {context}"),
         ({"task": {"name": "arithmetik"}}, "did you mean arithmetic"),
+        ({"path": "a.txt", "select": "random", "threshold": 2.0}, "`threshold` is read with `select: entropy` only"),
+        ({"path": "a.txt", "span_tokens": 9}, "`span_tokens` is read with `predict: masked_span` only"),
         ({"path": "a.txt", "select": "hard"}, "'entropy', 'random' or 'all'"),
     ],
 )
@@ -299,6 +305,21 @@ def test_the_likelihood_of_the_text_behind_a_thought_is_a_reward(runs: Runs, mon
         with torch.no_grad():
             known = model(collate([SequenceGroup(ids[:-count], [ids[-count:]])])).logprobs.sum()
         assert float(known) == pytest.approx(logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+def test_the_baseline_of_a_position_changes_no_advantage(name: str) -> None:
+    """So the gradient of RLP is the same with the frozen proxy as with a moving average of the policy."""
+
+    def advantages(plain: float) -> list[list[float]]:
+        completions = [Completion([1, 2], [-1.0, -1.0], "", "stop", 0) for _ in range(4)]
+        config, logprobs = likelihood_gain.Config(), (-1.0, -2.5, -0.3, -4.0)
+        gains = [likelihood_gain.reward(config, logprob, 1, plain) for logprob in logprobs]
+        group = Group(Problem("a", "a", [1], "a"), completions, [Score(gain) for gain in gains])
+        [made], _ = make_sequence_groups([group], resolve(name), 8)
+        return made.token_fields["advantages"]
+
+    assert np.allclose(advantages(-2.0), advantages(0.0), atol=1e-9) and np.std(advantages(0.0)) > 0.1
 
 
 def test_a_thought_ends_at_its_first_mark(runs: Runs, tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ from llmquest_rl.models.checkpoint.hub import check_model_files
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier, load_classifier, new_classifier
 from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.optim.groups import decay_groups
-from trainer.learner.distributed import apply_gradients, backward, wrap_model
+from trainer.learner.distributed import apply_gradients, wrap_model
 from trainer.learner.microbatches import Plan
 from trainer.learner.setup import LearnerSetup
 
@@ -95,7 +95,8 @@ class Critic:
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
             loss = self.setup.objective.value_loss(self.engine, microbatch.to(self.device))
-            backward(self.engine, loss.value, self.world_size)
+            poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)  # as for the policy
+            self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
             parts.append(loss.metrics)
         norm = apply_gradients(self.engine, self.setup.optimizer.max_grad_norm)
         self.model.after_update(norm is not None, dist.all_reduce)

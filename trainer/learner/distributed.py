@@ -86,13 +86,6 @@ def _plugin(config: dict[str, Any]) -> Any:
     return Plugin(hf_ds_config=config, zero3_init_flag=False)
 
 
-def backward(engine: Any, loss: Tensor, world_size: int) -> None:
-    """Add the gradients of a loss that is a sum over processes. If it is not finite, every process skips the update."""
-    # A loss that is not finite can have a finite gradient: with NaN no process has one.
-    poison = torch.where(loss.isfinite(), 1.0, torch.nan)
-    engine.backward(loss * (poison * world_size), scale_wrt_gas=False)
-
-
 def apply_gradients(engine: Any, limit: float | None) -> float | None:
     """Clip the gradients to the norm `limit` and update the weights.
 

@@ -29,7 +29,6 @@ from trainer.learner.build_models import build_model, build_reference
 from trainer.learner.critic import Critic
 from trainer.learner.distributed import (
     apply_gradients,
-    backward,
     forget_accelerate,
     join_group,
     leave_process_group,
@@ -152,7 +151,9 @@ class Learner(TopTokenScorer):
                 batch = with_distributions(batch, self.reference, self.setup)
             with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
-                backward(self.engine, loss.value, self.world_size)
+                # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
+                poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
+                self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
             parts.append(loss.metrics)
         norm = apply_gradients(self.engine, options.max_grad_norm)
         routing = self.model.after_update(norm is not None, dist.all_reduce)

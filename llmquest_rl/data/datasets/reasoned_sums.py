@@ -1,9 +1,9 @@
 """Sums as text, and next-token questions about them with thoughts: they prepare a small model for such reasoning.
 
 A plain row continues a sum with its answer, `12 + 7=` with `19`. A question shows a part of such a text and a mark,
-`12 + 7=1?`. Its reply works the sum as `worked_sums` does and puts the next character into a box:
-`<think>2+7=9;1+0=1;#19</think>\\boxed{9}`. Some columns are wrong, and some boxes hold the whole answer, as those of a
-model that does not quite know what a next token is.
+`12 + 17=2?`. Its reply works the sum as `worked_sums` does, writes the answer with a full stop behind the shown part,
+and puts the next character into a box: `<think>2+7=9;1+1=2;#2.9</think>\\boxed{9}`. Some columns are wrong, and some
+boxes hold the whole answer, as those of a model that does not quite know what a next token is.
 """
 
 import random
@@ -52,7 +52,8 @@ def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedRow]:
         shown = rng.randrange(len(answer))
         left, right = str(row.prompt).removesuffix("=").split(" + ")
         thought = worked_sums.reply(left, right, rng, config.model_copy(update={"direct_share": 0.0}))
-        found = thought.rpartition("#")[2] + answer[len(answer.partition(";")[0]) :]
-        box = found if rng.random() < config.whole_share else found[shown : shown + 1] or found[-1]
-        completion = f"<think>{thought}</think>\\boxed{{{box}}}"
+        columns, _, found = f"{thought}{answer[len(answer.partition(';')[0]) :]}".rpartition("#")
+        rest = found[shown:] or found[-1]
+        box = found if rng.random() < config.whole_share else rest[0]
+        completion = f"<think>{columns}#{found[:shown]}.{rest}</think>\\boxed{{{box}}}"
         yield row.id, {"prompt": f"{row.prompt}{answer[:shown]}{config.mark}", "completion": completion}

@@ -36,6 +36,13 @@ TEMPLATES: dict[str, str] = {
 """Prompts by name: two of the paper's (appendix D; its experiments use `v0`, and `v6` scored best before training), and
 ours for masked spans."""
 MASK = "[MASK]"
+READ_WITH = {
+    "threshold": ("select", "entropy"),
+    "random_share": ("select", "random"),
+    "continuation_tokens": ("predict", "next_token"),
+    "span_tokens": ("predict", "masked_span"),
+}
+"""The option and its value with which another option is read."""
 
 
 class Config(Options):
@@ -102,6 +109,9 @@ class Config(Options):
             raise ValueError("give either `path` or `task`")
         if "context" not in placeholders(self.prompt_template):
             raise ValueError(f"`template` must be {', '.join(TEMPLATES)}, or contain {{context}}")
+        for name, (other, value) in READ_WITH.items():
+            if getattr(self, other) != value and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` is read with `{other}: {value}` only: leave it out")
         return self
 
     @property

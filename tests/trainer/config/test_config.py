@@ -208,6 +208,7 @@ BROKEN = [
     (SUPERVISED, "data.dataset", None, "data.dataset"),
     (RL, "rewards", [], "rewards"),
     (RL, "rewards", [{"name": "exact_number"}, {"name": "exact_number"}], "rewards"),
+    (RL, "rewards", [{"name": "likelihood_gain"}], "rollout.answer_logprobs"),
     (RL, "reward_models", [{"name": "exact_number", "path": "judge"}], "reward_models"),
     (RL, "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
     (changed(RL, "algorithm.name", "dr_grpo"), "batch.samples_per_prompt", 1, "batch.samples_per_prompt"),
@@ -229,6 +230,7 @@ BROKEN = [
     (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
     (changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k1", "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
+    (RL, "algorithm.credit", "future_kl", "algorithm.credit"),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k2"), *UNBIASED),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "abs"), *UNBIASED),
     (RL, "algorithm.normalization", "batch_std", "algorithm.normalization"),
@@ -276,6 +278,7 @@ def test_every_rule_has_a_configuration_that_breaks_it() -> None:
         ("grpo", "pass_k", 2, "advantage: pass_at_k"),
         ("grpo", "overlong_buffer", 0.5, "length_penalty: soft_overlong"),
         ("dppo", "tis_cap", 5.0, "old_policy: learner, a tis_cap and a correction that bounds the ratio"),
+        ("kpop", "tis_cap", 5.0, "old_policy: learner, a tis_cap and a correction that bounds the ratio"),
     ],
 )
 def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, reader: str) -> None:
