@@ -4,7 +4,7 @@ from llmquest_rl.algorithms.variant import Row
 
 LATER_ROWS: dict[str, Row] = {
     "ppo": Row(
-        "PPO, arXiv 1707.06347; on completions as in InstructGPT, arXiv 2203.02155",
+        "PPO, arXiv 1707.06347; InstructGPT, arXiv 2203.02155",
         {
             "advantage": "gae",
             "gae_gamma": 1.0,

@@ -8,7 +8,7 @@ from llmquest_rl.algorithms.preference import method as preference
 from llmquest_rl.algorithms.preference import presets as preference_presets
 from llmquest_rl.algorithms.presets import ROWS, Algorithm, resolve
 
-TABLE_WIDTH = 236
+TABLE_WIDTH = 303
 """Width in characters at which each row fits on one line; a narrower terminal would wrap them."""
 
 
@@ -52,7 +52,7 @@ def _advantage(algorithm: Algorithm) -> str:
     parts = [
         _variant(algorithm, "advantage"),
         *([_variant(algorithm, "normalization")] if algorithm.normalization != "none" else []),
-        *(["each reward by itself"] if algorithm.decoupled_rewards else []),
+        *(["by reward"] if algorithm.decoupled_rewards else []),
         *(["dynamic sampling"] if algorithm.dynamic_sampling else []),
         *([_variant(algorithm, "credit")] if algorithm.credit != "uniform" else []),
     ]
