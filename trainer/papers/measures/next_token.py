@@ -38,17 +38,17 @@ def measure(trained: Trained) -> dict[str, Rows]:
     values = first.model_dump(mode="json")
     values["data"]["task"]["proxy"] = str(trained.start)
     values["rollout"]["engine"] = {"name": "native"}
-    rows = _hit_rates(START, trained.start, values, 0.0)
+    found = {START: _hit_rates(trained.start, values, 0.0)}
     for arm, run in trained.runs.items():
-        rows |= _hit_rates(arm, trained_model(str(run)), values, _gigaflop(run, trained.start))
-    return rows
+        found[arm] = _hit_rates(trained_model(str(run)), values, _gigaflop(run, trained.start))
+    return {f"{name}, {how}": rows[how] for how in (THINKING, PLAIN) for name, rows in found.items()}
 
 
-def _hit_rates(name: str, model: Path, values: dict[str, Any], gigaflop: float) -> dict[str, Rows]:
+def _hit_rates(model: Path, values: dict[str, Any], gigaflop: float) -> dict[str, Rows]:
     values["model"]["path"] = str(model)
     metrics, _ = evaluate(parse_config(values))
     return {
-        f"{name}, {how}": [
+        how: [
             {"step": limit, "entropy above": limit, "hit rate": metrics[keys[difficulty]], "GFLOP": gigaflop}
             for difficulty, limit in DIFFICULTIES.items()
             if keys[difficulty] in metrics
