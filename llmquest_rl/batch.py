@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from llmquest_rl.deferred import torch
+from llmquest_rl.soft_targets import SoftTargets, TopTokens, joined_or_blank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,10 @@ class SequenceGroup:
     """True for each completion token that is a target; None = all are."""
     images: Tensor | None = None
     """The images of the prompt `[n, channels, height, width]`, in order; None = text only."""
+    reference_prompt: list[int] | None = None
+    """The prompt that the reference model reads in place of `prompt`; None = the same."""
+    top_tokens: list[TopTokens] | None = None
+    """A teacher's most likely tokens at every token of each completion; None = there are none."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +78,7 @@ class SequenceGroup:
                 {name: [values[i]] for name, values in self.token_fields.items()},
                 None if self.mask is None else [self.mask[i]],
                 self.images,
+                top_tokens=None if self.top_tokens is None else [self.top_tokens[i]],
             )
             for i, completion in enumerate(self.completions)
         ]
@@ -92,6 +98,7 @@ class SequenceGroup:
             [self.prompt + completion for completion in self.completions],
             {name: [[0.0] * size + row for row in values] for name, values in self.token_fields.items()},
             [[False] * size + mask for mask in masks],
+            top_tokens=None if self.top_tokens is None else [tokens.after(size) for tokens in self.top_tokens],
         )
 
 
@@ -146,6 +153,8 @@ class TokenBatch:
     experts: Tensor | None = None
     """The experts that the old policy's routers chose, int16 `[layers with experts, tokens, k]`; None = not recorded.
     They are not a token field, because token fields have values for targets only."""
+    soft_targets: SoftTargets | None = None
+    """The distributions that a teacher gives the targets; None = there is no teacher that gives any."""
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """A copy of the batch with every tensor on `device`."""
@@ -159,6 +168,7 @@ class TokenBatch:
             token_fields={name: field.to(device) for name, field in self.token_fields.items()},
             images=None if self.images is None else self.images.to(device),
             experts=None if self.experts is None else self.experts.to(device),
+            soft_targets=None if self.soft_targets is None else self.soft_targets.to(device),
         )
 
 
@@ -185,6 +195,7 @@ def collate(groups: Sequence[SequenceGroup]) -> TokenBatch:
         token_fields={name: torch.tensor(values, dtype=torch.float32) for name, values in packed.token_fields.items()},
         images=images,
         image_counts=image_counts,
+        soft_targets=joined_or_blank(packed.top_tokens) if any(group.top_tokens for group in groups) else None,
     )
 
 
@@ -199,6 +210,7 @@ class _Packed:
     sources: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     sequence_ids: list[int] = field(default_factory=list)
+    top_tokens: list[TopTokens | int] = field(default_factory=list)
     num_sequences: int = 0
 
     def add(self, group: SequenceGroup) -> None:
@@ -222,6 +234,7 @@ class _Packed:
             self.sequence_ids += [self.num_sequences] * len(kept)
             for name, values in self.token_fields.items():
                 values += [group.token_fields[name][i][j] for j in kept]
+            self.top_tokens.append(len(kept) if group.top_tokens is None else group.top_tokens[i].rows(kept))
             self.num_sequences += 1
 
 

@@ -20,6 +20,10 @@ Message = dict[str, str]
 
 FinishReason = Literal["stop", "length"]
 
+Pooling = Literal["eos", "last_token", "mean"]
+"""Where a reward model reads its score: at the end-of-sequence token after the reply, at the last token of the reply
+itself (the end-of-sequence token is left out), or as the mean over the reply's tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
@@ -51,6 +55,8 @@ class Problem:
     """All further columns of the data set; rewards get them as keyword arguments."""
     images: "NDArray[float32] | None" = field(default=None, compare=False)
     """The normalised images of the prompt `[n, channels, height, width]`, in order; None = text only."""
+    reference_prompt_ids: list[int] | None = None
+    """Token ids of the prompt that the reference model reads, e.g. with the gold answer; None = the same prompt."""
 
 
 class Sampling(Options):
@@ -110,6 +116,8 @@ class Score:
     detail: str = ""
     """The error message of a failure."""
     seconds: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each reward in the total, by name; `parts` also has components, which have none."""
 
 
 @dataclass(frozen=True, slots=True)

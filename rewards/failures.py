@@ -40,7 +40,7 @@ def check_unscored(scores: Sequence[Score], items: Iterable[GradeItem], limit: f
     raise TooManyUnscoredError(
         f"{share:.0%} of {len(scores)} completions could not be graded ({counts}); graders.max_unscored_share allows "
         f"{limit:.0%}. Examples:\n{examples}\n"
-        "Try the reward on a file of completions with `llmquest-rl grade`, or raise graders.timeout_s or memory_mb."
+        "Try a reward on a file of completions with `llmquest-rl grade`, or raise graders.timeout_s or memory_mb."
     )
 
 

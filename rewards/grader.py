@@ -3,6 +3,7 @@
 If a reward fails on an item, that item has no score, rather than a score of 0. Other items are not affected.
 """
 
+import math
 import pickle
 import threading
 from collections.abc import Iterable, Sequence
@@ -108,7 +109,8 @@ def _weighted(reward: RewardConfig, outcome: Outcome) -> Score:
     """The contribution of one reward to the score."""
     value = None if outcome.failure is not None else outcome.parts[reward.name]
     total = None if value is None else reward.weight * value
-    return Score(total, outcome.parts, outcome.failure, outcome.detail, outcome.seconds)
+    weights = {reward.name: reward.weight}
+    return Score(total, outcome.parts, outcome.failure, outcome.detail, outcome.seconds, weights)
 
 
 def check_rewards(rewards: Sequence[RewardConfig], columns: Iterable[str], config: GraderConfig | None = None) -> None:
@@ -122,15 +124,21 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Iterable[str], confi
 
 
 def combine_scores(scores: Sequence[Score]) -> Score:
-    """The sum of the values, with the parts and the seconds of all scores.
+    """The sum of the values, with the parts, the weights and the seconds of all scores.
 
     If a score failed, the result is a failure of the first one's kind, because a sum without one of its terms would be
-    a different reward. If no reward applies, the result has no value.
+    a different reward. A sum that is not finite is the failure `invalid`. If no reward applies, there is no value.
     """
     parts = {name: value for score in scores for name, value in score.parts.items()}
     seconds = sum(score.seconds for score in scores)
+    weights = {name: weight for score in scores for name, weight in score.weights.items()}
     failed = [score for score in scores if score.failure is not None]
     if failed:
-        return Score(None, parts, failed[0].failure, "; ".join(score.detail for score in failed), seconds)
+        detail = "; ".join(score.detail for score in failed)
+        return Score(None, parts, failed[0].failure, detail, seconds, weights)
     values = [score.value for score in scores if score.value is not None]
-    return Score(sum(values) if values else None, parts, None, "", seconds)
+    total = sum(values) if values else None
+    if total is not None and not math.isfinite(total):
+        detail = f"the total reward is {total}, the weighted sum of {parts}: lower the weights"
+        return Score(None, parts, "invalid", detail, seconds, weights)
+    return Score(total, parts, None, "", seconds, weights)

@@ -16,9 +16,9 @@ COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
 SERVERS = ("ray", "vllm", "deepspeed", "accelerate")
 READ_ALL = """
 from pathlib import Path
-from trainer.config.load import load_config
+from trainer.cli.check_configs import load_recipe_or_pipeline
 for path in [*Path("configs").glob("*.yaml")]:
-    load_config(path)
+    load_recipe_or_pipeline(path)
 """
 MISTYPED = """
 from trainer.config.load import ConfigError, load_config
@@ -70,7 +70,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("transformers.generation", "datasets", "matplotlib", *COMPILER, *SERVERS),
     ),
     "learner": ("import trainer.learner.learner", ("transformers", "datasets", *COMPILER, *SERVERS)),
-    "learner, built": (LEARNER, ("transformers", "datasets", "ray", "vllm")),
+    "learner, built": (LEARNER, ("transformers", "datasets", "torch._dynamo", "ray", "vllm")),
     "native worker, built": (WORKER, ("transformers", "datasets", *COMPILER, *SERVERS)),
     "vLLM worker": ("import rollout.worker, rollout.engines.vllm", ("torch", "transformers", *SERVERS)),
     "grader": ("import rewards.grader, rewards.worker", ("torch", "transformers", "numpy", "sympy", *SERVERS)),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from llmquest_rl.data.rows import DataError
@@ -24,10 +25,13 @@ from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, check_trackers
 from trainer.sources.answer_logprobs import AnswerScorer
 from trainer.sources.batch_source import BatchSource, DatasetSource, RolloutSource
+from trainer.sources.engine_teacher import TEACHER, EngineTeacher
+from trainer.sources.reference_cache import with_reference
 from trainer.sources.replay import check_replay
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker, check_reward_model
 from trainer.sources.rollouts import RewardWorkers, Rollouts
 from trainer.sources.sampler import LiveSampler, ReplayedSampler, Sampler
+from trainer.sources.teacher_cache import with_teacher_cache
 from trainer.training_run import TrainingRun, resume
 
 log = logging.getLogger(__name__)
@@ -107,7 +111,7 @@ def start_learners(setup: LearnerSetup, config: Config, cluster: Cluster) -> Lea
     group = cluster.spawn(
         Learner, "learner", lambda i: {"setup": setup, "rank": i, "world_size": size}, collective=True
     )
-    return LearnerGroup(group, config.learner.timeout_s)
+    return LearnerGroup(group, config.learner.timeout_s, setup.objective.needs_reference)
 
 
 def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
@@ -141,6 +145,12 @@ def _start_reward_model(setup: RewardModelSetup, cluster: Cluster) -> RewardWork
     return RewardWorkers(group, setup.config.timeout_s)
 
 
+def has_engine_teacher(components: RunComponents) -> bool:
+    """Whether a worker with a rollout engine holds the objective's teacher."""
+    teacher = components.objective.teacher
+    return teacher is not None and teacher.in_engine
+
+
 class OpenDataset:
     """Opens the source of objectives that learn from given sequences; reads the data before any process starts."""
 
@@ -149,12 +159,21 @@ class OpenDataset:
             raise ValueError(
                 "--replay trains on saved rollouts, but this objective learns from a data set: leave it out"
             )
+        self.components = components
         self.requests = [learner_request(components.config)]
         self.source = DatasetSource(components.sequences, components.objective, components.config)
 
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         learners.group.wait_ready()
-        return self.source
+        parts, objective = self.components, self.components.objective
+        sequences, seed = parts.sequences, parts.config.seed
+        if objective.reference_cache is not None:
+            sequences = with_reference(sequences, seed, learners, objective.reference_cache, parts.reference_keys())
+        elif objective.teacher is not None and objective.teacher.cache is not None:
+            sequences = with_teacher_cache(sequences, seed, objective.teacher, parts.teacher_keys(), learners)
+        else:
+            return self.source
+        return DatasetSource(sequences, parts.objective, parts.config)
 
 
 class OpenRollouts:
@@ -171,11 +190,15 @@ class OpenRollouts:
         self.replay = replay
         self.requests = [learner_request(config)]
         self.prompts = components.prompts
+        engine = config.rollout.engine
+        if has_engine_teacher(components):
+            self.requests.append(replace(rollout_requests(config)[0], name=TEACHER, count=1))
+            assert components.reference_path is not None, "the objective requires a teacher"
+            check_engine(engine.name, engine.options, components.reference_path, components.teacher_engine_setup)
         if replay is not None:
             check_replay(replay, config.steps)
             return
         self.requests += rollout_requests(config)
-        engine = config.rollout.engine
         check_engine(engine.name, engine.options, components.model_path, components.engine_setup)
         problems = self.prompts.held_out(1)
         if not problems:
@@ -190,7 +213,21 @@ class OpenRollouts:
     def __call__(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> BatchSource:
         replayed = None if self.replay is None else ReplayedSampler(self.replay)
         sampler = replayed or self._live(cluster, learners, folder, stack)
-        return RolloutSource(self.prompts, sampler, self.components.objective, self.components.config)
+        teacher = self._teacher(cluster, stack) if has_engine_teacher(self.components) else None
+        return RolloutSource(self.prompts, sampler, self.components.objective, self.components.config, teacher)
+
+    def _teacher(self, cluster: Cluster, stack: ExitStack) -> EngineTeacher:
+        components, config = self.components, self.components.config
+        kwargs = {
+            "engine": config.rollout.engine.name,
+            "config": config.rollout.engine.options,
+            "model_path": components.reference_path,
+            "setup": components.teacher_engine_setup,
+        }
+        workers = cluster.spawn(RolloutWorker, TEACHER, lambda i: kwargs, max_restarts=MAX_RESTARTS)
+        stack.callback(workers.close)
+        workers.wait_ready()
+        return EngineTeacher(workers, config.rollout.timeout_s)
 
     def _live(self, cluster: Cluster, learners: LearnerGroup, folder: RunFolder, stack: ExitStack) -> Sampler:
         config = self.components.config

@@ -1,9 +1,11 @@
 """The components of a run, each built at its first use. No process starts and no weight is read."""
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from llmquest_rl.cached_tensors import content_key, folder_key
 from llmquest_rl.data.dataset import DatasetContext
 from llmquest_rl.data.images import ImageReader, image_reader
 from llmquest_rl.data.open_dataset import open_dataset
@@ -20,8 +22,10 @@ from llmquest_rl.objectives import Objective
 from rollout.engine import EngineSetup
 from rollout.proxy import NativeProxy, open_proxy
 from trainer.cluster.hardware import available_cores, choose_dtype
-from trainer.config.rules import build_objective, optimizer_updates
+from trainer.config.rules import build_objective, from_rollouts, optimizer_updates
 from trainer.config.schema import Config
+from trainer.learner.check_teacher import check_teacher
+from trainer.learner.critic import check_critic
 from trainer.learner.setup import LearnerSetup
 from trainer.sources.reward_model_worker import RewardModelSetup
 
@@ -42,17 +46,37 @@ class RunComponents:
     def model_path(self) -> Path:
         return resolve_model(self.config.model.path)
 
+    @cached_property
+    def reference_path(self) -> Path | None:
+        """The folder of the objective's teacher; None if the reference is a copy of the initial model."""
+        teacher = self.objective.teacher
+        return None if teacher is None or teacher.path is None else resolve_model(teacher.path)
+
+    @cached_property
+    def critic_path(self) -> Path | None:
+        """The folder of the model that the critic begins with; None = the model that is trained, or there is none."""
+        critic = self.objective.critic
+        return None if critic is None or critic.path is None else resolve_model(critic.path)
+
     def check_model(self) -> None:
         """Check that every weight is there, without reading one, and that the model fits the objective.
 
         Raises:
-            ValueError: a file or a tensor is missing or truncated (the message names it), or the objective needs a
-                classifier and the model cannot be turned into one.
+            ValueError: a file or a tensor is missing or truncated (the message names it), the objective needs a
+                classifier and the model cannot be turned into one, or its teacher has another tokenizer.
         """
-        if self.config.model.init == "pretrained":
+        config = self.config
+        if config.model.init == "pretrained":
             check_model_files(self.model_path)
+        if self.reference_path is not None:
+            longest = config.batch.tokens_per_sequence
+            if from_rollouts(config):
+                longest = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
+            check_teacher(self.reference_path, self.model_path, longest)
         if self.objective.labels:
             check_classifier(self.model_path, self.objective.labels)
+        if self.objective.critic is not None:
+            check_critic(self.model_path, self.critic_path)
 
     def check_experts(self) -> None:
         """Check that a model whose expert routing is to be replayed has experts.
@@ -92,10 +116,10 @@ class RunComponents:
         data = self.config.data
         assert data.task is not None, "a configuration rule requires a task for objectives that learn from rollouts"
         malformed = MalformedRows(data.malformed_rows)
-        task = open_task(
-            data.task.name, data.task.function, data.task.options, self.config.seed, malformed, self.open_proxy
-        )
-        return PromptStream(task, self.renderer, self.config.seed, data.max_prompt_tokens, data.long_prompts)
+        section, seed = data.task, self.config.seed
+        task = open_task(section.name, section.function, section.options, seed, malformed, self.open_proxy)
+        hint = None if self.objective.teacher is None else self.objective.teacher.hint
+        return PromptStream(task, self.renderer, seed, data.max_prompt_tokens, data.long_prompts, hint)
 
     def open_proxy(self, reference: str | None) -> NativeProxy:
         """Open a proxy model for a task that scores text; None = the model of this run before its training.
@@ -123,10 +147,25 @@ class RunComponents:
             data.long_prompts,
             self.objective.labels,
             self.image_reader,
+            (self.objective.pooling if self.objective.labels else None) or "eos",
         )
         return SequenceGroupStream(
             open_dataset(data.dataset.name, data.dataset.function, data.dataset.options, context), self.config.seed
         )
+
+    def reference_keys(self) -> dict[str, str]:
+        """Keys of what the reference's log-probs depend on, besides the sequences: the model and the chat template."""
+        config = self.config
+        dtype, _ = self.dtype(config.model.dtype, config.cluster.gpus_per_learner, "learner")
+        drawn = str(config.seed) if config.model.init == "random" else ""
+        template = content_key(self.renderer.template or "", config.data.system_prompt or "")
+        return {"model": content_key(folder_key(self.model_path), dtype, drawn), "chat template": template}
+
+    def teacher_keys(self) -> dict[str, str]:
+        """Keys of what a teacher's distributions depend on, besides the sequences: its files and its arithmetic."""
+        assert self.reference_path is not None, "a configuration rule requires a teacher"
+        dtype, _ = self.dtype(self.config.model.dtype, self.config.cluster.gpus_per_learner, "learner")
+        return {"teacher": content_key(folder_key(self.reference_path), dtype)}
 
     def dtype(self, configured: str, gpus: float, purpose: str) -> tuple[str, str]:
         """The configured dtype, or for `auto` the one that suits the device and the purpose, with the reason."""
@@ -147,11 +186,13 @@ class RunComponents:
             total_updates=optimizer_updates(config),
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             folder=folder,
+            critic_path=self.critic_path,
             init=config.model.init,
             dtype=self.dtype(config.model.dtype, gpus, "learner")[0],  # type: ignore[arg-type]
             device="cuda" if gpus else "cpu",
             gradient_checkpointing=config.model.gradient_checkpointing,
             seed=config.seed,
+            reference_path=self.reference_path,
             threads=threads(config.cluster.cpus_per_learner, config.learner.processes),
         )
 
@@ -187,6 +228,13 @@ class RunComponents:
             device="cuda" if gpus else "cpu",
             seed=config.seed,
         )
+
+    @property
+    def teacher_engine_setup(self) -> EngineSetup:
+        """The setup of the engine that holds a teacher. A hint may make its prompts longer than the student's."""
+        setup, teacher = self.engine_setup, self.objective.teacher
+        hint = self.config.data.max_prompt_tokens if teacher is not None and teacher.hint is not None else 0
+        return replace(setup, context_tokens=setup.context_tokens + hint)
 
 
 def threads(cpus_each: float | None, count: int) -> int:

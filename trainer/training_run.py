@@ -10,6 +10,7 @@ from trainer.learner.group import LearnerGroup, StepBatch
 from trainer.run import checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.progress import Progress
+from trainer.run.selection import best_score
 from trainer.run.stop import StopSignal
 from trainer.run.tracking import Tracker, system_metrics
 from trainer.sources.batch_source import BatchSource
@@ -67,25 +68,31 @@ class TrainingRun:
         self._check_gap(metrics)
         if _due(self.config.eval.every, step, step == self.config.steps):
             metrics |= self._evaluate()
+        best = self._best(metrics)
+        if best is not None:
+            metrics["checkpoint/score"] = best.value
         # Logged before the checkpoint: after a crash in between, the run resumes from an older one and drops this line.
         row = self.tracker.log(step, metrics | self.last_save | system_metrics())
-        self.tracker.log_completions(step, batch.groups, self.config.tracking.completions_per_step)
+        count = self.config.tracking.completions_per_step
+        self.tracker.log_completions(step, batch.groups, count, self.learners.kl_to_reference)
         last = step == self.config.steps or self.stop.requested
         if _due(self.config.checkpoint.every, step, last) or last:
-            self.last_save = self._save(step, metrics)
+            self.last_save = self._save(step, best)
         self.progress.advance(row)
 
     def _evaluate(self) -> dict[str, float]:
         self.progress.phase("evaluation")
         return self.source.evaluate(self.learners)
 
-    def _save(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    def _best(self, metrics: dict[str, float]) -> checkpoint.Best | None:
+        options = self.config.checkpoint
+        return best_score(metrics, options.best_metric, options.best_mode, options.kl_coef, options.max_kl)
+
+    def _save(self, step: int, best: checkpoint.Best | None) -> dict[str, float]:
         """Save a checkpoint. If the disk is full, older ones stay, the run goes on, and the next save tries again."""
         self.progress.phase("checkpoint")
         started = time.perf_counter()
         options = self.config.checkpoint
-        metric, value = options.best_metric, metrics.get(options.best_metric or "")
-        best = checkpoint.Best(metric, value, options.best_mode) if metric is not None and value is not None else None
         state = {"step": step, "source": self.source.state_dict()}
         begun = False
         try:

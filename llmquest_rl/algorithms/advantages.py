@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmquest_rl.algorithms.variant import Variant
 from llmquest_rl.deferred import torch
@@ -40,6 +40,15 @@ def group_mean_std(rewards: Tensor, lengths: Tensor) -> Tensor:
     The paper does not define the deviation. Here it is that of a sample (n - 1), as in the usual implementations.
     """
     return group_mean(rewards, lengths) / (rewards.std() + STD_EPS)
+
+
+def mean_normalized(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """(R - mean) / mean of the group (MaxRL, arXiv 2602.02710).
+
+    With rewards of 0 and 1 the mean estimates the probability p of a right answer. 1 / p is the factor between the
+    gradient of log p and that of p, so hard prompts weigh more than easy ones. Rewards must not be below 0.
+    """
+    return group_mean(rewards, lengths) / rewards.mean()
 
 
 def leave_one_out(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -89,6 +98,23 @@ def reward(rewards: Tensor, lengths: Tensor) -> Tensor:
     return rewards
 
 
+class GAE(Options):
+    """Settings of `gae`."""
+
+    gae_gamma: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """`gae`: discount of a reward for each token that it comes later."""
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """`gae`: 1 compares the rest of a completion with the critic's value, 0 the next token's value only."""
+    value_clip: PositiveFloat | None = 0.2
+    """`gae`: an update moves the critic's value of a token by at most this from its value before the step; null = no
+    limit."""
+
+
+def gae(rewards: Tensor, lengths: Tensor, settings: GAE) -> Tensor:
+    """The reward itself: the learner turns it into an advantage of each token, with the critic's values (`gae.py`)."""
+    return rewards
+
+
 def _shares(counts: list[int], total: int, like: Tensor) -> Tensor:
     return torch.tensor([count / total for count in counts], dtype=like.dtype)
 
@@ -107,13 +133,19 @@ class Advantage(Variant[AdvantageFunction]):
     """Whether a group's mean reward is the baseline: a phantom reward may join that mean."""
     in_deviations: bool = False
     """Whether the advantages are in units of their group's deviation."""
+    nonnegative: bool = False
+    """Whether rewards below 0 have no meaning."""
+    by_critic: bool = False
+    """Whether a critic in the learner compares the rewards, token by token."""
 
 
 ADVANTAGES: dict[str, Advantage] = {
     "group_mean_std": Advantage(group_mean_std, by_mean=True, in_deviations=True),
     "group_mean": Advantage(group_mean, by_mean=True),
+    "mean_normalized": Advantage(mean_normalized, nonnegative=True),
     "leave_one_out": Advantage(leave_one_out, by_mean=True),
     "length_weighted_mean": Advantage(length_weighted_mean),
     "pass_at_k": Advantage(pass_at_k, PassK, " (k {pass_k})", in_deviations=True),
     "reward": Advantage(reward, group_relative=False),
+    "gae": Advantage(gae, GAE, " (lambda {gae_lambda:g})", group_relative=False, by_critic=True),
 }

@@ -15,6 +15,8 @@ from pydantic import (
 
 from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.cells import CELLS, SURROGATES
+from llmquest_rl.algorithms.covariance import COVARIANCES
+from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.ratios import RATIOS
 from llmquest_rl.algorithms.unused_settings import Reader, readers_of_variants
 from llmquest_rl.algorithms.variant import Weight, cell_field, known_variant, settings_of_variants
@@ -30,19 +32,24 @@ class SharedSettings(Options):
         "advantage",
         "group_mean_std",
         "Advantage of a completion: a comparison of its reward with the rewards of its group. `reward` is the reward "
-        "itself, without a comparison.",
+        "itself, without a comparison; `gae` compares it token by token with the values of a critic (PPO).",
     )
     phantom_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """An additional reward, without a completion, that counts in the mean and standard deviation of every group. Set it
     to the largest possible reward: a group in which all completions are wrong then has negative advantages (NGRPO,
     arXiv 2509.18851, advantage calibration). Only `group_mean_std`, `group_mean` and `leave_one_out` use it; null =
     none."""
+    decoupled_rewards: bool = False
+    """Every reward is compared with the group by itself, and the results are summed with the rewards' weights (GDPO,
+    arXiv 2601.05242). Otherwise the weighted sum of the rewards is compared. A length penalty is a reward of its own
+    then, and a completion to which a reward does not apply is left out of that comparison."""
     normalization: str = _cell(
         "normalization",
         "none",
         "Normalisation of the advantages of a whole step. `whiten` gives them mean 0 and standard deviation 1 over its "
-        "tokens. `batch_std` divides them by the standard deviation of its rewards. `valid_groups` scales them up to "
-        "make up for groups of equal rewards.",
+        "tokens, `standardize` over its completions; `batch_mean` gives them mean 0 over its completions. `batch_std` "
+        "divides them by the standard deviation of its rewards. `valid_groups` scales them up to make up for groups of "
+        "equal rewards.",
     )
     advantage_limit: PositiveFloat | None = None
     """Advantages are clipped to +- this value, after `normalization` and the two weights below; null = no limit."""
@@ -62,6 +69,11 @@ class SharedSettings(Options):
     """Groups without a usable advantage, mostly because all rewards are equal, are replaced before the step: more
     prompts are sampled until there are `batch.prompts_per_step` usable groups (DAPO, arXiv 2503.14476, equation 11).
     See `batch.oversampling` and `batch.max_rounds`."""
+    credit: str = _cell(
+        "credit",
+        "uniform",
+        "Credit of the tokens of a completion: a factor of each token's advantage. `future_kl` is FIPO's.",
+    )
     ratio: str = _cell(
         "ratio",
         "token",
@@ -79,6 +91,12 @@ class SharedSettings(Options):
     Without it, tokens change experts between updates, so their ratios jump; `moe/changed_share` measures this."""
     surrogate: str = _cell("surrogate", "clip", "Loss of each token. `log_prob` has no ratio.")
     aggregation: str = _cell("aggregation", "sequence_mean", "Weights that sum token losses to one number.")
+    covariance: str = _cell(
+        "covariance",
+        "none",
+        "Restraint of the tokens with a large covariance of log-prob and advantage, which lower the entropy most: "
+        "`clip` leaves some of them out of the policy loss (Clip-Cov), `kl` adds a penalty to them (KL-Cov).",
+    )
     kl: str = _cell("kl", "k3", "Estimator of the KL to the reference model.")
     kl_in: Literal["loss", "reward"] = "loss"
     """Place of the KL. `loss`: a term of the loss. `reward`: after the group comparison, each token's advantage is
@@ -106,9 +124,9 @@ class SharedSettings(Options):
         "pi_old / pi_engine before the step.",
     )
     tis_floor: NonNegativeFloat = 0.0
-    """Lower bound of the correction."""
+    """Lower bound of the correction's ratio; `..._binary_kl` and `..._binary_tv` bound a divergence instead."""
     tis_cap: PositiveFloat | None = 2.0
-    """Upper bound of the correction; null = no correction (the gap is logged all the same)."""
+    """Upper bound of the correction's ratio; null = no correction (the gap is logged all the same)."""
 
     @field_validator(*CELLS)
     @classmethod
@@ -133,6 +151,41 @@ class SharedSettings(Options):
             raise ValueError("positive_weight and negative_weight are both 0: nothing is left to learn from")
         return self
 
+    @model_validator(mode="after")
+    def _rewards_can_be_compared(self) -> Self:
+        advantage = ADVANTAGES[self.advantage]
+        if advantage.nonnegative and self.length_penalty != "none":
+            raise ValueError(
+                f"{self.advantage!r} divides by a group's mean reward, so no reward may be below 0, and a length "
+                "penalty is: set length_penalty: none"
+            )
+        if self.decoupled_rewards and (self.phantom_reward is not None or not advantage.group_relative):
+            raise ValueError(
+                "decoupled_rewards compares each reward with its group: use an advantage that compares "
+                "(group_mean_std), and no phantom_reward"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_critic_compares_alone(self) -> Self:
+        shaped = self.advantage_limit is not None or (self.positive_weight, self.negative_weight) != (1, 1)
+        if ADVANTAGES[self.advantage].by_critic and (shaped or self.normalization not in ("none", "whiten")):
+            raise ValueError(
+                f"{self.advantage!r} is computed in the learner, token by token: use normalization: whiten or none, "
+                "and no advantage_limit, positive_weight or negative_weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_token_keeps_a_gradient_that_it_must_not_have(self) -> Self:
+        if COVARIANCES[self.covariance].masks_tokens and self.mixes_tokens:
+            raise ValueError(
+                "with this ratio or surrogate the loss of a token depends on all tokens of its completion, so the "
+                "tokens that `covariance: clip` leaves out would keep a gradient: set ratio: token or sequence_token, "
+                "or covariance: kl"
+            )
+        return self
+
     @property
     def mixes_tokens(self) -> bool:
         """Whether the loss of a token has gradients of other tokens: masking those does not remove their gradients."""
@@ -142,7 +195,12 @@ class SharedSettings(Options):
     @property
     def needs_advantage(self) -> bool:
         """Whether a group without any advantage has no gradient."""
-        return self.beta == 0 and self.entropy_bonus == 0
+        return self.beta == 0 and self.entropy_bonus == 0 and not self.has_critic
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return ADVANTAGES[self.advantage].by_critic
 
 
 class Algorithm(*settings_of_variants(CELLS, SharedSettings), SharedSettings):  # type: ignore[misc]
@@ -156,7 +214,12 @@ def _corrects(algorithm: Algorithm) -> bool:
     return algorithm.old_policy == "learner" and algorithm.tis_cap is not None
 
 
+def _bounds_ratio(algorithm: Algorithm) -> bool:
+    return _corrects(algorithm) and CORRECTIONS[algorithm.is_correction].bounds_ratio
+
+
 _CORRECTED = Reader("old_policy: learner and a tis_cap", _corrects)
+_RATIO_BOUNDED = Reader("old_policy: learner, a tis_cap and a correction that bounds the ratio", _bounds_ratio)
 _WITH_KL = Reader("a beta above 0", lambda algorithm: algorithm.beta > 0)
 
 READERS: dict[str, Reader] = {
@@ -164,8 +227,8 @@ READERS: dict[str, Reader] = {
     "kl": _WITH_KL,
     "kl_in": _WITH_KL,
     "is_correction": _CORRECTED,
-    "tis_floor": _CORRECTED,
-    "tis_cap": _CORRECTED,
+    "tis_floor": _RATIO_BOUNDED,
+    "tis_cap": _RATIO_BOUNDED,
     **dict(readers_of_variants(CELLS)),
 }
 """The condition under which each setting is read, by its name; a setting that is missing here always is."""

@@ -6,6 +6,8 @@ from pkgutil import iter_modules
 from llmquest_rl.algorithms import surrogates
 from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.covariance import COVARIANCES
+from llmquest_rl.algorithms.credit import CREDITS
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
@@ -24,9 +26,11 @@ CELLS: Cells = {
     "advantage": ADVANTAGES,
     "normalization": NORMALIZATIONS,
     "length_penalty": LENGTH_PENALTIES,
+    "credit": CREDITS,
     "ratio": RATIOS,
     "surrogate": SURROGATES,
     "aggregation": AGGREGATIONS,
+    "covariance": COVARIANCES,
     "kl": KL_ESTIMATORS,
     "is_correction": CORRECTIONS,
 }

@@ -39,6 +39,23 @@ def whiten(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]
     return [(group - mean) / (std + STD_EPS) for group in advantages]
 
 
+def standardize(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
+    """Advantages minus their mean, in units of their deviation (n - 1), over all completions of the step; 0 where all
+    are equal (GDPO, arXiv 2601.05242). Unlike `whiten`, a long completion counts no more than a short one."""
+    values = torch.cat(list(advantages))
+    if bool((values == values[0]).all()):
+        return [torch.zeros_like(group) for group in advantages]
+    return [(group - values.mean()) / (values.std() + STD_EPS) for group in advantages]
+
+
+def batch_mean(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
+    """Advantages minus their mean over all completions of the step: a baseline that needs no group (FlashREINFORCE,
+    2026). 0, without rounding, where all are equal."""
+    values = torch.cat(list(advantages))
+    mean = values[0] if bool((values == values[0]).all()) else values.mean()
+    return [group - mean for group in advantages]
+
+
 def batch_std(advantages: Groups, rewards: Groups, lengths: Groups) -> list[Tensor]:
     """Advantages in units of the deviation (n - 1) of all rewards of the step (arXiv 2508.08221)."""
     values = torch.cat(list(rewards))
@@ -74,6 +91,8 @@ class Normalization(Variant[NormalizationFunction]):
 NORMALIZATIONS: dict[str, Normalization] = {
     "none": Normalization(none),
     "whiten": Normalization(whiten),
+    "standardize": Normalization(standardize),
+    "batch_mean": Normalization(batch_mean),
     "batch_std": Normalization(batch_std, in_deviations=True),
     "valid_groups": Normalization(valid_groups, needs_comparison=True),
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmquest_rl.algorithms.algorithm import Algorithm
 from llmquest_rl.algorithms.cells import SURROGATES
+from llmquest_rl.algorithms.later_rows import LATER_ROWS
 from llmquest_rl.algorithms.variant import Row
 from llmquest_rl.loader import did_you_mean
 
@@ -237,10 +238,10 @@ LITERATURE: dict[str, Row] = {
 }
 """The rows by name. docs/algorithms/ says where a paper also changes other parts of a run."""
 
-ROWS: dict[str, Row] = LITERATURE | {
-    name: row for surrogate in SURROGATES.values() for name, row in surrogate.rows.items()
-}
-"""The rows above, and those that are defined in the file of their surrogate."""
+ROWS: dict[str, Row] = (
+    LITERATURE | LATER_ROWS | {name: row for surrogate in SURROGATES.values() for name, row in surrogate.rows.items()}
+)
+"""The rows above, those of `later_rows.py`, and those that are defined in the file of their surrogate."""
 PRESETS: dict[str, Mapping[str, Any]] = {name: row.cells for name, row in ROWS.items()}
 """Cells and settings of each row by name."""
 

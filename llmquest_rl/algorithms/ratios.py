@@ -1,6 +1,7 @@
 """Importance ratios: the probability of the sampled tokens under the current policy over that under the old policy.
 
-The file begins with arithmetic of log-ratios: exponentials that stay finite, and sums over the tokens of a sequence.
+The file begins with arithmetic of log-ratios: exponentials that stay finite, sums over the tokens of a sequence, and
+divergences between the probabilities of a token.
 `sequence_ids` are those of a packed batch, in which the targets of a sequence are adjacent and in order; a value of a
 sequence is repeated for each of its targets.
 
@@ -48,10 +49,46 @@ def sum_to_end(values: Tensor, sequence_ids: Tensor) -> Tensor:
     return (ends - wide.cumsum(0) + wide).to(values.dtype)
 
 
+def discounted_sum_to_end(values: Tensor, sequence_ids: Tensor, discount: float) -> Tensor:
+    """Sum over each target and all later targets of its sequence; one that comes k places later counts discount^k.
+
+    Sums over 1, 2, 4, ... targets are joined, so there are as many passes as the longest sequence has binary digits.
+    """
+    longest = int(totals(torch.ones_like(values), sequence_ids).max()) if values.numel() else 0
+    sums, reach = values, 1
+    while reach < longest:
+        later = sums[reach:].where(sequence_ids[reach:] == sequence_ids[:-reach], 0.0)
+        sums = torch.cat((sums[:-reach] + discount**reach * later, sums[-reach:]))
+        reach *= 2
+    return sums
+
+
 def totals(values: Tensor, sequence_ids: Tensor) -> Tensor:
     """Sum over the targets of each sequence `[sequences]`."""
     sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     return values.new_zeros(sequences).index_add(0, sequence_ids, values)
+
+
+def binary_kl(logprobs: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of the distributions "this token or another", from log p and log q of each token (DPPO, arXiv
+    2602.04879, equation 14)."""
+    rest, other_rest = _log_complement(logprobs), _log_complement(other)
+    return logprobs.exp() * (logprobs - other) + rest.exp() * (rest - other_rest)
+
+
+def binary_tv(logprobs: Tensor, other: Tensor) -> Tensor:
+    """|p - q|: the total variation between the same distributions (DPPO, arXiv 2602.04879, equation 13)."""
+    return (logprobs.exp() - other.exp()).abs()
+
+
+def _log_complement(logprobs: Tensor) -> Tensor:
+    """log(1 - p), finite also where p is rounded to 1."""
+    return (-torch.expm1(logprobs)).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def mean_of_sequence(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Mean over the targets of each sequence `[sequences]`."""
+    return totals(values, sequence_ids) / totals(torch.ones_like(values), sequence_ids).clamp(min=1)
 
 
 def token(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor) -> Tensor:

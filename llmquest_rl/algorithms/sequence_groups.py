@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmquest_rl.algorithms.advantages import ADVANTAGES
@@ -14,10 +15,14 @@ from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Metrics
-from llmquest_rl.types import Completion, Group
+from llmquest_rl.types import Completion, Group, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+REPEATED = 4
+"""Number of tokens in a row that count as a repetition when they occur again."""
 
 
 class _Compared(NamedTuple):
@@ -29,6 +34,9 @@ class _Compared(NamedTuple):
     """Float64 `[samples]`."""
     lengths: Tensor
     """Float64 `[samples]`, in tokens."""
+    scores: list[Score]
+    length_penalty: Tensor | None = None
+    """The part of `rewards` that is the length penalty `[samples]`."""
 
 
 def make_sequence_groups(
@@ -70,7 +78,7 @@ def is_usable(group: Group, algorithm: Algorithm) -> bool:
     part = _compared(group)
     if part is None:
         return False
-    advantages = _times_sign_weight(_group_advantages(part.rewards, part.lengths, algorithm), algorithm).tolist()
+    advantages = _times_sign_weight(_group_advantages(part, algorithm), algorithm).tolist()
     pairs = zip(part.completions, advantages, strict=True)
     return any(advantage != 0 and _in_loss(completion, algorithm) for completion, advantage in pairs)
 
@@ -92,15 +100,16 @@ def token_weights(
 
 def _compared(group: Group) -> _Compared | None:
     kept = [
-        (completion, score.value)
+        (completion, score)
         for completion, score in zip(group.completions, group.scores, strict=True)
         if score.value is not None and completion.token_ids
     ]
     if not kept:
         return None
-    rewards = torch.tensor([value for _, value in kept], dtype=torch.float64)
+    rewards = torch.tensor([score.value for _, score in kept], dtype=torch.float64)
     lengths = torch.tensor([len(completion.token_ids) for completion, _ in kept], dtype=torch.float64)
-    return _Compared(group, [completion for completion, _ in kept], rewards, lengths)
+    completions, scores = map(list, zip(*kept, strict=True))
+    return _Compared(group, completions, rewards, lengths, scores)
 
 
 def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int, metrics: Metrics) -> _Compared:
@@ -109,12 +118,14 @@ def _with_length_penalty(part: _Compared, algorithm: Algorithm, max_tokens: int,
     penalty = LENGTH_PENALTIES[algorithm.length_penalty].configured(algorithm)
     added = penalty(part.rewards, part.lengths, max_tokens)
     metrics.mean("reward/length_penalty", float(added.sum()), len(part.completions))
-    return part._replace(rewards=part.rewards + added)
+    return part._replace(rewards=part.rewards + added, length_penalty=added)
 
 
 def _advantages(compared: Sequence[_Compared], algorithm: Algorithm) -> list[Tensor]:
     """Advantages `[samples]` of each group."""
-    estimated = [_group_advantages(part.rewards, part.lengths, algorithm) for part in compared]
+    estimated = [_group_advantages(part, algorithm) for part in compared]
+    if ADVANTAGES[algorithm.advantage].by_critic:
+        return estimated
     normalized = estimated
     if algorithm.normalization != "none":
         rewards, lengths = [part.rewards for part in compared], [part.lengths for part in compared]
@@ -129,11 +140,43 @@ def _times_sign_weight(advantages: Tensor, algorithm: Algorithm) -> Tensor:
     return advantages.clamp(min=0) * algorithm.positive_weight + advantages.clamp(max=0) * algorithm.negative_weight
 
 
-def _group_advantages(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
+def _group_advantages(part: _Compared, algorithm: Algorithm) -> Tensor:
+    """Advantages `[samples]`, from the total reward or from each reward by itself."""
+    if not algorithm.decoupled_rewards:
+        return _comparison(part.rewards, part.lengths, algorithm)
+    advantages = torch.zeros_like(part.rewards)
+    for weight, values in _each_reward(part):
+        known = ~values.isnan()
+        advantages[known] += weight * _comparison(values[known], part.lengths[known], algorithm)
+    return advantages
+
+
+def _each_reward(part: _Compared) -> Iterator[tuple[float, Tensor]]:
+    """Weight and values `[samples]` of each reward; a value is NaN where the reward does not apply."""
+    if not all(score.weights for score in part.scores):
+        raise ValueError(
+            "algorithm.decoupled_rewards compares each reward by itself, but these scores do not say how their rewards "
+            "are weighted: an earlier version saved them. Sample again, e.g. with `llmquest-rl rollout`"
+        )
+    weights = {name: weight for score in part.scores for name, weight in score.weights.items()}
+    for name, weight in weights.items():
+        values = [score.parts.get(name) for score in part.scores]
+        yield weight, part.rewards.new_tensor([nan if value is None else value for value in values])
+    if part.length_penalty is not None:
+        yield 1.0, part.length_penalty
+
+
+def _comparison(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
+    """Advantages `[samples]` of these rewards of one group."""
     phantom = [] if algorithm.phantom_reward is None else [algorithm.phantom_reward]
     compared = torch.cat((rewards, rewards.new_tensor(phantom)))
     nothing_differs = len(rewards) < 2 or bool((compared == compared[0]).all())
     advantage = ADVANTAGES[algorithm.advantage]
+    if advantage.nonnegative and bool((rewards < 0).any()):
+        raise ValueError(
+            f"advantage: {algorithm.advantage} divides by the mean reward of a group, so no reward may be below 0, but "
+            f"one is {float(rewards.min()):g}: use rewards of 0 and 1, or advantage: group_mean"
+        )
     if nothing_differs and advantage.group_relative:
         return torch.zeros_like(rewards)
     return advantage.configured(algorithm)(compared, lengths)[: len(rewards)]
@@ -165,6 +208,15 @@ def _std(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
 
 
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of the runs of four tokens that occurred before in the text; 0 if it is shorter.
+
+    This is seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319, section 6.1).
+    """
+    runs = [tuple(token_ids[i : i + REPEATED]) for i in range(len(token_ids) - REPEATED + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def group_metrics(groups: Sequence[Group]) -> Metrics:
     """Metrics on the rewards and the lengths of the completions of a step."""
     metrics = Metrics()
@@ -186,4 +238,5 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
         metrics.max("rollout/completion_tokens_max", len(completion.token_ids))
         metrics.mean("rollout/truncated_share", float(completion.finish_reason == "length"))
         metrics.sum("rollout/empty_samples", float(not completion.token_ids))
+        metrics.mean("rollout/repetition", repetition(completion.token_ids))
     return metrics

@@ -12,6 +12,7 @@ from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRowError, MalformedRows, RawImage, held_out_keys, question_key
 from llmquest_rl.data.tokenizer import PromptRenderer
 from llmquest_rl.deferred import torch
+from llmquest_rl.types import Pooling
 
 Fields = Mapping[str, Any]
 """A row: its values by name."""
@@ -46,6 +47,8 @@ class DatasetContext:
     """What the objective scores, e.g. classes; () = it predicts tokens."""
     images: ImageReader | None = None
     """Reads the model's images; None = it reads text only."""
+    pooling: Pooling = "eos"
+    """Where the objective reads the scores of replies."""
 
     @property
     def renderer(self) -> PromptRenderer:

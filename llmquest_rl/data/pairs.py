@@ -10,25 +10,16 @@ from llmquest_rl.data.conversation import split_at_last_reply
 from llmquest_rl.data.dataset import Fields
 from llmquest_rl.data.rows import MalformedRowError
 from llmquest_rl.data.tokenizer import PromptRenderer
+from llmquest_rl.types import Pooling
 
 SplitIds = tuple[list[int], list[int]]
 """The tokens of a conversation before its last reply, and those of that reply."""
 
 
-def conversation_ids(row: Fields, renderer: PromptRenderer) -> list[int]:
-    """The tokens of a row of `prompt` and `completion`, or of `messages` that end with the assistant's.
+def compared_ids(row: Fields, renderer: PromptRenderer) -> SplitIds:
+    """The tokens of a row to train on: of `prompt` and `completion`, or of `messages` that end with the assistant's.
 
     Every reply gets an end-of-sequence token, which is the last token; the chat template's text after it is left out.
-
-    Raises:
-        DataError: the chat template cannot render the conversation turn by turn.
-    """
-    before, reply = split_at_last_reply(row, renderer)
-    return before + reply
-
-
-def compared_ids(row: Fields, renderer: PromptRenderer) -> SplitIds:
-    """The tokens of a row to train on, which are those of `conversation_ids`.
 
     Raises:
         DataError: the chat template cannot render the conversation turn by turn.
@@ -40,16 +31,33 @@ def compared_ids(row: Fields, renderer: PromptRenderer) -> SplitIds:
     return before, reply
 
 
-def group_for_scoring(sequences: Sequence[list[int]]) -> SequenceGroup:
-    """A group that has one score for each sequence, at its last token; the common beginning is computed once.
+def read_ids(conversation: SplitIds, pooling: Pooling, eos: int | None) -> SplitIds:
+    """The tokens of a conversation that a reward model with this pooling reads.
 
-    The only target of a sequence is a zero appended to it, so that its last token is the source of a prediction.
+    With `last_token` the reply has no end-of-sequence token, so that its own last token is the last one.
     """
-    shared = _common_beginning(sequences)
-    rests = [ids[shared:] for ids in sequences]
-    return SequenceGroup(
-        sequences[0][:shared], [[*rest, 0] for rest in rests], mask=[[*[False] * len(rest), True] for rest in rests]
-    )
+    before, reply = conversation
+    return (before, reply[:-1]) if pooling == "last_token" and reply[-1:] == [eos] else conversation
+
+
+def group_for_scoring(conversations: Sequence[SplitIds], pooling: Pooling = "eos") -> SequenceGroup:
+    """A group with one score for each conversation; the common beginning is computed once.
+
+    A score is the mean over the targets of a conversation. Each target makes the token before it the source of a
+    prediction, and its own value is not used: with `mean` every token of the reply is such a source, otherwise only the
+    last token of the conversation.
+    """
+    sequences = [before + reply for before, reply in conversations]
+    starts = [
+        len(before) if pooling == "mean" and reply else len(before + reply) - 1 for before, reply in conversations
+    ]
+    shared = min(_common_beginning(sequences), *(start + 1 for start in starts))
+    completions = [[*ids[shared:], 0] for ids in sequences]
+    mask = [
+        [i > start - shared for i in range(len(completion))]
+        for start, completion in zip(starts, completions, strict=True)
+    ]
+    return SequenceGroup(sequences[0][:shared], completions, mask=mask)
 
 
 def group_for_prediction(conversations: Sequence[SplitIds]) -> SequenceGroup:

@@ -14,6 +14,9 @@ from llmquest_rl.data.tasks import TASKS
 from llmquest_rl.data.template import fill, placeholders
 from llmquest_rl.options import Options, checked_component, checked_options
 
+PLAIN = "{prompt}"
+"""The template that leaves a prompt as it is."""
+
 Sides = tuple[Iterator[PlacedFields], Iterator[PlacedFields] | float]
 """Rows to train on, and rows to validate on or the share of the questions to validate on."""
 
@@ -77,12 +80,14 @@ def read_source(
     of_task: Callable[[Row], Fields],
     kind: RowKind,
     context: DatasetContext,
+    template: str = PLAIN,
 ) -> SupervisedData:
     """Read the data set `name` from one source.
 
     Args:
         columns: The column of each role, e.g. `prompt`; other columns are left out.
         of_task: Makes a row of a task's problem and its answer.
+        template: Text of a prompt from a file, with columns in braces.
 
     Raises:
         DataError: a file or task is missing, or a row is malformed and `data.malformed_rows` is `error`.
@@ -93,15 +98,18 @@ def read_source(
         return rows_data(f"{name}/{task.name}", train, held_out, kind, context)
     assert source.path is not None
 
-    sides = source.sides(source.path, lambda path, split: _read(path, source.subset, split, columns, context))
+    sides = source.sides(source.path, lambda path, split: _read(path, source.subset, split, columns, context, template))
     return rows_data(f"{name}/{source.path}", *sides, kind, context)
 
 
 def _read(
-    path: str, subset: str | None, split: str, columns: Options, context: DatasetContext
+    path: str, subset: str | None, split: str, columns: Options, context: DatasetContext, template: str
 ) -> Iterator[PlacedFields]:
     images = getattr(columns, "images", None)
     placed = read_rows(path, subset, split, context.malformed, images)
+    if template != PLAIN:
+        yield from templated_rows(placed, columns, template, (), context.malformed)
+        return
     roles = {getattr(columns, role): role for role in type(columns).model_fields}
     for number, (where, record) in enumerate(placed):
         if number == 0 and images is not None and images not in record:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.dataset import SupervisedData
+from llmquest_rl.data.hint import hinted_prompt
 from llmquest_rl.data.rows import DataError, Row
 from llmquest_rl.data.task import Task
 from llmquest_rl.data.tokenizer import PromptRenderer
@@ -54,6 +55,7 @@ class PromptStream:
     Args:
         max_prompt_tokens: Maximum length of a prompt in tokens, with those of its images. Longer prompts are dropped
             and counted, or are an error, as `long_prompts` says.
+        hint: Template of the prompts that the reference model reads (`llmquest_rl/data/hint.py`); None = the same.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class PromptStream:
         seed: int,
         max_prompt_tokens: int = 512,
         long_prompts: LongPrompts = "drop",
+        hint: str | None = None,
     ) -> None:
         if task.train.size == 0:
             raise DataError(f"task {task.name} has no training rows")
@@ -71,6 +74,7 @@ class PromptStream:
         self._seed = seed
         self._max_prompt_tokens = max_prompt_tokens
         self._long_prompts = long_prompts
+        self._hint = hint
         self._order = EpochOrder(task.train.size, seed)
         self._position = 0
         self._dropped_long = 0
@@ -165,7 +169,9 @@ class PromptStream:
                 )
             return None
         images = self._renderer.images.read(row.images) if self._renderer.images and row.images else None
-        return Problem(row.id, row.prompt, ids, row.answer, row.columns, images)
+        hinted = None if self._hint is None else hinted_prompt(self._hint, row)
+        reference_ids = None if hinted is None else self._renderer.prompt_ids(hinted, len(row.images))
+        return Problem(row.id, row.prompt, ids, row.answer, row.columns, images, reference_ids)
 
 
 class SequenceGroupStream:
@@ -174,7 +180,7 @@ class SequenceGroupStream:
     def __init__(self, data: SupervisedData, seed: int) -> None:
         if len(data.train) == 0:
             raise DataError(f"data set {data.name} has no training sequences")
-        self._data = data
+        self.data = data
         self._seed = seed
         self._order = EpochOrder(len(data.train), seed)
         self._position = 0
@@ -182,29 +188,29 @@ class SequenceGroupStream:
     @property
     def metrics(self) -> dict[str, float]:
         """The passes through the data so far, and the number of rows left out while loading, by cause."""
-        epoch = self._position / len(self._data.train)
+        epoch = self._position / len(self.data.train)
         return {"data/epoch": epoch} | {f"data/{name}": float(count) for name, count in self.counters.items()}
 
     @property
     def counters(self) -> dict[str, int]:
         """Number of rows left out while loading, by cause."""
-        return dict(self._data.counters)
+        return dict(self.data.counters)
 
     def take(self, n: int) -> list[SequenceGroup]:
         """Take the next n sequences; they may span several epochs."""
         start, self._position = self._position, self._position + n
-        return [self._data.train[self._order(position)] for position in range(start, self._position)]
+        return [self.data.train[self._order(position)] for position in range(start, self._position)]
 
     def validation(self, n: int | None = None) -> list[SequenceGroup]:
         """Up to n validation sequences (all if n is None), drawn with the seed; the same ones at every call."""
-        sequences: Sequence[SequenceGroup] = self._data.validation
+        sequences: Sequence[SequenceGroup] = self.data.validation
         order = EpochOrder(len(sequences), self._seed)
         count = len(sequences) if n is None else min(n, len(sequences))
         return [sequences[order(position)] for position in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """The state for an exact resume, small enough for JSON."""
-        return {"name": self._data.name, "size": len(self._data.train), "seed": self._seed, "position": self._position}
+        return {"name": self.data.name, "size": len(self.data.train), "seed": self._seed, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
@@ -212,5 +218,5 @@ class SequenceGroupStream:
         Raises:
             DataError: the state belongs to other data or another seed.
         """
-        _check_same_data(state, self._data.name, len(self._data.train), self._seed)
+        _check_same_data(state, self.data.name, len(self.data.train), self._seed)
         self._position = state["position"]

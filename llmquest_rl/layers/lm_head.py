@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmquest_rl.layers.linear import matmul_into, onednn_is_faster, onednn_matmul
+from llmquest_rl.layers.soft_targets import logprobs_and_kl
+from llmquest_rl.soft_targets import SoftTargets
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Logits per chunk by device: on a CPU they fit into the last-level cache, on a GPU they occupy all cores."""
@@ -43,9 +45,14 @@ class LMHead(nn.Module):
         return products if self.softcap is None else (products.float() / self.softcap).tanh() * self.softcap
 
     def forward(
-        self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+        self,
+        states: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        soft_targets: SoftTargets | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the log-probability of each target, and the entropy of each row's distribution.
+        """Compute the log-probability of each target, and the entropy of each row or its KL to a teacher.
 
         Matrix products are in the weight's dtype, everything else is float32.
 
@@ -54,10 +61,13 @@ class LMHead(nn.Module):
             targets: Token ids `[n]`.
             temperature: Divides the logits before the softmax.
             entropy: True: also compute the entropy, in nats.
+            soft_targets: The teacher's distributions of the n tokens; the KL then takes the entropy's place.
 
         Returns:
-            Log-probs `[n]` and entropies `[n]` (None without `entropy`), float32.
+            Log-probs `[n]`, and KLs `[n]` or entropies `[n]` (None with neither), float32.
         """
+        if soft_targets is not None:
+            return logprobs_and_kl(states, self.weight, self.softcap, targets, temperature, soft_targets)
         inputs = (states, self.weight, targets, temperature, self.softcap, entropy)
         logprobs, entropies = _ChunkedLogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
         return logprobs, entropies if entropy else None

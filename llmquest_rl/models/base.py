@@ -12,6 +12,7 @@ from llmquest_rl.batch import TokenBatch
 from llmquest_rl.layers.attention.attention import AttentionContext, PackedAttention
 from llmquest_rl.layers.lm_head import LMHead
 from llmquest_rl.layers.moe.moe import RouterLoad
+from llmquest_rl.soft_targets import TeacherHead
 from llmquest_rl.types import ImageFormat
 
 
@@ -36,13 +37,15 @@ class Output(NamedTuple):
     """Float32 `[targets]`, in nats; None unless the caller asked for it."""
     aux: dict[str, Tensor]
     """See `Hidden.aux`."""
+    teacher_kl: Tensor | None = None
+    """KL(teacher || model), float32 `[targets]`, in nats; None unless the batch has soft targets."""
 
 
 class Scores(NamedTuple):
     """The logits of a classifier, or the rewards of a reward model."""
 
     values: Tensor
-    """Float32 `[targets, labels]`, read at the source of each target: the last token of the text."""
+    """Float32 `[targets, labels]`, read at the source of each target, usually the last token of the text."""
     aux: dict[str, Tensor]
     """See `Hidden.aux`."""
 
@@ -181,9 +184,10 @@ class ClassifierModel(Model):
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """See `Model.config_fields`: the labels, and the architecture, since the source may be a decoder."""
+        """See `Model.config_fields`: labels, pooling, and the architecture, since the source may be a decoder."""
         fields = self.config.to_hf()
-        return {name: fields[name] for name in ("architectures", "num_labels", "id2label", "label2id")}
+        names = ("architectures", "num_labels", "id2label", "label2id", "score_pooling")
+        return {name: fields[name] for name in names if name in fields}
 
     def init_head(self, generator: torch.Generator) -> None:
         """Draw the weights of the output layer for labels that the checkpoint was not trained on."""
@@ -242,8 +246,18 @@ class CausalLM(Model):
         context = PackedAttention(batch.layout, batch.tokens.device)
         states, aux, loads = self.with_targets(self.hidden(batch.tokens, batch.positions, context), batch)
         self.record_router_load(loads, batch)
-        logprobs, entropies = self.head(states.index_select(0, batch.sources), batch.targets, temperature, entropy)
+        inputs = (states.index_select(0, batch.sources), batch.targets, temperature, entropy)
+        if batch.soft_targets is not None:
+            logprobs, teacher_kl = self.head(*inputs, batch.soft_targets)
+            return Output(logprobs, None, aux, teacher_kl)
+        logprobs, entropies = self.head(*inputs)
         return Output(logprobs, entropies, aux)
+
+    @torch.no_grad()
+    def distributions(self, batch: TokenBatch) -> TeacherHead:
+        """Return the next-token distributions at the batch's targets, for a student."""
+        hidden = self.hidden(batch.tokens, batch.positions, PackedAttention(batch.layout, batch.tokens.device))
+        return TeacherHead(hidden.states.index_select(0, batch.sources), self.head.weight.detach(), self.head.softcap)
 
     def record_router_load(self, loads: RouterLoad | None, batch: TokenBatch) -> None:
         """Add the routers' choices of a training batch to those of the current update.

@@ -1,8 +1,8 @@
 """A sequence classifier: any decoder of this folder, with one number for each label in place of its output layer.
 
-The numbers are read at the last token of the text, the only one that attends to all of it. With several labels it is a
-classifier of texts (Radford et al. 2018, *Improving Language Understanding by Generative Pre-Training*, section 3.2),
-with one label a reward model (Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
+The numbers are read at the sources of the targets, usually the last token of the text, which attends to all of it. With
+several labels it is a classifier of texts (Radford et al. 2018, *Improving Language Understanding by Generative
+Pre-Training*, section 3.2), with one label a reward model (Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
 Modules for multi-token prediction are left out, because they need the output layer.
 Shapes: T tokens of a pack, D hidden size.
 """
@@ -21,8 +21,9 @@ from llmquest_rl.layers.linear import Linear
 from llmquest_rl.models import llama
 from llmquest_rl.models.architectures import model_files
 from llmquest_rl.models.base import CausalLM, ClassifierModel, DecoderWrapperConfig, Scores
-from llmquest_rl.models.config.labels import label_fields, read_labels
+from llmquest_rl.models.config.labels import label_fields, pooling_fields, read_labels, read_pooling
 from llmquest_rl.models.weight_map import Form, HFMap
+from llmquest_rl.types import Pooling
 
 
 @cache
@@ -41,6 +42,8 @@ class SequenceClassifierConfig(DecoderWrapperConfig):
     text: Any
     """The decoder's configuration, without modules for multi-token prediction."""
     labels: tuple[str, ...]
+    pooling: Pooling | None = None
+    """The tokens at which a reward model was trained to be read; None = the folder does not say it."""
 
     @property
     def decoder(self) -> HFMap:
@@ -48,24 +51,26 @@ class SequenceClassifierConfig(DecoderWrapperConfig):
         return decoders()[self.architecture]
 
     @classmethod
-    def of_decoder(cls, hf: HFMap, text: Any, labels: tuple[str, ...]) -> Self:
+    def of_decoder(cls, hf: HFMap, text: Any, labels: tuple[str, ...], pooling: Pooling | None = None) -> Self:
         """Return the configuration of a classifier of `labels` that is made of the decoder `hf` with shape `text`."""
         assert hf.classifier is not None, f"no classifier is made of {hf.architecture}"
-        return cls(hf.classifier, hf.fit(text, ()), labels)  # without keys on disk there are no MTP modules
+        return cls(hf.classifier, hf.fit(text, ()), labels, pooling)  # without keys on disk there are no MTP modules
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Self:
         """Read a config.json.
 
         Raises:
-            ValueError: the decoder refuses the shape, or the fields of the labels contradict each other.
+            ValueError: the decoder refuses the shape, the fields of the labels contradict each other, or the pooling
+                is unknown.
         """
         hf = decoders()[values["architectures"][0]]
-        return cls.of_decoder(hf, hf.config.from_hf(values), read_labels(values))
+        return cls.of_decoder(hf, hf.config.from_hf(values), read_labels(values), read_pooling(values))
 
     def to_hf(self) -> dict[str, Any]:
         """Return a config.json that transformers 5 reads."""
-        return {**self.text.to_hf(), "architectures": [self.architecture], **label_fields(self.labels)}
+        fields = {**label_fields(self.labels), **pooling_fields(self.pooling)}
+        return {**self.text.to_hf(), "architectures": [self.architecture], **fields}
 
     @classmethod
     def tiny(cls) -> Self:

@@ -27,6 +27,7 @@ from llmquest_rl.models.base import CausalLM, DecoderWrapperConfig, Hidden, Mode
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.vit import ViT, ViTConfig
 from llmquest_rl.models.weight_map import Experts, Form, HFMap
+from llmquest_rl.soft_targets import TeacherHead
 from llmquest_rl.types import ImageFormat
 
 
@@ -176,11 +177,18 @@ class VLM(CausalLM):
         Raises:
             ValueError: a prompt has more or fewer image tokens than its images need, or images have another size.
         """
-        tokens = self._numbered(batch.tokens, batch.layout, batch.image_counts)
         with self._seeing(batch.images):
-            plain = replace(batch, tokens=tokens, images=None, image_counts=())
-            output: Output = self.decoder(plain, temperature, entropy)
+            output: Output = self.decoder(self._for_decoder(batch), temperature, entropy)
             return output
+
+    def distributions(self, batch: TokenBatch) -> TeacherHead:
+        """See `CausalLM.distributions`."""
+        with torch.no_grad(), self._seeing(batch.images):
+            return self.decoder.distributions(self._for_decoder(batch))
+
+    def _for_decoder(self, batch: TokenBatch) -> TokenBatch:
+        tokens = self._numbered(batch.tokens, batch.layout, batch.image_counts)
+        return replace(batch, tokens=tokens, images=None, image_counts=())
 
     def hidden(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
@@ -49,7 +49,7 @@ class Config(Options):
 class Classify(Supervised):
     """Mean cross-entropy of the labels: every sequence of an update weighs the same."""
 
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = field()  # no default, although `Objective` has one
     label_smoothing: float = 0.0
 
     def assign_token_weights(self, groups: Sequence[SequenceGroup]) -> list[SequenceGroup]:

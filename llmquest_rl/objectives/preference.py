@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -35,7 +36,7 @@ from llmquest_rl.algorithms.unused_settings import check_read
 from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup, TokenBatch
 from llmquest_rl.deferred import torch
 from llmquest_rl.metrics import Derived, Metrics
-from llmquest_rl.objectives import Descriptions, Loss, with_aux
+from llmquest_rl.objectives import Descriptions, Loss, Objective, with_aux
 from llmquest_rl.types import Group, Sampling
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class Config(Method):
     """`rollout_pairs`: the reward that a chosen completion must reach and a rejected one must not. null = any two
     rewards that differ make a pair."""
 
+    reference_cache: Path | None = None
+    """File of the reference's log-probs of the data set. If it is missing, it is made before the first step; the
+    learners then need no reference model. A file of another model, data set or chat template is refused. null = the
+    learners hold the reference model and compute its log-probs in every step."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_row(cls, value: Any) -> Any:
@@ -90,9 +96,21 @@ class Config(Method):
         check_read(self, resolve(self.method), READERS)
         if self.pair_threshold is not None and self.source == "dataset":
             raise ValueError("pair_threshold is read only with source: rollout_pairs: leave it out")
+        if self.reference_cache is not None:
+            self._check_cache()
         if self.source == "rollout_pairs" and not self.takes_pairs:
             raise ValueError("kto takes answers one by one: use a row of pairs with source: rollout_pairs")
         return self
+
+    def _check_cache(self) -> None:
+        reasons = (
+            (not self.needs_reference, f"the margin {self.margin!r} needs no reference model"),
+            (self.source == "rollout_pairs", "with source: rollout_pairs every step has new answers"),
+            (not self.takes_pairs, "kto estimates a KL on answers to other prompts, which differ in every epoch"),
+        )
+        for is_so, reason in reasons:
+            if is_so:
+                raise ValueError(f"reference_cache: {reason}, so there is nothing to cache: leave it out")
 
 
 def _margin(chosen: float, rejected: float) -> float:
@@ -100,7 +118,7 @@ def _margin(chosen: float, rejected: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
+class Preference(Objective):
     """The loss of one preference method. Batches carry the token fields `weights`, `sides` and, for some, others."""
 
     derived_metrics: ClassVar[Mapping[str, Derived]] = {
@@ -109,9 +127,6 @@ class Preference:
 
     method: Config
     temperature: float = 1.0
-    labels: tuple[str, ...] = ()
-    ref_sync_interval: int | None = None
-    routing_replay: bool = False
 
     @property
     def source(self) -> Literal["rollout", "dataset"]:
@@ -119,7 +134,11 @@ class Preference:
 
     @property
     def needs_reference(self) -> bool:
-        return self.method.needs_reference
+        return self.method.needs_reference and self.reference_cache is None
+
+    @property
+    def reference_cache(self) -> Path | None:
+        return self.method.reference_cache
 
     @property
     def needs_whole_group(self) -> int:
@@ -189,6 +208,9 @@ class Preference:
         value, metrics = self.pair_losses(output.logprobs, batch)
         return with_aux(value, output.aux, batch, metrics)
 
+    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
+        raise NotImplementedError("a preference method has no critic")
+
     def pair_losses(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The weighted loss of a microbatch, a scalar, and metrics.
 
@@ -199,7 +221,7 @@ class Preference:
         method, fields, ids = self.method, batch.token_fields, batch.sequence_ids
         tokens = totals(torch.ones_like(logprobs), ids)
         side = totals(fields["sides"], ids) / tokens.clamp(min=1)
-        reference = fields["ref_logprobs"] if self.needs_reference else torch.zeros_like(logprobs)
+        reference = fields["ref_logprobs"] if self.method.needs_reference else torch.zeros_like(logprobs)
         answers = Answers(totals(logprobs, ids), totals(reference, ids), tokens.clamp(min=1))
         scores, weights = MARGINS[method.margin].function(answers), totals(fields["weights"], ids)
         good, bad = side == GOOD, side == BAD
@@ -247,7 +269,7 @@ class Preference:
         ours = fields.get("old_logprobs", logprobs)
         gaps = (ours - fields["rollout_logprobs"])[counted].abs()
         metrics.mean("policy/logp_gap", gaps.sum(), counted.sum())
-        if self.needs_reference:
+        if self.method.needs_reference:
             kl = totals(logprobs - fields["ref_logprobs"], batch.sequence_ids)[own]
             metrics.mean("train/kl", kl.sum(), own.sum())
 

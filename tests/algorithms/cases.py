@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquest_rl.algorithms.aggregation import AGGREGATIONS
+from llmquest_rl.algorithms.covariance import COVARIANCES
+from llmquest_rl.algorithms.credit import CREDITS
 from llmquest_rl.algorithms.is_correction import CORRECTIONS
 from llmquest_rl.algorithms.kl import KL_ESTIMATORS
 from llmquest_rl.algorithms.presets import PRESETS, Algorithm
@@ -22,9 +24,15 @@ MAX_TOKENS = 9
 PER_TARGET = ("new", "old_logprobs", "ref_logprobs", "entropies")
 
 
-def _dual_in_reach(row: dict[str, Any]) -> dict[str, Any]:
-    """A dual bound that ratios of random cases reach, where the upper bound allows it."""
-    return row | {"dual_clip": 1.5} if row["dual_clip"] is not None and row["clip_high"] < 0.5 else row
+def _allowed(row: dict[str, Any]) -> dict[str, Any]:
+    """A dual bound that ratios of random cases reach, where the upper bound allows it; Clip-Cov without its random
+    choice, and only where a token can be left out."""
+    if row["dual_clip"] is not None and row["clip_high"] < 0.5:
+        row = row | {"dual_clip": 1.5}
+    if row["covariance"] != "clip":
+        return row
+    mixes = Algorithm(ratio=row["ratio"], surrogate=row["surrogate"]).mixes_tokens
+    return row | ({"covariance": "kl"} if mixes else {"cov_fraction": 1.0})
 
 
 rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
@@ -34,6 +42,14 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "surrogate": st.sampled_from(sorted(oracle.EQUATIONS)),
         **oracle.SETTINGS,
         "aggregation": st.sampled_from(sorted(AGGREGATIONS)),
+        "credit": st.sampled_from(sorted(CREDITS)),
+        "future_half_life": st.floats(0.5, 8.0),
+        "future_low": st.sampled_from([0.5, 1.0]),
+        "future_max_ratio": st.sampled_from([1.1, 10.0]),
+        "covariance": st.sampled_from(sorted(COVARIANCES)),
+        "cov_fraction": st.sampled_from([2e-4, 0.3]),
+        "cov_low": st.sampled_from([0.0, 0.3]),
+        "cov_kl": st.floats(0.1, 2.0),
         "kl": st.sampled_from(sorted(KL_ESTIMATORS)),
         "kl_in": st.sampled_from(["loss", "reward"]),
         "kl_unbiased": st.booleans(),
@@ -42,10 +58,11 @@ rows: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "top_entropy_fraction": st.sampled_from([0.2, 0.5, 1.0]),
         "off_policy_delta": st.sampled_from([None, 0.05]),
         "is_correction": st.sampled_from(sorted(CORRECTIONS)),
+        "divergence_limit": st.sampled_from([0.003, 0.1]),
         "tis_floor": st.sampled_from([0.0, 0.5]),
         "tis_cap": st.sampled_from([None, 1.2, 5.0]),
     }
-).map(_dual_in_reach)
+).map(_allowed)
 """Any combination of the cells that the loss is made of."""
 
 
@@ -96,17 +113,15 @@ def exact(values: Any) -> list[float]:
 
 
 def batch_of(policy: Policy, case: Case, old: bool = True) -> TokenBatch:
-    """One packed batch with token weights and all token fields in float64."""
-    batch = collate(policy.assign_token_weights(case.sequence_groups))
+    """One packed batch with token weights and all token fields in float64; weights that a case has are kept."""
+    weighted = case.sequence_groups
+    if not all("weights" in sequence_group.token_fields for sequence_group in weighted):
+        weighted = policy.assign_token_weights(weighted)
+    batch = collate(weighted)
     token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     # Weights come out of `assign_token_weights` in float64, and of `collate` in float32.
     token_fields["weights"] = torch.tensor(
-        [
-            w
-            for sequence_group in policy.assign_token_weights(case.sequence_groups)
-            for row in sequence_group.token_fields["weights"]
-            for w in row
-        ],
+        [w for sequence_group in weighted for row in sequence_group.token_fields["weights"] for w in row],
         dtype=torch.float64,
     )
     token_fields["ref_logprobs"] = case.reference
@@ -134,6 +149,11 @@ def bounds(low: float = 0.2, high: float = 0.2, dual: float | None = None, **set
 def all_rows() -> list[str]:
     """Names of all presets."""
     return sorted(PRESETS)
+
+
+def without_chance(name: str) -> dict[str, Any]:
+    """Settings with which a row makes no random choice: Clip-Cov takes all tokens of its band."""
+    return {"cov_fraction": 1.0} if PRESETS[name].get("covariance") == "clip" else {}
 
 
 def policy(algorithm: Algorithm) -> Policy:

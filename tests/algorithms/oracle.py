@@ -36,10 +36,11 @@ def loss(groups: list[list[Sequence]], algorithm: Algorithm, max_tokens: int) ->
     """Sum over all tokens of weight x loss."""
     lengths = [[len(sequence.new) for sequence in group] for group in groups]
     weights = token_weights(lengths, algorithm.aggregation, max_tokens)
+    chosen = restrained(groups, algorithm)
     total = 0.0
-    for group, group_weights in zip(groups, weights, strict=True):
-        for sequence, weight in zip(group, group_weights, strict=True):
-            total += weight * sum(sequence_terms(sequence, algorithm))
+    for group, group_weights, group_chosen in zip(groups, weights, chosen, strict=True):
+        for sequence, weight, tokens in zip(group, group_weights, group_chosen, strict=True):
+            total += weight * sum(sequence_terms(sequence, algorithm, tokens))
     return total
 
 
@@ -55,7 +56,7 @@ def token_weights(lengths: list[list[int]], aggregation: str, max_tokens: int) -
     }[aggregation]
 
 
-def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
+def sequence_terms(s: Sequence, algorithm: Algorithm, restrained: set[int]) -> list[float]:
     """The loss of each token."""
     if algorithm.old_policy == "engine":
         s = replace(s, old=s.rollout)
@@ -64,19 +65,57 @@ def sequence_terms(s: Sequence, algorithm: Algorithm) -> list[float]:
         for t in range(len(advantages)):
             to_end = sum(kl(algorithm.kl, s.old[j], s.reference[j]) for j in range(t, len(advantages)))
             advantages[t] -= algorithm.beta * to_end
+    advantages = [a * f for a, f in zip(advantages, credit(s, advantages, algorithm), strict=True)]
     factors = correction(s, algorithm)
     uncertain = most_uncertain(s.entropies, algorithm.top_entropy_fraction)
     terms = []
     for t, advantage in enumerate(advantages):
         value = surrogate(s, t, advantages, algorithm) * factors[t]
         too_far = algorithm.off_policy_delta is not None and np.mean(s.rollout - s.fixed) > algorithm.off_policy_delta
-        if (too_far and advantage < 0) or t not in uncertain:
+        left_out = algorithm.covariance == "clip" and t in restrained
+        if (too_far and advantage < 0) or t not in uncertain or left_out:
             value = 0.0
         if algorithm.beta > 0 and algorithm.kl_in == "loss":
             weight = np.exp(s.new[t]) / np.exp(s.old[t]) if algorithm.kl_unbiased else 1.0
             value += algorithm.beta * weight * kl(algorithm.kl, s.new[t], s.reference[t])
+        if algorithm.covariance == "kl" and t in restrained:
+            value += algorithm.cov_kl * abs(s.new[t] - s.old[t])
         terms.append(value - algorithm.entropy_bonus * s.entropies[t])
     return terms
+
+
+def restrained(groups: list[list[Sequence]], algorithm: Algorithm) -> list[list[set[int]]]:
+    """Places of the tokens that Clip-Cov or KL-Cov chooses. Clip-Cov's choice is random unless its fraction is 1."""
+    flat = [(s.rollout[t], s.advantages[t]) for group in groups for s in group for t in range(len(s.new))]
+    logprobs, advantages = np.array(flat, dtype=np.float64).reshape(-1, 2).T
+    covariances = (logprobs - np.mean(logprobs)) * (advantages - np.mean(advantages)) if flat else np.zeros(0)
+    count = max(1, int(algorithm.cov_fraction * len(flat)))
+    band = [i for i, c in enumerate(covariances) if algorithm.cov_low < c < algorithm.cov_high]
+    largest = [i for i in np.argsort(-covariances, kind="stable")[:count] if covariances[i] > 0]
+    assert algorithm.covariance != "clip" or len(band) <= count, "set cov_fraction to 1: the choice is random"
+    chosen = {"none": set(), "clip": set(band), "kl": set(largest)}[algorithm.covariance]
+    place, places = 0, []
+    for group in groups:
+        places.append([])
+        for s in group:
+            places[-1].append({t for t in range(len(s.new)) if place + t in chosen})
+            place += len(s.new)
+    return places
+
+
+def credit(s: Sequence, advantages: list[float], algorithm: Algorithm) -> list[float]:
+    """The factor of each token's advantage: FIPO's sum over later tokens."""
+    n, gamma = len(s.new), 0.5 ** (1 / algorithm.future_half_life)
+    if algorithm.credit == "uniform":
+        return [1.0] * n
+    ratios = [float(np.exp(a) / np.exp(b)) for a, b in zip(s.fixed, s.old, strict=True)]
+    counted = [0.0 if r > algorithm.future_max_ratio else float(np.log(r)) for r in ratios]
+    factors = []
+    for t in range(n):
+        future = sum(gamma ** (k - t) * counted[k] for k in range(t, n))
+        factor = min(max(float(np.exp(future)), algorithm.future_low), algorithm.future_high)
+        factors.append(min(factor, 1.0) if advantages[t] < 0 and ratios[t] > algorithm.future_max_ratio else factor)
+    return factors
 
 
 def ratio(s: Sequence, t: int, name: str) -> float:
@@ -164,6 +203,12 @@ def binary(o: Token) -> float:
     return 0.0 if beyond else -o.a * o.r
 
 
+def shift_penalty(o: Token) -> float:
+    """DRPO: the importance-weighted gradient, and a quadratic penalty on the ratio that is weighted by p_old."""
+    p_old = np.exp(o.sequence.old[o.place])
+    return float(-o.a * o.r + abs(o.a) * p_old * (o.r - 1) ** 2 / (2 * o.settings.shift_limit))
+
+
 EQUATIONS: dict[str, Callable[[Token], float]] = {
     "clip": clip,
     "geometric_clip": geometric_clip,
@@ -173,6 +218,8 @@ EQUATIONS: dict[str, Callable[[Token], float]] = {
     "binary_tv": binary,
     "binary_kl": binary,
     "log_prob": lambda o: -o.a * o.logprob,
+    "unclipped": lambda o: -o.a * o.r,
+    "shift_penalty": shift_penalty,
 }
 """The loss of a token with each surrogate."""
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
@@ -185,6 +232,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "power_negative": st.floats(0.5, 4.0),
     "decay_positive": st.floats(0.5, 4.0),
     "decay_negative": st.floats(0.5, 4.0),
+    "shift_limit": st.sampled_from([0.15, 12.5]),
 }
 """Random values of the settings that surrogates read."""
 
@@ -209,6 +257,17 @@ def correction(s: Sequence, algorithm: Algorithm) -> list[float]:
     whole = float(np.prod(tokens))
     geometric = whole ** (1 / n)
     inside = [low <= r <= high for r in tokens]
+    p, q = np.exp(s.rollout), np.exp(s.old)
+    tv, kl = abs(p - q), binary_kl(p, q)
+    kept = {
+        "token_binary_kl": np.maximum(kl, binary_kl(q, p)),
+        "token_binary_tv": tv,
+        "sequence_binary_kl": np.full(n, kl.mean()),
+        "sequence_binary_tv": np.full(n, tv.mean()),
+    }
+    if algorithm.is_correction in kept:
+        small = kept[algorithm.is_correction] <= algorithm.divergence_limit
+        return [r if keep else 0.0 for r, keep in zip(tokens, small, strict=True)]
     return {
         "token_truncate": [min(max(r, low), high) for r in tokens],
         "token_mask": [r if kept else 0.0 for r, kept in zip(tokens, inside, strict=True)],
@@ -217,6 +276,11 @@ def correction(s: Sequence, algorithm: Algorithm) -> list[float]:
         "geometric_mask": [float(low <= geometric <= high)] * n,
         "reject": [float(all(inside))] * n,
     }[algorithm.is_correction]
+
+
+def binary_kl(p: Vector, q: Vector) -> Vector:
+    """KL(p || q) of "this token or another"."""
+    return np.asarray(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
 
 
 def most_uncertain(entropies: Vector, share: float) -> set[int]:

@@ -49,7 +49,7 @@ def test_comparisons_with_the_group(rewards: list[float], seed: int) -> None:
         "length_weighted_mean": r - np.average(r, weights=lengths),
         "reward": r,
     }
-    assert set(expected) == set(ADVANTAGES) - {"pass_at_k"}
+    assert set(expected) == set(ADVANTAGES) - {"pass_at_k", "mean_normalized"}
     for name, values in expected.items():
         ours = advantages_of(name, tensor(r), tensor(lengths), 4)
         np.testing.assert_allclose(ours, values, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -103,6 +103,7 @@ def test_leave_one_out_is_the_group_mean_scaled(rewards: list[float], seed: int)
 @given(rewards_of_a_group, st.integers(0, 2**31), st.sampled_from(sorted(ADVANTAGES)))
 def test_the_order_of_a_group_does_not_matter(rewards: list[float], seed: int, name: str) -> None:
     lengths = lengths_for(rewards, seed)
+    rewards = [reward + 4 for reward in rewards] if ADVANTAGES[name].nonnegative else rewards
     order = np.random.default_rng(seed).permutation(len(rewards))
     straight = advantages_of(name, tensor(rewards), tensor(lengths), 3)
     shuffled = advantages_of(name, tensor(rewards)[order], tensor(lengths)[order], 3)
@@ -113,7 +114,7 @@ def test_the_order_of_a_group_does_not_matter(rewards: list[float], seed: int, n
 @given(
     different,
     st.integers(0, 2**31),
-    st.sampled_from(sorted(name for name, advantage in ADVANTAGES.items() if advantage.group_relative)),
+    st.sampled_from(sorted(name for name, a in ADVANTAGES.items() if a.group_relative and not a.nonnegative)),
 )
 def test_adding_a_constant_to_all_rewards_changes_nothing(rewards: list[float], seed: int, name: str) -> None:
     lengths = tensor(lengths_for(rewards, seed))
@@ -135,9 +136,14 @@ def test_normalizations(rewards: list[list[float]], seed: int) -> None:
     valid = sum(len(group) for group, differs in zip(rewards, differ, strict=True) if differs)
     white = (tokens.mean(), tokens.std() + 1e-6) if tokens.min() < tokens.max() else (0.0, np.inf)
     spread = everything.std(ddof=1) + 1e-6 if everything.min() < everything.max() else 1.0
+    mean = np.concatenate(centred).mean()
+    deviation = np.concatenate(centred).std(ddof=1) + 1e-6
+    differs = np.ptp(np.concatenate(centred)) > 0
     expected = {
         "none": centred,
         "whiten": [(a - white[0]) / white[1] for a in centred],
+        "standardize": [(a - mean) / deviation if differs else 0 * a for a in centred],
+        "batch_mean": [a - mean for a in centred],
         "batch_std": [a / spread for a in centred],
         "valid_groups": [a * (len(everything) / valid if valid else 1.0) for a in centred],
     }
@@ -196,3 +202,49 @@ def test_relative_length(samples: list[tuple[bool, int]]) -> None:
     ours = penalties("relative", rewards, tensor(lengths), 100, 0.2)
     np.testing.assert_allclose(ours, expected, atol=1e-12)
     assert not penalties("none", rewards, tensor(lengths), 100, 0.2).any()
+
+
+@pytest.mark.parametrize("n", [2, 8, 16])
+def test_maxrl_of_right_and_wrong_is_the_papers_closed_form(n: int) -> None:
+    """With K of N right: N / K - 1 for a right answer, -1 for a wrong one (arXiv 2602.02710)."""
+    for right in range(1, n):
+        rewards = tensor([1.0] * right + [0.0] * (n - right))
+        ours = advantages_of("mean_normalized", rewards, tensor([1.0] * n), 4)
+        np.testing.assert_allclose(ours, [n / right - 1] * right + [-1.0] * (n - right), rtol=1e-12)
+
+
+@CASES
+@given(rewards_of_a_group.map(lambda rewards: [abs(x) for x in rewards]).filter(lambda rewards: sum(rewards) > 0))
+def test_maxrl_does_not_depend_on_the_scale_of_rewards(rewards: list[float]) -> None:
+    once, twice = (advantages_of("mean_normalized", tensor(rewards) * k, tensor(rewards), 4) for k in (1.0, 7.0))
+    np.testing.assert_allclose(once, np.asarray(rewards) / np.mean(rewards) - 1, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(once, twice, rtol=1e-9, atol=1e-9)
+
+
+def test_maxrl_is_the_gradient_of_the_truncated_likelihood() -> None:
+    """The paper's theorem by enumeration: over all outcomes of N samples with the probability p of a right one, the
+    expected estimator is d/dp of -sum_k (1 - p)^k / k, which is log p for large N. The mean as a baseline takes one
+    term off the paper's N, because a group without a right answer has no baseline either."""
+    n, p = 6, 0.3
+    expected = 0.0
+    for outcome in range(2**n):
+        rewards = [float(outcome >> i & 1) for i in range(n)]
+        chance = np.prod([p if reward else 1 - p for reward in rewards])
+        score = np.array([1 / p if reward else -1 / (1 - p) for reward in rewards])  # d log P(sample) / dp
+        if sum(rewards):  # the caller has advantages of 0 for a group without a right answer
+            ours = advantages_of("mean_normalized", tensor(rewards), tensor([1.0] * n), 4).numpy()
+            expected += chance * float((ours * score).mean())
+    assert expected == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, n)))
+
+
+def test_standardize_counts_completions_and_whiten_tokens() -> None:
+    advantages, lengths = [tensor([1.0, -1.0]), tensor([3.0])], [tensor([2.0, 5.0]), tensor([4.0])]
+    values = torch.cat(NORMALIZATIONS["standardize"].function(advantages, advantages, lengths))
+    assert (float(values.mean()), float(values.std())) == (pytest.approx(0.0, abs=1e-9), pytest.approx(1.0, rel=1e-5))
+
+
+def test_the_mean_of_equal_rewards_is_taken_off_without_rounding() -> None:
+    """0.1 + 0.1 + 0.1 is not 0.3: a rest of 1e-17 would be a group with an advantage."""
+    for name in ("batch_mean", "standardize"):
+        groups = [tensor([0.1]), tensor([0.1, 0.1])]
+        assert not any(group.any() for group in NORMALIZATIONS[name].function(groups, groups, groups))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmquest_rl.algorithms.advantages import ADVANTAGES
 from llmquest_rl.algorithms.lengths import LENGTH_PENALTIES
 from llmquest_rl.algorithms.normalization import NORMALIZATIONS
 from llmquest_rl.algorithms.presets import PRESETS, resolve
@@ -24,7 +25,7 @@ def group(rewards: list[float | None], lengths: list[int], prompt: int = 7) -> G
     return Group(
         Problem("s", "prompt", [prompt, prompt], None),
         [Completion([i + 1] * n, [-0.5] * n, "text", "length" if n > 3 else "stop", 0) for i, n in enumerate(lengths)],
-        [Score(reward, {"exact": reward}, None if reward is not None else "timeout") for reward in rewards],
+        [Score(r, {"exact": r}, None if r is not None else "timeout", weights={"exact": 1.0}) for r in rewards],
     )
 
 
@@ -184,6 +185,9 @@ def test_whatever_comes_back_advantages_and_weights_are_finite(
     parts: list[list[tuple[float | None, int]]], preset: str, normalization: str, penalty: str
 ) -> None:
     """All-equal rewards, groups of one, failures, empty completions."""
+    nonnegative = ADVANTAGES[resolve(preset).advantage].nonnegative
+    if nonnegative:
+        penalty, parts = "none", [[(reward and abs(reward), length) for reward, length in part] for part in parts]
     algorithm = resolve(preset, {"normalization": normalization, "length_penalty": penalty})
     groups = [group([reward for reward, _ in part], [length for _, length in part]) for part in parts]
     sequence_groups, metrics = make_sequence_groups(groups, algorithm, MAX_TOKENS)
@@ -245,3 +249,93 @@ def test_a_group_of_which_all_that_differs_was_cut_is_not_usable() -> None:
     assert not is_usable(replace(made, completions=cut), resolve("dapo"))
     assert is_usable(replace(made, completions=cut), resolve("dapo", {"overlong_filter": False}))
     assert is_usable(replace(made, completions=[cut[0], made.completions[1]]), resolve("dapo"))
+
+
+def of_two_rewards(parts: list[tuple[float, float | None]], weights: tuple[float, float] = (1.0, 0.5)) -> Group:
+    """A group whose score is the weighted sum of two rewards, one of which need not apply."""
+    made = group([0.0] * len(parts), [2] * len(parts))
+    names = ("exact", "short")
+    scores = [
+        Score(
+            sum(w * value for w, value in zip(weights, values, strict=True) if value is not None),
+            dict(zip(names, values, strict=True)),
+            weights=dict(zip(names, weights, strict=True)),
+        )
+        for values in parts
+    ]
+    return replace(made, scores=scores)
+
+
+def standardised(values: list[float]) -> np.ndarray:
+    return np.asarray((np.array(values) - np.mean(values)) / (np.std(values, ddof=1) + 1e-6))
+
+
+def test_each_reward_is_compared_by_itself() -> None:
+    """GDPO's example: the sums are 1, 2, 2 and 3, so GRPO does not see which reward a completion has."""
+    row = resolve("gdpo", {"normalization": "none"})
+    made = of_two_rewards([(1.0, 0.0), (0.0, 4.0), (1.0, 2.0), (1.0, 4.0)])
+    grpo, _ = make_sequence_groups([made], GRPO, MAX_TOKENS)
+    gdpo, _ = make_sequence_groups([made], row, MAX_TOKENS)
+    assert advantages(grpo)[0][1] == advantages(grpo)[0][2]
+    expected = standardised([1.0, 0.0, 1.0, 1.0]) + 0.5 * standardised([0.0, 4.0, 2.0, 4.0])
+    assert advantages(gdpo)[0] == pytest.approx(expected)
+
+
+def test_a_reward_that_does_not_apply_is_left_out_of_its_own_comparison() -> None:
+    row = resolve("gdpo", {"normalization": "none"})
+    groups, _ = make_sequence_groups([of_two_rewards([(1.0, 3.0), (0.0, None), (1.0, 5.0)])], row, MAX_TOKENS)
+    first, second = standardised([1.0, 0.0, 1.0]), standardised([3.0, 5.0])
+    assert advantages(groups)[0] == pytest.approx(first + 0.5 * np.array([second[0], 0.0, second[1]]))
+
+
+def test_a_reward_that_is_equal_throughout_does_not_hide_another() -> None:
+    """Nor does one that outweighs it: a group whose sums are equal has advantages."""
+    row = resolve("gdpo", {"normalization": "none"})
+    hidden = of_two_rewards([(1.0, 0.0), (0.0, 2.0)])
+    assert [score.value for score in hidden.scores] == [1.0, 1.0]
+    assert not is_usable(hidden, GRPO)
+    assert is_usable(hidden, row)
+    constant = of_two_rewards([(1.0, 0.0), (1.0, 2.0)])
+    groups, _ = make_sequence_groups([constant], row, MAX_TOKENS)
+    assert advantages(groups)[0] == pytest.approx(0.5 * standardised([0.0, 2.0]))
+
+
+def test_with_decoupled_rewards_the_length_penalty_is_a_reward_of_its_own() -> None:
+    row = resolve("gdpo", {"normalization": "none", "length_penalty": "soft_overlong", "overlong_buffer": 0.5})
+    lengths = group([0.0] * 3, [4, 6, 8]).completions
+    made = replace(of_two_rewards([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]), completions=lengths)
+    groups, _ = make_sequence_groups([made], row, MAX_TOKENS)
+    rewards = standardised([1.0, 0.0, 1.0]) + 0.5 * standardised([0.0, 1.0, 1.0])
+    expected = rewards + standardised([0.0, -0.5, -1.0])
+    assert advantages(groups)[0] == pytest.approx(expected)
+
+
+def test_scores_without_weights_cannot_be_decoupled() -> None:
+    made = group([1.0, 0.0], [1, 2])
+    old = replace(made, scores=[replace(score, weights={}) for score in made.scores])
+    with pytest.raises(ValueError, match=r"decoupled_rewards.*Sample again"):
+        make_sequence_groups([old], resolve("gdpo"), MAX_TOKENS)
+
+
+def test_one_reward_alone_is_compared_as_before() -> None:
+    groups = [group([1.0, 0.0, 0.0], [1, 2, 3]), group([0.0, 1.0], [2, 2])]
+    one, other = (
+        make_sequence_groups(groups, resolve("gdpo", {"decoupled_rewards": each}), MAX_TOKENS)[0]
+        for each in (True, False)
+    )
+    assert sum(advantages(one), []) == pytest.approx(sum(advantages(other), []))
+
+
+def test_maxrl_refuses_rewards_below_0() -> None:
+    row = resolve("maxrl")
+    sequence_groups, _ = make_sequence_groups([group([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 4])], row, MAX_TOKENS)
+    assert advantages(sequence_groups) == [[3.0, -1.0, -1.0, -1.0]]
+    with pytest.raises(ValueError, match="mean_normalized.*no reward may be below 0, but one is -1"):
+        make_sequence_groups([group([1.0, -1.0], [1, 2])], row, MAX_TOKENS)
+
+
+def test_one_sample_of_each_prompt_is_compared_with_the_step() -> None:
+    """FlashREINFORCE: the baseline is the mean reward of the step, so a group of one has an advantage."""
+    groups = [group([reward], [2]) for reward in (1.0, 0.0, 0.0, 0.0)]
+    sequence_groups, _ = make_sequence_groups(groups, resolve("flash_reinforce"), MAX_TOKENS)
+    assert advantages(sequence_groups) == [[0.75], [-0.25], [-0.25], [-0.25]]

@@ -68,9 +68,10 @@ def test_surrogates_by_hand(values: list[tuple[float, float, float, float]], dat
     dual = data.draw(st.one_of(st.none(), st.floats(1.1, 3.0).map(lambda x: x * (1 + high))))
     tau, power, decay = (data.draw(by_sign) for _ in range(3))
     signs = ("positive", "negative")
+    shift = data.draw(st.floats(0.05, 20.0))
     shapes = {"tau": tau, "power": power, "decay": decay}
     by_name = {f"{key}_{sign}": x for key, pair in shapes.items() for sign, x in zip(signs, pair, strict=True)}
-    limits = bounds(low, high, dual, **by_name)
+    limits = bounds(low, high, dual, shift_limit=shift, **by_name)
     ratio, logprob, old_logprob, advantage = np.asarray(values).T
     clipped = [
         -a * min(r, 1 + high) if a >= 0 else -a * min(max(r, 1 - low), np.inf if dual is None else dual)
@@ -90,6 +91,8 @@ def test_surrogates_by_hand(values: list[tuple[float, float, float, float]], dat
         "binary_tv": np.where(away & (abs(p - q) > bound), 0.0, -ratio * advantage),
         "binary_kl": np.where(away & (kl > bound), 0.0, -ratio * advantage),
         "log_prob": -advantage * logprob,
+        "unclipped": -ratio * advantage,
+        "shift_penalty": -ratio * advantage + abs(advantage) * q * (ratio - 1) ** 2 / (2 * shift),
     }
     for name, value in expected.items():
         ours = losses(name, tokens(ratio, advantage, logprob, old_logprob), limits).detach()
@@ -269,3 +272,20 @@ def test_a_token_that_is_certain_has_finite_divergences() -> None:
         low, high = cuts(name, values, bounds(0.15, 0.15))
         assert (low.tolist(), high.tolist()) == ([True, False, False], [False, True, False])
         assert losses(name, values, bounds(0.15, 0.15)).tolist() == [0.0, 0.0, -1.0]
+
+
+@CASES
+@given(st.floats(1e-3, 0.99), st.floats(1e-3, 0.99), floats, st.floats(0.05, 20.0))
+def test_the_shift_penalty_is_a_smooth_mask(new: float, old: float, advantage: float, limit: float) -> None:
+    """DRPO: the gradient of r A, times 1 - sign(A) (p - p_old) / limit. So it is 0 where DPPO's mask begins."""
+    values = of_policies([new], [old], [advantage])
+    weight = 1 - np.sign(advantage) * (new - old) / limit
+    slope = gradient("shift_penalty", values, bounds(shift_limit=limit), values.logprobs)
+    np.testing.assert_allclose(slope, [-advantage * new / old * weight], rtol=1e-9, atol=1e-12)
+
+
+def test_beyond_the_limit_the_shift_penalty_leads_back() -> None:
+    """A wrong token that lost 0.2 of its probability, with a limit of 0.15, is made likelier again."""
+    values = of_policies([0.3, 0.4], [0.5, 0.5], [-1.0, -1.0])
+    back, on = gradient("shift_penalty", values, bounds(shift_limit=0.15), values.logprobs)
+    assert back < 0 < on

@@ -10,9 +10,10 @@ import pytest
 from llmquest_rl.batch import collate
 from llmquest_rl.data.conversation import tokenize_row
 from llmquest_rl.data.dataset import DatasetContext
-from llmquest_rl.data.datasets import sft, text
+from llmquest_rl.data.datasets import preferences, sft, text
 from llmquest_rl.data.open_dataset import open_dataset
 from llmquest_rl.data.rows import DataError, MalformedRows
+from llmquest_rl.data.tasks import table
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
 from llmquest_rl.options import Options
 
@@ -91,6 +92,36 @@ def test_sft_splits_by_question_and_counts_what_it_drops(
     assert f"{path}:41: " in malformed.reports[0] and "completion" in malformed.reports[0]
     prompts = [{renderer.decode(group.prompt) for group in side} for side in (data.train, data.validation)]
     assert not prompts[0] & prompts[1]
+
+
+def test_sft_fills_a_template_as_pairs_and_tasks_do(
+    context: Callable[..., DatasetContext], renderer: PromptRenderer, jsonl: Callable[..., str]
+) -> None:
+    """So the stages of RLHF read one file of pairs with the same prompts, and hold out the same ones."""
+    rows = [{"instruction": f"Add {i}", "input": f"to {i}", "chosen": f"{2 * i}", "rejected": "no"} for i in range(20)]
+    path, template = jsonl(rows), "{prompt}\n{input}"
+    columns = {"prompt": "instruction", "completion": "chosen"}
+    tuned = sft.load(sft.Config.model_validate({"path": path, "columns": columns, "template": template}), context())
+    pair_columns = {"prompt": "instruction"}
+    pairs = preferences.load(
+        preferences.Config.model_validate({"path": path, "columns": pair_columns, "template": template}),
+        context(labels=("reward",)),
+    )
+    task_columns = {"prompt": "instruction", "answer": None}
+    asked = table.load(
+        table.Config.model_validate(
+            {"path": path, "columns": task_columns, "template": template, "held_out_share": 0.05}
+        ),
+        0,
+        MalformedRows("error"),
+    )
+    [group], [pair] = tuned.validation, pairs.validation
+    [problem] = [asked.held_out.row(i) for i in range(asked.held_out.size or 0)]
+    assert "\nto " in problem.prompt
+    assert group.prompt == renderer.prompt_ids(problem.prompt)
+    assert pair.prompt[: len(group.prompt)] == group.prompt
+    with pytest.raises(DataError, match=r"has no column 'hint' \(template\)"):
+        sft.load(sft.Config.model_validate({"path": path, "columns": columns, "template": "{hint}"}), context())
 
 
 def test_sft_stops_at_a_malformed_or_long_row_where_that_is_asked_for(

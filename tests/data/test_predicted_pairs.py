@@ -8,11 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.data.conversation import tokenize_row
+from llmquest_rl.data.conversation import split_at_last_reply, tokenize_row
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.datasets import compared_sums, preferences
 from llmquest_rl.data.open_dataset import open_dataset
-from llmquest_rl.data.pairs import conversation_ids
 from llmquest_rl.data.rows import DataError, MalformedRowError, MalformedRows
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
 from llmquest_rl.options import Options
@@ -155,7 +154,8 @@ def test_prompt_and_completion_are_the_tokens_of_the_conversation(
         assume(False)
     for completion, learnt, reply in zip(group.completions, targets(group), preferences.REPLIES, strict=True):
         one = preferences.conversation(row, reply)
-        assert group.prompt + completion == conversation_ids(one, renderer)
+        before, said = split_at_last_reply(one, renderer)
+        assert group.prompt + completion == before + said
         fine_tuned = tokenize_row(one, renderer, mask_prompt=True)
         assert group.prompt + completion == fine_tuned.prompt + fine_tuned.completions[0]
         assert completion[-len(learnt) :] == learnt == targets(fine_tuned)[0][-len(learnt) :]

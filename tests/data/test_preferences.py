@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from llmquest_rl.batch import SequenceGroup, collate
-from llmquest_rl.data.conversation import tokenize_row
+from llmquest_rl.data.conversation import split_at_last_reply, tokenize_row
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.datasets import compared_sums, preferences
-from llmquest_rl.data.pairs import conversation_ids, group_for_scoring
+from llmquest_rl.data.pairs import group_for_scoring, read_ids
 from llmquest_rl.data.rows import DataError, MalformedRows
 from llmquest_rl.data.tokenizer import PromptRenderer, Tokenizer, prompt_renderer
 
@@ -70,7 +70,7 @@ def test_every_form_gives_the_same_pair(load: Load, renderer: PromptRenderer, fo
 def test_what_is_judged_are_the_tokens_that_a_model_is_trained_to_write(renderer: PromptRenderer) -> None:
     row = {"prompt": "2 + 2?", "completion": "4"}
     group = tokenize_row(row, renderer, mask_prompt=True)
-    assert conversation_ids(row, renderer) == [*renderer.prompt_ids("2 + 2?"), *group.completions[0]]
+    assert split_at_last_reply(row, renderer) == (renderer.prompt_ids("2 + 2?"), group.completions[0])
 
 
 def test_conversations_part_where_they_first_differ(load: Load, renderer: PromptRenderer) -> None:
@@ -182,14 +182,50 @@ def test_a_mapping_that_fits_no_row_is_the_users_mistake(load: Load) -> None:
 
 
 def test_a_group_for_scoring_shares_the_common_beginning() -> None:
-    group = group_for_scoring([[1, 2, 3], [1, 2], [1, 2, 4, 5]])
+    group = group_for_scoring([([], [1, 2, 3]), ([1], [2]), ([1, 2], [4, 5])])
     assert group.prompt == [1, 2] and group.completions == [[3, 0], [0], [4, 5, 0]]
     batch = collate([group])
     assert batch.tokens[batch.sources].tolist() == [3, 2, 5]
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5], "the zeros are not computed"
-    alone = collate([group_for_scoring([[7, 8]]), group_for_scoring([[1], [2]])])
+    alone = collate([group_for_scoring([([7], [8])]), group_for_scoring([([], [1]), ([], [2])])])
     assert alone.tokens[alone.sources].tolist() == [8, 1, 2]
     assert collate([group.unshared()]).tokens.tolist() == [1, 2, 3, 1, 2, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("conversations", "prompt", "read"),
+    [
+        ([([1, 2], [3, 4]), ([1, 2], [5])], [1, 2], [[3, 4], [5]]),
+        ([([1, 2], [3, 4, 6]), ([1, 2], [3, 7])], [1, 2, 3], [[3, 4, 6], [3, 7]]),  # replies that begin alike
+        ([([1], [2, 3]), ([1, 2], [3, 4])], [1, 2], [[2, 3], [3, 4]]),  # the conversations differ before the reply
+        ([([], [3, 4]), ([], [5])], [], [[3, 4], [5]]),
+        ([([1, 2], []), ([1, 2], [5])], [1, 2], [[2], [5]]),  # nothing was replied: the last token of the prompt
+    ],
+)
+def test_the_mean_reads_every_token_of_a_reply(
+    conversations: list[tuple[list[int], list[int]]], prompt: list[int], read: list[list[int]]
+) -> None:
+    group = group_for_scoring(conversations, "mean")
+    assert group.prompt == prompt
+    for one in (group, group.unshared()):
+        batch = collate([one])
+        for number, tokens in enumerate(read):
+            assert batch.tokens[batch.sources[batch.sequence_ids == number]].tolist() == tokens
+
+
+def test_the_last_token_is_read_without_the_end_of_sequence_token() -> None:
+    assert read_ids(([1], [2, 9]), "last_token", 9) == ([1], [2])
+    assert read_ids(([1], [2]), "last_token", 9) == ([1], [2]), "a template may end replies in another way"
+    assert read_ids(([1], [2, 9]), "eos", 9) == read_ids(([1], [2, 9]), "mean", 9) == ([1], [2, 9])
+
+
+@pytest.mark.parametrize("pooling", ["eos", "last_token", "mean"])
+def test_pairs_are_read_as_the_objective_asks(load: Load, renderer: PromptRenderer, pooling: str) -> None:
+    groups = every_group(load([FORMS["strings"], OTHER], {"pooling": pooling}))
+    [group] = [group for group in groups if "2 + 2" in renderer.decode(group.prompt)]
+    batch = collate([group])
+    texts = [renderer.decode(batch.tokens[batch.sources[batch.sequence_ids == i]].tolist()) for i in (0, 1)]
+    assert texts == {"eos": [EOS, EOS], "last_token": ["4", " think"], "mean": [f"4{EOS}", f"5, I think{EOS}"]}[pooling]
 
 
 def test_right_sums_are_chosen_over_wrong_ones(context: Callable[..., DatasetContext], tokenizer: Tokenizer) -> None:

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from llmquest_rl.generation.packed_weights import PackedHead
-from llmquest_rl.layers import lm_head
+from llmquest_rl.layers import lm_head, soft_targets
 from llmquest_rl.layers.lm_head import LMHead
+from llmquest_rl.soft_targets import TeacherHead
 
 torch.set_num_threads(1)
 
@@ -145,12 +146,13 @@ def test_frozen_weight_and_tied_weight() -> None:
     assert LMHead(16, 97, embedding.weight).weight is embedding.weight
 
 
-def peak_bytes(n: int, vocab: int, softcap: float | None) -> int:
+def peak_bytes(n: int, vocab: int, softcap: float | None, teacher: bool = False) -> int:
     """Largest memory held by tensors beyond those that existed before, over forward and backward."""
     head, states, targets = make(n, vocab, softcap=softcap)
+    frozen = TeacherHead(torch.randn(n, 8), torch.randn(vocab, 8)) if teacher else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        logprobs, _ = head(states, targets, 0.9, entropy=True)
-        logprobs.sum().backward()
+        logprobs, kl = head(states, targets, 0.9, entropy=not teacher, soft_targets=frozen)
+        (logprobs.sum() if kl is None or not teacher else kl.sum()).backward()
     current = peak = 0
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert events
@@ -173,3 +175,11 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
     assert (
         large - small < 4096 * 16 * 4 * 8
     )  # a few tensors of the size of the states: nothing with the vocabulary in it
+
+
+def test_the_kl_to_a_teacher_holds_one_block_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = 8192
+    monkeypatch.setattr(soft_targets, "BLOCK_ELEMENTS", {"cpu": 16 * vocab})
+    small, large = (peak_bytes(n, vocab, None, teacher=True) for n in (128, 1024))
+    assert large < 1024 * vocab * 4 / 2
+    assert large - small < 1024 * 16 * 4 * 8

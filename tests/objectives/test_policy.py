@@ -14,9 +14,11 @@ from llmquest_rl.algorithms.presets import PRESETS, Algorithm, resolve
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Output
+from llmquest_rl.objectives import CriticOptions
 from llmquest_rl.objectives.policy import Config, Policy, build
 from llmquest_rl.types import Sampling
 from tests.algorithms import oracle
+from tests.algorithms.cases import without_chance
 from trainer.run.metric_table import METRICS
 
 VOCAB = 11
@@ -120,7 +122,7 @@ def oracle_loss(
 def test_loss_is_the_papers(
     seed: int, preset: str, beta: float, cap: float | None, bonus: float, reused: bool, temperature: float
 ) -> None:
-    algorithm = resolve(preset, {"beta": beta, "tis_cap": cap, "entropy_bonus": bonus})
+    algorithm = resolve(preset, {"beta": beta, "tis_cap": cap, "entropy_bonus": bonus, **without_chance(preset)})
     policy = Policy(algorithm, temperature, MAX_TOKENS, entropy=False)
     model = Bigram(seed % 97)
     sequence_groups = random_groups(seed, token_fields=policy.computed_logprobs(2 if reused else 1))
@@ -136,7 +138,7 @@ def test_loss_is_the_papers(
 def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
     """Central differences of the loops, in the model's weights; entropies are of the model too."""
     bounds = {"clip_low": 0.2, "clip_high": 0.3}  # wide enough that a difference seldom meets a kink
-    algorithm = resolve(preset, {"beta": 0.1, "entropy_bonus": 0.1, **bounds})
+    algorithm = resolve(preset, {"beta": 0.1, "entropy_bonus": 0.1, **bounds, **without_chance(preset)})
     policy = Policy(algorithm, 1.0, MAX_TOKENS)
     model, fixed = Bigram(seed % 97), Bigram(seed % 97)
     sequence_groups = random_groups(seed, token_fields=("old_logprobs", "ref_logprobs"))
@@ -156,7 +158,7 @@ def test_gradient_is_that_of_the_papers_loss(seed: int, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_first_update_is_the_plain_policy_gradient(preset: str) -> None:
-    plain = {"beta": 0.0, "tis_cap": None, "old_policy": "learner"}
+    plain = {"beta": 0.0, "tis_cap": None, "old_policy": "learner", "covariance": "none"}
     policy = Policy(resolve(preset, plain), 1.0, MAX_TOKENS)
     model, sequence_groups = Bigram(), random_groups(3)
     _, gradients, metrics = run(policy, model, sequence_groups)
@@ -340,3 +342,16 @@ def test_rare_tokens_are_cut_apart_from_others() -> None:
     assert metrics["policy/clip_frac_rare"] == 0.5
     assert metrics["policy/clip_frac_common"] == 0.0
     assert metrics["policy/clip_frac"] == 0.25
+
+
+def test_options_of_a_critic_need_a_critic() -> None:
+    critic = Config(critic=CriticOptions(lr=1e-3))
+    assert build(critic, resolve("ppo"), Sampling()).critic == critic.critic
+    assert build(Config(), resolve("grpo"), Sampling()).critic is None
+    with pytest.raises(ValueError, match="objective.critic is read only with algorithm.advantage: gae"):
+        build(critic, resolve("grpo"), Sampling())
+
+
+def test_a_group_without_rewards_teaches_a_critic() -> None:
+    """Rewards of 0 differ from its values, so such groups are not left out of a step."""
+    assert not resolve("ppo").needs_advantage

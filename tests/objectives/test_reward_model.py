@@ -18,11 +18,12 @@ from llmquest_rl.models.base import Scores
 from llmquest_rl.models.llama import LlamaConfig
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.objectives import Loss
-from llmquest_rl.objectives.reward_model import RewardModel
+from llmquest_rl.objectives.reward_model import BINS, RewardModel
+from llmquest_rl.types import Pooling
 from trainer.learner.microbatches import idle_group
-from trainer.run.metric_table import METRICS
+from trainer.run.metric_table import METRICS, entry
 
-score = st.floats(-30, 30)
+score = st.floats(-30, 30, width=32)
 Pairs = list[tuple[float, float, float]]
 """Scores of the chosen and the rejected reply, and the margin."""
 many = st.lists(st.tuples(score, score, st.floats(0, 3)), min_size=1, max_size=8)
@@ -48,9 +49,9 @@ def sequence_groups(pairs: Pairs) -> list[SequenceGroup]:
     ]
 
 
-def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
+def computed(pairs: Pairs, center: float, smoothing: float = 0.0) -> tuple[Loss, Tensor]:
     """Loss and the gradient of every score."""
-    model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center)
+    model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel(center, smoothing)
     batch = collate(objective.assign_token_weights(sequence_groups(pairs)))
     token_fields = {name: values.double() for name, values in batch.token_fields.items()}
     token_fields["margins"] = torch.tensor([m for _, _, m in pairs for _ in range(2)], dtype=torch.float64)
@@ -63,23 +64,28 @@ def computed(pairs: Pairs, center: float) -> tuple[Loss, Tensor]:
 FIELDS = ("tokens", "positions", "layout", "sources", "targets", "sequence_ids")
 
 
-def oracle(pairs: Pairs, center: float) -> tuple[float, list[float]]:
-    """Equation 2 of arXiv:2307.09288 and the second term of arXiv:2312.09244, with their derivatives by hand."""
+def oracle(pairs: Pairs, center: float, smoothing: float = 0.0) -> tuple[float, list[float]]:
+    """Equation 2 of arXiv:2307.09288 and the second term of arXiv:2312.09244, with their derivatives by hand.
+
+    With smoothing the first term is the expectation over a label that is wrong with this probability.
+    """
     total, gradient = 0.0, []
     for chosen, rejected, margin in pairs:
         difference = chosen - rejected - margin
-        total += float(np.logaddexp(0.0, -difference)) + center * (chosen + rejected) ** 2
-        slope = -math.exp(-float(np.logaddexp(0.0, difference)))  # of -log sigmoid(x): -sigmoid(-x)
+        right, wrong = float(np.logaddexp(0.0, -difference)), float(np.logaddexp(0.0, difference))
+        total += (1 - smoothing) * right + smoothing * wrong + center * (chosen + rejected) ** 2
+        # of -log sigmoid(x): -sigmoid(-x); of -log sigmoid(-x): sigmoid(x)
+        slope = -(1 - smoothing) * math.exp(-wrong) + smoothing * math.exp(-right)
         pull = 2 * center * (chosen + rejected)
         gradient += [(slope + pull) / len(pairs), (-slope + pull) / len(pairs)]
     return total / len(pairs), gradient
 
 
 @settings(max_examples=200, deadline=None)
-@given(many, st.sampled_from([0.0, 0.01, 0.5]))
-def test_equals_the_equation_and_its_gradient(pairs: Pairs, center: float) -> None:
-    loss, gradient = computed(pairs, center)
-    expected, by_hand = oracle(pairs, center)
+@given(many, st.sampled_from([0.0, 0.01, 0.5]), st.sampled_from([0.0, 0.1, 0.4]))
+def test_equals_the_equation_and_its_gradient(pairs: Pairs, center: float, smoothing: float) -> None:
+    loss, gradient = computed(pairs, center, smoothing)
+    expected, by_hand = oracle(pairs, center, smoothing)
     assert loss.value.item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
     assert gradient.tolist() == pytest.approx(by_hand, rel=1e-12, abs=1e-13)
 
@@ -100,6 +106,63 @@ def test_metrics(pairs: Pairs) -> None:
     assert set(floats) <= set(METRICS) and "train/reward_std" in floats
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(score, score, st.just(0.0)), min_size=1, max_size=40), st.integers(1, 5))
+def test_calibration_is_that_of_the_definition_however_pairs_are_split(pairs: Pairs, parts: int) -> None:
+    """Guo et al. 2017, equation 3, with bins of equal width over confidences from a half to one."""
+    with torch.no_grad():
+        losses = [computed_metrics(part) for i in range(parts) if (part := pairs[i::parts])]
+    floats = Metrics().merge(losses).to_floats(RewardModel.derived_metrics)
+    chosen, rejected, _ = np.array(pairs, dtype=np.float32).T
+    difference = (chosen - rejected).astype(np.float64)
+    confidence = np.maximum(1 / (1 + np.exp(-difference)), 1 / (1 + np.exp(difference)))
+    error = 0.0
+    for number in range(BINS):
+        low, high = 0.5 + number / (2 * BINS), 0.5 + (number + 1) / (2 * BINS)
+        own = (confidence >= low) & ((confidence < high) | (number == BINS - 1))
+        error += abs(np.sum(difference[own] > 0) - confidence[own].sum()) / len(pairs)
+        assert floats[f"train/pairs_at_{round(100 * low)}"] == pytest.approx(own.sum(), abs=0.01)
+    assert floats["train/ece"] == pytest.approx(error, abs=1e-5)
+    assert set(floats) == {key for key in floats if entry(key) is not None}
+
+
+def computed_metrics(pairs: Pairs) -> Metrics:
+    """The metrics of held-out pairs."""
+    model, objective = Given([value for pair in pairs for value in pair[:2]]), RewardModel()
+    return objective.loss(model, collate(objective.assign_token_weights(sequence_groups(pairs)))).metrics
+
+
+def test_a_model_that_knows_its_errors_is_calibrated() -> None:
+    """Nine of ten pairs ranked right with a confidence of 0.9, against a confidence of nearly 1."""
+    honest, boastful = math.log(9), 10.0
+    pairs = {size: [(size, 0.0, 0.0)] * 9 + [(0.0, size, 0.0)] for size in (honest, boastful)}
+    with torch.no_grad():
+        errors = {
+            size: computed_metrics(many).to_floats(RewardModel.derived_metrics)["train/ece"]
+            for size, many in pairs.items()
+        }
+    assert errors[honest] == pytest.approx(0.0, abs=1e-6) and errors[boastful] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_score_of_mean_pooling_is_the_mean_over_the_reply() -> None:
+    """Of the scores that the model gives at each token of the reply, computed one sequence at a time."""
+    model, objective = tiny_model(), RewardModel(pooling="mean")
+    prompt, replies = [5, 6], [[7, 8, 9], [7, 3]]
+    pair = group_for_scoring([(prompt, reply) for reply in replies], "mean")
+    batch = collate(objective.assign_token_weights([pair]))
+    loss = objective.loss(model, batch)
+
+    def score(reply: list[int]) -> Tensor:
+        beginnings = [SequenceGroup([], [[*prompt, *reply[: n + 1], 0]]) for n in range(len(reply))]
+        last = [model(collate([one])).values[-1, 0] for one in beginnings]
+        return torch.stack(last).mean()
+
+    expected = -torch.nn.functional.logsigmoid(score(replies[0]) - score(replies[1]))
+    torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-7)
+    weights = batch.token_fields["weights"]
+    assert float(weights.sum()) == pytest.approx(1.0), "the model's own terms count once"
+
+
 def tiny_model() -> SequenceClassifier:
     model = SequenceClassifier(
         SequenceClassifierConfig("LlamaForSequenceClassification", LlamaConfig.tiny(), ("reward",))
@@ -108,7 +171,7 @@ def tiny_model() -> SequenceClassifier:
     return model
 
 
-def random_pairs(seed: int, count: int) -> list[SequenceGroup]:
+def random_pairs(seed: int, count: int, pooling: Pooling = "eos") -> list[SequenceGroup]:
     generator = torch.Generator().manual_seed(seed)
 
     def ids(longest: int) -> list[int]:
@@ -116,17 +179,18 @@ def random_pairs(seed: int, count: int) -> list[SequenceGroup]:
         return torch.randint(0, 256, (size,), generator=generator).tolist()
 
     prompts = [ids(6) for _ in range(count)]
-    return [group_for_scoring([[*prompt, *ids(8)], [*prompt, *ids(8)]]) for prompt in prompts]
+    return [group_for_scoring([(prompt, ids(8)), (prompt, ids(8))], pooling) for prompt in prompts]
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
 @pytest.mark.parametrize("parts", [2, 5])
-def test_split_changes_nothing(parts: int) -> None:
-    model, objective = tiny_model(), RewardModel(0.01)
-    weighted = objective.assign_token_weights(random_pairs(1, 5))
+def test_split_changes_nothing(parts: int, pooling: Pooling) -> None:
+    model, objective = tiny_model(), RewardModel(0.01, 0.1, pooling)
+    weighted = objective.assign_token_weights(random_pairs(1, 5, pooling))
     found = []
     for groups in ([weighted], [weighted[i::parts] for i in range(parts)]):
         model.zero_grad()
@@ -141,13 +205,14 @@ def test_split_changes_nothing(parts: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
-def test_copies_of_the_prompt_change_nothing() -> None:
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_copies_of_the_prompt_change_nothing(pooling: Pooling) -> None:
     """Models that cannot share a prompt get such groups from the learner."""
     model, objective = tiny_model(), RewardModel()
     weighted = objective.assign_token_weights(
         [
             sequence_group.with_token_field("margins", [[0.5] * len(ids) for ids in sequence_group.completions])
-            for sequence_group in random_pairs(2, 4)
+            for sequence_group in random_pairs(2, 4, pooling)
         ]
     )
     shared = objective.loss(model, collate(weighted)).value
@@ -173,7 +238,12 @@ def test_a_margin_that_is_missing_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "sequence_group", [SequenceGroup([1], [[2, 3]]), SequenceGroup([1], [[2], [3], [4]], mask=[[True]] * 3)]
+    "sequence_group",
+    [
+        SequenceGroup([1], [[2, 3]]),
+        SequenceGroup([1], [[2], [3]]),
+        SequenceGroup([1], [[2], [3], [4]], mask=[[True]] * 3),
+    ],
 )
 def test_what_is_no_pair_is_refused(sequence_group: SequenceGroup) -> None:
     with pytest.raises(ValueError, match="learns from pairs of replies"):

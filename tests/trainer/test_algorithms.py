@@ -11,12 +11,19 @@ from trainer.run.metric_table import METRICS
 CUT = "algorithm.overlong_filter=false"
 """The tiny model seldom ends a completion by itself: a filter of cut ones would leave little."""
 
+SPECIAL = {
+    "pass_at_k": ["algorithm.pass_k=2"],
+    "fipo": ["batch.minibatches_per_step=2"],
+    "flash_reinforce": ["batch.samples_per_prompt=1", "batch.prompts_per_step=16"],
+    "ppo": ["objective={name: policy, critic: {lr: 0.01}}"],
+}
+"""Options that a row needs, or is made for."""
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_row_learns(name: str, runs: Runs) -> None:
     steps = 18 if name == "reinforce" else 6  # without a baseline: the variance that the others are there to lower
-    fewer = ["algorithm.pass_k=2"] if name == "pass_at_k" else []
-    options = [f"algorithm.name={name}", *fewer, CUT, f"steps={steps}", f"eval.every={steps}"]
+    options = [f"algorithm.name={name}", *SPECIAL.get(name, []), CUT, f"steps={steps}", f"eval.every={steps}"]
     logged = rows(runs.train(*options, "eval.at_start=true", "checkpoint.every=0"))
     assert logged[-1]["eval/reward"] > logged[0]["eval/reward"] + 0.1
     named = {key for row in logged for key in row if key.startswith(("policy/", "learner/"))}

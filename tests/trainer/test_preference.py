@@ -1,6 +1,7 @@
 """Preference methods in whole runs: from pairs, from answers one by one, and from the policy's own completions."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
 from trainer.cli.dry_run import dry_run
 from trainer.config.load import ConfigError
+from trainer.learner.learner import Learner
 
 
 def on_pairs(runs: Runs, **objective: Any) -> Runs:
@@ -73,6 +75,38 @@ def test_online_pairs_raise_the_reward_of_the_policys_own_answers(
     assert_equal_runs(resumed_at_every_step(runs, interrupt_at, *short), runs.train(*short), 3)
 
 
+def test_cached_logprobs_of_the_reference_are_those_of_a_live_one(
+    runs: Runs, interrupt_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is made once; a second run reads it, and so does a resumed one."""
+    on_pairs(runs)
+    live = rows(runs.train("batch.minibatches_per_step=2"))
+    runs.values["objective"]["reference_cache"] = str(runs.folder / "cache" / "reference.safetensors")
+    runs.values["batch"]["minibatches_per_step"] = 2
+    run = runs.train()
+    for with_file, without in zip(rows(run), live, strict=True):
+        assert with_file == pytest.approx(without, rel=1e-4, abs=1e-5)
+    monkeypatch.setattr(Learner, "logprobs", None)
+    assert_equal_runs(resumed_at_every_step(runs, interrupt_at, "checkpoint.every=0"), run, 3)
+
+
+def test_a_cache_of_something_else_is_refused_by_name(runs: Runs, tiny_model: Path) -> None:
+    on_pairs(runs)
+    cache = runs.folder / "reference.safetensors"
+    runs.values["objective"]["reference_cache"] = str(cache)
+    runs.train("steps=2")
+    with pytest.raises(ValueError, match="reference.safetensors was made with another chat template and another data"):
+        runs.train("steps=2", "data.system_prompt=Subtract.")
+    other = runs.folder / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(ValueError, match="was made with another model: name another file"):
+        runs.train("steps=2", f"model.path={other}")
+    cache.write_bytes(cache.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="reference.safetensors is damaged"):
+        runs.train("steps=2")
+
+
 def test_groups_without_a_difference_make_no_pair_and_no_update(runs: Runs) -> None:
     runs.values["objective"] = {"name": "preference", "source": "rollout_pairs", "pair_threshold": 1e6}
     [*_, last] = rows(runs.train("steps=2"))
@@ -85,6 +119,8 @@ def test_groups_without_a_difference_make_no_pair_and_no_update(runs: Runs) -> N
         ({"objective.method": "dpoo"}, "no preference method is called 'dpoo'; did you mean dpo"),
         ({"objective.tau": 0.1}, "tau is read only with link: discopop"),
         ({"batch.tokens_per_microbatch": 150}, "twice tokens_per_sequence for pairs"),
+        ({"objective.method": "simpo", "objective.reference_cache": "x"}, "'logprob_mean' needs no reference model"),
+        ({"objective.method": "kto", "objective.reference_cache": "x"}, "answers to other prompts"),
         ({"objective.source": "rollout_pairs"}, "the objective learns from rollouts: name a task"),
     ],
 )
@@ -97,6 +133,8 @@ def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, Any], mess
 def test_a_dry_run_shows_the_pairs(runs: Runs) -> None:
     results = {result.name: result for result in dry_run(on_pairs(runs).config())}
     assert all(result.passed for result in results.values())
+    prompt, chosen, rejected = results["example"].text.split("\n")
+    assert "assistant" in prompt and "<|im_end|>" in chosen and "<|im_end|>" in rejected and chosen != rejected
 
 
 def test_other_data_is_refused_with_the_data_set_to_use(runs: Runs, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from llmquest_rl.algorithms.preference import method as preference
 from llmquest_rl.algorithms.preference import presets as preference_presets
 from llmquest_rl.algorithms.presets import ROWS, Algorithm, resolve
 
-TABLE_WIDTH = 236
+TABLE_WIDTH = 303
 """Width in characters at which each row fits on one line; a narrower terminal would wrap them."""
 
 
@@ -20,7 +20,7 @@ def algorithm_table() -> Table:
         cells = (
             _advantage(algorithm),
             _ratio(algorithm),
-            _variant(algorithm, "surrogate"),
+            _surrogate(algorithm),
             _variant(algorithm, "aggregation"),
             _kl(algorithm),
             _lengths(algorithm),
@@ -52,12 +52,28 @@ def _advantage(algorithm: Algorithm) -> str:
     parts = [
         _variant(algorithm, "advantage"),
         *([_variant(algorithm, "normalization")] if algorithm.normalization != "none" else []),
+        *(["by reward"] if algorithm.decoupled_rewards else []),
         *(["dynamic sampling"] if algorithm.dynamic_sampling else []),
+        *([_variant(algorithm, "credit")] if algorithm.credit != "uniform" else []),
     ]
     return ", ".join(parts)
 
 
+def _surrogate(algorithm: Algorithm) -> str:
+    surrogate = _variant(algorithm, "surrogate")
+    return (
+        surrogate if algorithm.covariance == "none" else f"{surrogate}, covariance {_variant(algorithm, 'covariance')}"
+    )
+
+
 def _ratio(algorithm: Algorithm) -> str:
+    ratio = _ratio_to_old_policy(algorithm)
+    if algorithm.is_correction == Algorithm.model_fields["is_correction"].default:
+        return ratio
+    return f"{ratio}; {_variant(algorithm, 'is_correction')}"
+
+
+def _ratio_to_old_policy(algorithm: Algorithm) -> str:
     if not SURROGATES[algorithm.surrogate].has_ratio:
         return "none"
     ratio = _variant(algorithm, "ratio")

@@ -4,12 +4,24 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from trainer.config.load import ConfigError, load_config
+from trainer.config.load import STAGES, ConfigError, load_config
 from trainer.config.recipes import recipes
+from trainer.config.tree import read_yaml
 from trainer.papers.recipe import load_recipe
+from trainer.pipeline.stages import load_pipeline
+
+
+def load_recipe_or_pipeline(path: Path) -> object:
+    """Load a run configuration, or a file with several of them.
+
+    Raises:
+        ConfigError: the file is invalid.
+    """
+    return load_pipeline(path) if STAGES in read_yaml(path) else load_config(path)
+
 
 LOADERS: dict[str, Callable[[Path], object]] = {
-    ".": load_config,
+    ".": load_recipe_or_pipeline,
     "papers": load_recipe,
     "papers/gpu": load_config,
     "papers/gpu/stages": load_config,

@@ -19,6 +19,8 @@ GRADED_ROWS = 10
 """Number of rows whose gold answers are graded."""
 MEASURED_ROWS = 200
 """Number of rows whose lengths are measured."""
+SHOWN = 200
+"""Characters of each text of an example."""
 GOLD_FORMS = ("ANSWER", "\\boxed{ANSWER}", "<answer>ANSWER</answer>", "</think>\\boxed{ANSWER}")
 """Forms of a correct completion, because rewards expect different formats."""
 
@@ -81,6 +83,18 @@ def _sequences(components: RunComponents) -> CheckResult:
     return CheckResult("sequences", text, passed=held_out > 0 or data.eval_size == 0)
 
 
+def _example(components: RunComponents) -> CheckResult:
+    """The first sequence as the model sees it, with the texts that it learns."""
+    renderer = components.texts
+    if renderer is None:
+        return CheckResult("example", "none: the model reads only images")
+    [group], _ = check_dataset(components.sequences, 1)
+    lines = [f"{len(group.prompt)} tokens of prompt, which end {renderer.decode(group.prompt)[-SHOWN:]!r}"]
+    for ids, mask in zip(group.completions, group.targets, strict=True):
+        lines.append(f"{sum(mask)} of {len(ids)} tokens are targets: {renderer.decode(ids)[:SHOWN]!r}")
+    return CheckResult("example", "\n    ".join(lines))
+
+
 def _describe(check: DataCheck) -> str:
     lengths = check.lengths
     dropped = ", ".join(f"{count} {cause}" for cause, count in check.counters.items() if count) or "none dropped"
@@ -138,6 +152,6 @@ def _explain(score: Score) -> str:
 
 CHECKS: dict[str, tuple[Callable[[RunComponents], CheckResult], ...]] = {
     "rollout": (_prompts, _engine, _gold_answers, _reward_models),
-    "dataset": (_sequences,),
+    "dataset": (_sequences, _example),
 }
 """Further checks by the source of the objective's batches."""

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from trainer.cli.calibration import calibration
+from trainer.cli.pipeline import pipeline
 from trainer.cli.positions import positions_app
+from trainer.cli.run_report import run_report
 from trainer.cli.tools import all_passed, tools
 
 if TYPE_CHECKING:
@@ -23,8 +26,6 @@ USER_ERROR = 2
 """Exit code after an error that the user can fix."""
 PANEL = "Train and use models"
 """Heading in `--help`, under which these commands are listed."""
-LAST_LINE = {"eval/accuracy": "held-out accuracy", "eval/loss": "held-out loss"}
-"""Label by metric. The output of `train` ends with the first and last value of the first metric that the run has."""
 console = Console()
 app = typer.Typer(
     help="Train language models with reinforcement learning, pretraining or supervised fine-tuning.",
@@ -84,7 +85,11 @@ def train(
     from trainer.run.folder import RunFolder
 
     resume_path = RunFolder.open(resume_from or f"runs/{config.name}").path if resume or resume_from else None
-    _report(run_training(config, resume_path, replay))
+    console.print(*map(Text, run_report(run_training(config, resume_path, replay))), sep="\n", soft_wrap=True)
+
+
+app.command(rich_help_panel=PANEL)(pipeline)
+app.command(rich_help_panel=PANEL)(calibration)
 
 
 @app.command(name="eval", rich_help_panel=PANEL)
@@ -197,20 +202,6 @@ def _print_checks(config: "Config") -> None:
     if not all_passed(dry_run(config)):
         raise typer.Exit(1)
     console.print("dry run: configuration, model files, data and rewards are fine")
-
-
-def _report(folder: Path) -> None:
-    """Draw the curves of a run and print, as the last line, its first and last held-out result."""
-    from trainer.run.plot import plot_runs
-    from trainer.run.tracking import JsonLines
-
-    console.print(Text(f"run: {folder}\nplot: {plot_runs([folder])}"), soft_wrap=True)
-    rows = JsonLines(folder / "metrics.jsonl").read()
-    for key, label in LAST_LINE.items():
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if values:
-            console.print(f"{label}: {values[0]:.2f} -> {values[-1]:.2f}")
-            return
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -72,6 +72,8 @@ class Host:
 class RayWorkerGroup(WorkerGroup[Worker]):
     """Workers are Ray actors inside a placement group."""
 
+    in_this_process = False
+
     def __init__(
         self,
         name: str,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, TypeVarTuple, cast
+from typing import Any, ClassVar, Generic, TypeVar, TypeVarTuple, cast
 
 from trainer.config.cluster_section import ClusterConfig
 
@@ -47,6 +47,9 @@ class WorkerGroup(ABC, Generic[Worker]):
     Every call raises ClusterError if a worker dies and is not restarted, or does not answer within `timeout_s` seconds.
     An exception of the worker's method is raised unchanged.
     """
+
+    in_this_process: ClassVar[bool]
+    """Whether the workers are objects in this process; otherwise several groups may be called at the same time."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -103,6 +106,8 @@ class InlineWorkerGroup(WorkerGroup[Worker]):
 
     A call looks up the worker's own method of that name, which may override the one that the caller named.
     """
+
+    in_this_process = True
 
     def __init__(self, name: str, workers: list[Any]) -> None:
         super().__init__(name, len(workers))

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmquest_rl.loader import ComponentError, did_you_mean
-from llmquest_rl.options import options_class
+from llmquest_rl.options import Options, options_class
 from trainer.config.renamed_keys import RENAMED
 from trainer.config.rules import broken_rules
 from trainer.config.schema import Config
 from trainer.config.sections import Component, section_class
 from trainer.config.tree import ConfigError, ConfigTree, KeyPath, describe_value, parse_key
 
-__all__ = ["ConfigError", "dump", "load_config", "parse_config"]
+__all__ = ["STAGES", "ConfigError", "dump", "load_config", "parse_config", "read_options", "validated"]
+
+OptionsType = TypeVar("OptionsType", bound=Options)
+STAGES = "stages"
+"""The key that makes a file a pipeline of several run configurations (`trainer/pipeline/`)."""
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
@@ -30,10 +34,12 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: the configuration is invalid; the message lists every problem.
     """
     tree = ConfigTree.read(Path(path))
+    if STAGES in tree.values:
+        raise ConfigError([f"{path}: the file has several stages: run it with `llmquest-rl pipeline {path}`"])
     problems = [problem for text in overrides if (problem := tree.override(text))]
     if problems:
         raise ConfigError(problems)
-    return _validated(tree)
+    return validated(tree)
 
 
 def parse_config(values: dict[str, Any], origin: str = "configuration") -> Config:
@@ -46,7 +52,7 @@ def parse_config(values: dict[str, Any], origin: str = "configuration") -> Confi
     Raises:
         ConfigError: the configuration is invalid; the message lists every problem.
     """
-    return _validated(ConfigTree(values, origin))
+    return validated(ConfigTree(values, origin))
 
 
 def dump(config: Config) -> str:
@@ -54,7 +60,26 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _validated(tree: ConfigTree) -> Config:
+def read_options(kind: type[OptionsType], path: Path) -> OptionsType:
+    """Read a YAML file that holds other options than a run configuration.
+
+    Raises:
+        ConfigError: the file or a value in it is invalid; the message lists every problem.
+    """
+    try:
+        return kind(**ConfigTree.read(path).values)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        ) from error
+
+
+def validated(tree: ConfigTree) -> Config:
+    """The configuration of a tree of values.
+
+    Raises:
+        ConfigError: the configuration is invalid; the message lists every problem.
+    """
     try:
         config = Config(**tree.values)
     except ValidationError as error:

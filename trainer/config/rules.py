@@ -40,10 +40,6 @@ def _computes_old_logprobs(config: Config) -> bool:
     return "old_logprobs" in build_objective(config).computed_logprobs(updates_in_a_step(config))
 
 
-def _samples_per_step(config: Config) -> int:
-    return config.batch.prompts_per_step * config.batch.samples_per_prompt
-
-
 def _has_kl_in_loss(config: Config) -> bool:
     return config.algorithm.beta > 0 and config.algorithm.kl_in == "loss"
 
@@ -121,7 +117,7 @@ RULES = [
     ),
     Rule(
         "batch.prompts_per_step",
-        lambda c: _samples_per_step(c) > 1 or c.algorithm.normalization == "none",
+        lambda c: c.batch.prompts_per_step * c.batch.samples_per_prompt > 1 or c.algorithm.normalization == "none",
         "this algorithm normalises the advantages of a step, which needs more than one sample: raise it or "
         "batch.samples_per_prompt",
         applies_to="rollout",
@@ -177,6 +173,13 @@ RULES = [
         "algorithm.pass_k",
         lambda c: c.algorithm.advantage != "pass_at_k" or c.algorithm.pass_k < c.batch.samples_per_prompt,
         "pass_at_k compares the subsets of k samples of a group: set it below batch.samples_per_prompt",
+        applies_to="rollout",
+    ),
+    Rule(
+        "algorithm.credit",
+        lambda c: c.algorithm.credit == "uniform" or c.algorithm.old_policy == "engine" or updates_in_a_step(c) > 1,
+        "credit comes from the change since the old policy, which the only update of a step does not see: raise "
+        "batch.minibatches_per_step or batch.epochs_per_step, or set old_policy: engine",
         applies_to="rollout",
     ),
     Rule(
@@ -279,6 +282,11 @@ RULES = [
         "checkpoint.best_metric",
         lambda c: not (c.checkpoint.best_metric or "").startswith("eval/") or c.eval.every > 0,
         "this metric is never measured: set eval.every above 0, or best_metric to null",
+    ),
+    Rule(
+        "checkpoint.max_kl",
+        lambda c: not c.checkpoint.reads_kl or (from_rollouts(c) and build_objective(c).needs_reference),
+        "max_kl and kl_coef need the KL of sampled completions to a reference: use RL with algorithm.beta above 0",
     ),
 ]
 

@@ -21,8 +21,8 @@ from llmquest_rl.options import Options
 from llmquest_rl.types import Sampling
 from rewards.config import GraderConfig, RewardConfig
 from trainer.config.algorithm_section import AlgorithmSection
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.cluster_section import ClusterConfig
-from trainer.config.renamed_keys import MetricName
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.sections import DatasetSection, EngineSection, ObjectiveSection, TaskSection
 from trainer.run.folder import RUN_NAME
@@ -214,19 +214,6 @@ class EvalConfig(Options):
     scale: choose a value for yours, or read only `eval/reward`."""
 
 
-class CheckpointConfig(Options):
-    """Checkpoints, which hold everything for an exact resume."""
-
-    every: NonNegativeInt = 10
-    """Steps between two checkpoints; the last step is always saved. 0 = only the last step."""
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep, in addition to the best one."""
-    best_metric: MetricName | None = "eval/accuracy"
-    """Metric that selects the best checkpoint, which is kept as well; null = none."""
-    best_mode: Literal["max", "min"] = "max"
-    """`max` if larger values of that metric are better, `min` if smaller ones are (losses)."""
-
-
 class TrackingConfig(Options):
     """Destinations of metrics, in addition to `metrics.jsonl` in the run folder, which is always written."""
 
@@ -247,8 +234,8 @@ class Config(Options):
     """Number of training steps. A step samples or reads one batch and trains on it."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="policy"))
-    """Training loss: `policy` (RL), `preference` (DPO and its relatives), `next_token` (pretraining, SFT),
-    `reward_model` (pairs), `classify` (labels)."""
+    """Training loss: `policy` (RL), `preference` (DPO and its relatives), `distill` (from a teacher), `next_token`
+    (pretraining, SFT), `reward_model` (pairs), `classify` (labels)."""
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection(name="grpo"))
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()

@@ -57,18 +57,29 @@ class ConfigTree:
         Raises:
             ConfigError: a file is missing, is not YAML, or inherits more than one level deep.
         """
-        values = read_yaml(path)
+        return cls.inheriting(read_yaml(path), path, str(path))
+
+    @classmethod
+    def inheriting(cls, values: dict[str, Any], path: Path, origin: str) -> "ConfigTree":
+        """Values of the file `path`, merged over the file that their key `inherit` names, if they have one.
+
+        Raises:
+            ConfigError: see `read`.
+        """
+        values = dict(values)
         parent_name = values.pop("inherit", None)
         if parent_name is None:
-            return cls(values, str(path))
+            return cls(values, origin)
         if not isinstance(parent_name, str):
-            raise ConfigError([f"{path}: inherit: expected the path of one file, found {describe_value(parent_name)}"])
+            raise ConfigError(
+                [f"{origin}: inherit: expected the path of one file, found {describe_value(parent_name)}"]
+            )
         parent = path.parent / parent_name
         base = read_yaml(parent)
         if "inherit" in base:
-            raise ConfigError([f"{path}: inherit: {parent} has an `inherit` as well; only one level is allowed"])
+            raise ConfigError([f"{origin}: inherit: {parent} has an `inherit` as well; only one level is allowed"])
         tree = cls(base, str(parent))
-        tree.merge(values, str(path))
+        tree.merge(values, origin)
         return tree
 
     def merge(self, values: dict[str, Any], origin: str) -> None:

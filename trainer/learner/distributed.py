@@ -14,8 +14,9 @@ import logging
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -57,6 +58,23 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
     return engine
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import DeepSpeed and build optimizers without loading torch's compiler, which takes 2 s of processor time.
+
+    DeepSpeed's Muon asks for it at import, and torch's optimizers to keep a method from being compiled. Learners use
+    neither.
+    """
+    compile_function, add_group = torch.compile, unwrap(torch.optim.Optimizer.add_param_group)
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    add_group.__dynamo_disable = add_group  # the name under which torch keeps what its compiler made of the method
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
+        del add_group.__dynamo_disable
+
+
 def _plugin(config: dict[str, Any]) -> Any:
     """Accelerate's plugin with DeepSpeed's configuration."""
     from accelerate.utils import DeepSpeedPlugin
@@ -66,6 +84,26 @@ def _plugin(config: dict[str, Any]) -> Any:
             """Leave out the object that tells models of transformers about ZeRO-3: it imports transformers."""
 
     return Plugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def apply_gradients(engine: Any, limit: float | None) -> float | None:
+    """Clip the gradients to the norm `limit` and update the weights.
+
+    Returns:
+        The norm before clipping, or None if it was not finite and the weights are unchanged.
+    """
+    if engine.zero_optimization():
+        engine.step()
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if not norm.isfinite():
+        engine.zero_grad()
+        return None
+    if limit is not None and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    engine.step()
+    return float(norm)
 
 
 def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:

@@ -20,13 +20,15 @@ from llmquest_rl.batch import SequenceGroup, TokenBatch
 from llmquest_rl.layers.moe.routing_replay import replay_routing
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
-from llmquest_rl.models.checkpoint.load_classifier import load_classifier, new_classifier
-from llmquest_rl.models.checkpoint.load_save import load_model, new_model, save_model
+from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
 from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
+from trainer.learner.build_models import build_model, build_reference
+from trainer.learner.critic import Critic
 from trainer.learner.distributed import (
+    apply_gradients,
     forget_accelerate,
     join_group,
     leave_process_group,
@@ -34,6 +36,7 @@ from trainer.learner.distributed import (
     peak_memory_gb,
     sum_over_processes,
     whole_weights,
+    without_compiler,
     wrap_model,
 )
 from trainer.learner.microbatches import (
@@ -43,10 +46,12 @@ from trainer.learner.microbatches import (
     num_tokens,
     plan_microbatches,
     split_to_budget,
+    target_logprobs,
 )
 from trainer.learner.reference import load_reference, save_reference, sync_reference
 from trainer.learner.setup import LearnerSetup
 from trainer.learner.state import SkippedUpdates, load_rng, save_rng, seed_everything
+from trainer.learner.teacher import TopTokenScorer, with_distributions, with_hinted_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ TAG = "learner"
 """Name of DeepSpeed's folder inside a checkpoint."""
 
 
-class Learner:
+class Learner(TopTokenScorer):
     """One learner process: it holds the model and its optimizer, and trains on its share of every minibatch.
 
     The cluster makes it a Ray actor; with `cluster: inline` it runs in the caller's process. Every method is a
@@ -80,17 +85,15 @@ class Learner:
             self.device, rank, world_size, master_address, master_port, setup.learner.timeout_s
         )
         seed_everything(setup.seed, rank)
-        model = self._build_model()
+        model = build_model(setup)
         model.gradient_checkpointing = setup.gradient_checkpointing
-        self.reference = self._build_model().eval().requires_grad_(False) if setup.objective.needs_reference else None
-        groups = decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
-        self.adamw = torch.optim.AdamW(
-            groups, lr=setup.optimizer.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
-        )
-        self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
+        self.reference = build_reference(setup)
+        options, groups = setup.optimizer, decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
+        with without_compiler():
+            self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
+            self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
-
-    # --- training ---
+        self.critic = Critic(setup, rank, world_size) if setup.objective.critic is not None else None
 
     def update(self, minibatches: Sequence[Sequence[SequenceGroup]], epochs: int) -> dict[str, float]:
         """Run one optimizer update for each minibatch, in each epoch.
@@ -133,22 +136,26 @@ class Learner:
         self, microbatches: list[TokenBatch], sequence_groups: Sequence[SequenceGroup], metrics: Metrics
     ) -> None:
         options = self.setup.optimizer
-        lr = options.lr * lr_factor(
+        factor = lr_factor(
             options.schedule, self.updates, self.setup.total_updates, options.warmup_steps, options.min_lr_ratio
         )
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = options.lr * factor
+        if self.critic is not None:
+            self.critic.update(microbatches, factor, metrics)
         parts = []
         for i, microbatch in enumerate(microbatches):
             self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
             batch = microbatch.to(self.device)
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
             with replay_routing(self.model, batch.experts if self.setup.objective.routing_replay else None):
                 loss = loss_and_changes(self.setup.objective, self.engine, batch)
                 # A loss that is not finite can have a finite gradient: with NaN every process skips the update.
                 poison = torch.where(loss.value.isfinite(), 1.0, torch.nan)
                 self.engine.backward(loss.value * (poison * self.world_size), scale_wrt_gas=False)
             parts.append(loss.metrics)
-        norm = self._step()
+        norm = apply_gradients(self.engine, options.max_grad_norm)
         routing = self.model.after_update(norm is not None, dist.all_reduce)
         self.updates += 1
         if norm is None:
@@ -162,35 +169,26 @@ class Learner:
         for name, value in routing.items():
             metrics.mean(name, value)
 
-    def _step(self) -> float | None:
-        """Clip and update; returns the gradient's norm, or None if it was not finite and the weights are unchanged."""
-        if self.engine.zero_optimization():
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if not norm.isfinite():
-            self.engine.zero_grad()
-            return None
-        limit = self.setup.optimizer.max_grad_norm
-        if limit is not None and norm > limit:
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        self.engine.step()
-        return float(norm)
-
     def _plan(self, minibatches: Sequence[Sequence[SequenceGroup]], updates: int) -> Plan:
         """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
         objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
+        if objective.teacher is not None:
+            minibatches = with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
+        shares_prompts = self.model.shares_prompts and (self.reference is None or self.reference.shares_prompts)
         fitted = [
-            split_to_budget(sequence_groups, budget, self.model.shares_prompts, objective.needs_whole_group)
+            split_to_budget(sequence_groups, budget, shares_prompts, objective.needs_whole_group)
             for sequence_groups in minibatches
         ]
         plan = plan_microbatches(fitted, budget, image_format(self.model.config))
         models: dict[str, nn.Module | None] = {"old_logprobs": self.engine, "ref_logprobs": self.reference}
         for name in objective.computed_logprobs(updates):
             model = models[name]
+            if all(name in batch.token_fields for microbatches in plan for batch in microbatches):
+                continue
             assert model is not None, f"the objective needs {name}, but no reference model"
             plan = add_logprobs(plan, name, model, objective.temperature, self.device, model is self.engine)
+        if self.critic is not None:
+            plan = self.critic.add_values(plan)
         all_reduce = partial(sum_over_processes, device=self.device)
         return [objective.with_shared_values(microbatches, all_reduce) for microbatches in plan]
 
@@ -205,12 +203,21 @@ class Learner:
         self.model.eval()
         plan = self._plan([sequence_groups], updates=1)
         metrics = Metrics()
-        for batch in plan[0]:
-            metrics.merge([self.setup.objective.loss(self.engine, batch.to(self.device)).metrics])
+        for batch in (microbatch.to(self.device) for microbatch in plan[0]):
+            if self.setup.objective.teacher is not None:
+                batch = with_distributions(batch, self.reference, self.setup)
+            metrics.merge([self.setup.objective.loss(self.engine, batch).metrics])
         floats = over_processes(metrics).to_floats(self.setup.objective.derived_metrics)
         return {f"eval/{name.partition('/')[2]}": value for name, value in floats.items()}
 
-    # --- weights and state ---
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[SequenceGroup], of_reference: bool = False) -> list[Tensor]:
+        """Log-probs of the targets of this process's groups, `[targets]` each: of the model, or of the reference."""
+        self._set_threads()
+        self.model.eval()
+        model = self.reference if of_reference else self.model
+        assert model is not None, "`LearnerGroup.has_reference` says whether there is one"
+        return target_logprobs(groups, model, model if of_reference else self.engine, self.setup)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs (name on disk, tensor) of the current weights. Every process must exhaust the iterator.
@@ -231,6 +238,8 @@ class Learner:
         """Write the state for an exact resume into an existing folder."""
         state = {"steps": self.steps, "updates": self.updates, **self.skipped_updates.state_dict()}
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        if self.critic is not None:
+            self.critic.save(folder)
         save_rng(folder / TAG / f"rng_{self.rank}.pt")
         if self.rank == 0 and self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             save_reference(self.reference, folder / TAG)
@@ -257,6 +266,8 @@ class Learner:
         self.steps, self.updates = state["steps"], state["updates"]
         if self.reference is not None and self.setup.objective.ref_sync_interval is not None:
             load_reference(self.reference, folder / TAG)
+        if self.critic is not None:
+            self.critic.load(folder)
         self.skipped_updates.load_state_dict(state)
         load_rng(folder / TAG / f"rng_{self.rank}.pt")
 
@@ -272,8 +283,10 @@ class Learner:
         """Leave the group and free the model. Idempotent."""
         if not hasattr(self, "engine"):
             return
+        if self.critic is not None:
+            self.critic.close()
         self.engine.destroy()
-        del self.engine, self.model, self.adamw, self.reference
+        del self.critic, self.engine, self.model, self.adamw, self.reference
         forget_accelerate()
         if self._owns_group and dist.is_initialized():  # closing a vLLM engine here may have ended every group
             leave_process_group()
@@ -282,11 +295,3 @@ class Learner:
         """Set the thread count before each piece of work, because an engine in this process may have changed it."""
         if self.setup.threads:
             torch.set_num_threads(self.setup.threads)
-
-    def _build_model(self) -> CausalLM | ClassifierModel:
-        path, labels, seed = self.setup.model_path, self.setup.objective.labels, self.setup.seed
-        is_new = self.setup.init == "random"
-        if labels:
-            build = new_classifier if is_new else load_classifier
-            return build(path, labels, self.dtype, self.device, seed)
-        return new_model(path, self.dtype, self.device, seed) if is_new else load_model(path, self.dtype, self.device)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from llmquest_rl.batch import SequenceGroup, TokenBatch, collate
 from llmquest_rl.layers.moe.routing_replay import num_changed_choices, record_routing, routers
+from llmquest_rl.models.base import Model, image_format
 from llmquest_rl.objectives import Loss, Objective
 from llmquest_rl.packing import pack
 from llmquest_rl.types import ImageFormat
+from trainer.learner.setup import LearnerSetup
 
 Plan = list[list[TokenBatch]]
 """Packed batches by minibatch and microbatch: `[minibatches][microbatches]`."""
@@ -125,6 +127,32 @@ def add_logprobs(
         )
 
     return [[with_token_field(batch) for batch in microbatches] for microbatches in plan]
+
+
+def target_logprobs(
+    groups: Sequence[SequenceGroup], model: Model, forward: nn.Module, setup: LearnerSetup
+) -> list[Tensor]:
+    """The log-probs of the targets of each group, float32 `[targets]`, in the order of its completions. A collective.
+
+    Args:
+        groups: this process's groups.
+        model: the model, which says how groups are packed.
+        forward: the model itself, or DeepSpeed's engine around it.
+        setup: the learner's setup.
+    """
+    counts = [[sum(mask) for mask in group.targets] for group in groups]
+    numbers = iter(range(1, 1 + sum(map(len, counts))))  # an idle group has the number 0
+    numbered = [
+        replace(group, token_fields={}).with_constants("number", [float(next(numbers)) for _ in group.completions])
+        for group in groups
+    ]
+    budget, temperature, device = setup.tokens_per_microbatch, setup.objective.temperature, torch.device(setup.device)
+    fitted = split_to_budget(numbered, budget, model.shares_prompts, needs_whole_group=0)
+    plan = plan_microbatches([fitted], budget, image_format(model.config))
+    [batches] = add_logprobs(plan, "logprobs", forward, temperature, device, record_experts=False)
+    number, logprobs = (torch.cat([batch.token_fields[name] for batch in batches]) for name in ("number", "logprobs"))
+    in_order = logprobs[number.argsort(stable=True)][int((number == 0).sum()) :]
+    return list(in_order.split([sum(own) for own in counts]))
 
 
 def loss_and_changes(objective: Objective, model: nn.Module, batch: TokenBatch) -> Loss:

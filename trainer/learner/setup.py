@@ -22,11 +22,15 @@ class LearnerSetup:
     tokens_per_microbatch: int
     folder: Path
     """The run folder, in which a batch that made the gradient NaN is saved."""
+    critic_path: Path | None = None
+    """The folder of the model that the critic begins with; None = `model_path`."""
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and arithmetic; master weights and AdamW state are always float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     gradient_checkpointing: bool = False
     seed: int = 0
+    reference_path: Path | None = None
+    """Checkpoint folder of the reference model, if the objective needs one; None = a copy of the initial model."""
     threads: int = 0
     """CPU threads for this process; 0 = torch's own choice."""

@@ -27,13 +27,15 @@ class Panel(Options):
     metric: MetricName
     title: str
     x: str = "step"
-    """Key of the x axis: `step`, `generated tokens`, or a key of a measure's rows."""
+    """Key of the x axis: `step`, `generated tokens`, `sqrt KL`, or a key of a measure's rows."""
     arms: tuple[str, ...] = ()
     """Arms to draw; empty = all that have the metric."""
     smooth: PositiveInt = 1
     """Number of consecutive values averaged into each point, because training metrics are noisy."""
     scale: Literal["linear", "log"] = "linear"
     """Scale of the y axis."""
+    mark_peak: bool = False
+    """Mark the x value at which each curve is highest with a dotted line."""
 
 
 def draw_figure(panels: Sequence[Panel], results: Results, columns: int, out: Path) -> Path:
@@ -63,6 +65,9 @@ def _draw_panel(axes: Axes, panel: Panel, results: Results, colours: Mapping[str
         raise ValueError(f"panel {panel.title!r}: no arm has {panel.metric} over {panel.x}")
     for curve in curves:
         draw(axes, curve, colours[curve.label], crowded=False)
+        if panel.mark_peak:
+            peak = curve.steps[curve.values.index(max(curve.values))]
+            axes.axvline(peak, color=colours[curve.label], linestyle=":", linewidth=1.4)
     style_axes(axes, panel.title, curves, panel.x)
     if panel.x != "step":
         axes.xaxis.set_major_locator(AutoLocator())

@@ -8,20 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from llmquest_rl.loader import did_you_mean
 from llmquest_rl.options import Options
-from trainer.config.load import parse_config
+from trainer.config.load import parse_config, read_options
 from trainer.config.schema import Config
-from trainer.config.tree import ConfigError, ConfigTree
+from trainer.config.tree import ConfigTree
 from trainer.papers.claims import Claim
 from trainer.papers.figure import Panel
 from trainer.papers.measures import MEASURES, Labels
+from trainer.pipeline.stages import check_references
 
 FOLDER = Path("configs/papers")
 START = "start"
 """Name of the runs that pretrain start models."""
+TEACHER = "teacher"
+"""Name of the stage that stands for the recipe's second start model."""
 
 
 class StartModel(Options):
@@ -47,6 +50,12 @@ class Recipe(Options):
     paper: str
     """Title, arXiv number, and figure or table."""
     start: Start
+    teacher: dict[str, Any] | None = None
+    """Keys of `start` that differ for a second model, which is pretrained in the same way and kept as well. Arms name
+    it as `objective: {name: distill, teacher: "stage:teacher"}`. null = there is none."""
+    stages: dict[str, dict[str, Any]] = {}
+    """Run configurations of further models that are trained from the start model for each seed, by name: `stage:NAME`
+    in `run` or in an arm is the trained model, e.g. a reward model."""
     run: dict[str, Any]
     """Run configuration that all arms share, without `name`, `seed` and `model.path`."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -73,7 +82,9 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _check_reserved_keys(self) -> Self:
-        for place, values in (("run", self.run), *((f"arms.{arm}", values) for arm, values in self.arms.items())):
+        sections = {"run": self.run} | {f"arms.{arm}": values for arm, values in self.arms.items()}
+        sections |= {f"stages.{name}": values for name, values in self.stages.items()}
+        for place, values in sections.items():
             model = values.get("model")
             path = {"model.path"} if isinstance(model, dict) and "path" in model else set()
             own = ({"name", "seed"} & set(values)) | path
@@ -82,6 +93,15 @@ class Recipe(Options):
                     f"{place}: remove {', '.join(sorted(own))}; the recipe, the arm and the seed determine it"
                 )
         return self
+
+    @property
+    def teacher_start(self) -> Start | None:
+        """The section `start` of the teacher."""
+        if self.teacher is None:
+            return None
+        tree = ConfigTree(self.start.model_dump(), "start")
+        tree.merge(self.teacher, "teacher")
+        return Start(**tree.values)
 
     def _measured(self) -> set[str]:
         if self.measure is None:
@@ -96,15 +116,14 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: the recipe is invalid; the message lists every problem.
     """
-    try:
-        recipe = Recipe(**ConfigTree.read(path).values)
-    except ValidationError as error:
-        raise ConfigError(
-            [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
-        ) from error
-    start_config(recipe, Path("start"), str(path))
+    recipe = read_options(Recipe, path)
+    for start in filter(None, (recipe.start, recipe.teacher_start)):
+        start_config(start, Path("start"), str(path))
+    stages = {name: stage_config(recipe, name, 0, Path("start"), str(path)) for name in recipe.stages}
+    if recipe.teacher_start is not None:
+        stages[TEACHER] = start_config(recipe.teacher_start, Path("start"), str(path))
     for arm in recipe.arms:
-        arm_config(recipe, arm, 0, Path("start"), str(path))
+        check_references(arm_config(recipe, arm, 0, Path("start"), str(path)), stages, str(path))
     return recipe
 
 
@@ -125,12 +144,19 @@ def find_recipe(name: str, folder: Path = FOLDER) -> Path:
     return folder / f"{name}.yaml"
 
 
-def start_config(recipe: Recipe, model: Path, origin: str) -> Config:
-    """Configuration of the run that pretrains the start model from the shape in folder `model`."""
-    tree = ConfigTree(recipe.start.run, f"{origin}: start.run")
+def start_config(start: Start, model: Path, origin: str) -> Config:
+    """Configuration of the run that pretrains a start model from the shape in folder `model`."""
+    tree = ConfigTree(start.run, f"{origin}: start.run")
     own = {"name": START, "model": {"path": str(model), "init": "random"}, "objective": {"name": "next_token"}}
     tree.merge(own, origin)
     return parse_config(tree.values, f"{origin}: start.run")
+
+
+def stage_config(recipe: Recipe, name: str, seed: int, model: Path, origin: str) -> Config:
+    """Configuration of the run of one stage and seed, which starts from the model in folder `model`."""
+    tree = ConfigTree(recipe.stages[name], f"{origin}: stages.{name}")
+    tree.merge({"name": f"stage-{slug(name)}", "seed": seed, "model": {"path": str(model)}}, origin)
+    return parse_config(tree.values, f"{origin}: stages.{name}")
 
 
 def arm_config(recipe: Recipe, arm: str, seed: int, model: Path, origin: str) -> Config:

@@ -14,8 +14,9 @@ from threading import Thread
 from trainer.cluster.hardware import available_cores
 from trainer.config.load import dump
 from trainer.config.schema import Config
-from trainer.run.folder import RunFolder, RunFolderError
-from trainer.run.tracking import JsonLines
+from trainer.pipeline.run import RUNS, find_run
+from trainer.run.folder import RunFolder
+from trainer.run.trained import newest_step
 
 
 class ArmError(RuntimeError):
@@ -32,14 +33,9 @@ def run_training(config: Config, folder: Path, log: Path) -> Path:
 
     with _output_to(log), chdir(folder):
         run = train(config)
-    if not _ended(run, config):
+    if newest_step(RunFolder(run)) != config.steps:
         raise ArmError(f"stopped before step {config.steps}: repeat the command, which starts this run again")
     return run
-
-
-def _ended(run: Path, config: Config) -> bool:
-    metrics = RunFolder(run).metrics
-    return metrics.is_file() and [row["step"] for row in JsonLines(metrics).read()][-1:] == [config.steps]
 
 
 @contextmanager
@@ -58,11 +54,8 @@ def _output_to(log: Path) -> Iterator[None]:
 
 def finished_run(config: Config, folder: Path) -> Path | None:
     """The folder of a finished run with the same configuration below `folder`, or None."""
-    try:
-        run = RunFolder.open(folder / "runs" / config.name)
-    except RunFolderError:
-        return None
-    return run.path if _ended(run.path, config) and run.config.read_text() == dump(config) else None
+    found = find_run(config, folder / RUNS)
+    return found.path if found is not None and found.step == config.steps else None
 
 
 def folder_of(config: Config, folder: Path) -> Path:

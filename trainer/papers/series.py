@@ -28,6 +28,17 @@ SUMS = {"generated tokens": "rollout/tokens"}
 """Metric by the name of the x value that sums it over the steps."""
 
 
+ROOTS = {"sqrt KL": "policy/kl_sequence"}
+"""Metric by the name of the x value that is its square root: the distance of two policies is quadratic in the KL."""
+
+
+def with_roots(rows: Rows) -> Rows:
+    """The rows with every x value of `ROOTS` added."""
+    for name, key in ROOTS.items():
+        rows = [row | {name: math.sqrt(max(0.0, row[key]))} if row.get(key) is not None else row for row in rows]
+    return rows
+
+
 def with_cumulative_sums(rows: Rows) -> Rows:
     """The rows with every x value of `SUMS` added."""
     for name, key in SUMS.items():

@@ -10,23 +10,23 @@ from tempfile import mkdtemp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.papers.recipe import Recipe, StartModel, start_config
+from trainer.papers.recipe import Start, StartModel, start_config
 from trainer.papers.runs import run_training
 from trainer.run.trained import export
 
 END = "<end>"
 
 
-def start_model(recipe: Recipe, folder: Path, origin: str) -> Path:
-    """The folder of the start model below `folder`. The model is trained now if it does not exist there."""
-    values = recipe.start.model_dump_json().encode()
+def start_model(start: Start, folder: Path, origin: str) -> Path:
+    """The folder of a start model below `folder`. The model is trained now if it does not exist there."""
+    values = start.model_dump_json().encode()
     place = folder / f"start-{blake2b(values, digest_size=6).hexdigest()}"
     if (place / "model").is_dir():
         return place / "model"
     place.mkdir(parents=True, exist_ok=True)
     shape = place / "shape"
-    write_shape(recipe.start.model, shape)
-    run = run_training(start_config(recipe, shape.resolve(), origin), place, place / "log.txt")
+    write_shape(start.model, shape)
+    run = run_training(start_config(start, shape.resolve(), origin), place, place / "log.txt")
     # Export under another name first, so that a folder `model` is always complete.
     work = Path(mkdtemp(prefix=".model-", dir=place))
     try:

@@ -54,6 +54,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "rollout/tokens_per_s": ("tokens/s", "Sampled completion tokens per second, all rollout workers together."),
     "rollout/completion_tokens": ("tokens", "Length of a completion, mean."),
     "rollout/completion_tokens_max": ("tokens", "Length of the longest completion."),
+    "rollout/repetition": (
+        "share",
+        "Runs of four tokens that occurred before in the same completion, mean. A policy that exploits its reward "
+        "often repeats itself.",
+    ),
     "rollout/truncated_share": ("share", "Completions that were cut at the token limit."),
     "rollout/right_tokens": ("tokens", "Length of a correct completion, mean. Absent if there is none."),
     "rollout/wrong_tokens": ("tokens", "Length of an incorrect completion, mean. Absent if there is none."),
@@ -126,6 +131,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "learner/lr": ("", "Learning rate of the last update of the step."),
     "learner/updates": ("count", "Optimizer updates that were attempted since the start of the run."),
     "learner/skipped_updates": ("count", "Updates that were skipped since the start of the run for NaN or infinity."),
+    "learner/critic_grad_norm": ("", "Norm of the critic's gradient before clipping, mean over its updates."),
+    "learner/critic_skipped_updates": (
+        "count",
+        "The critic's skipped updates in the step.",
+    ),
     "learner/tokens": ("tokens", "Tokens of the forward and backward passes. A shared prompt counts once."),
     "learner/tokens_per_s": (
         "tokens/s",
@@ -147,6 +157,11 @@ OF_THE_TRAINER: dict[str, tuple[str, str]] = {
     "time/sync_s": ("s", "Transfer of the new weights to the rollout workers."),
     "time/eval_s": ("s", "Sampling and grading of the held-out problems."),
     "time/checkpoint_s": ("s", "The last checkpoint that was saved before this step."),
+    "checkpoint/score": (
+        "",
+        "Value of `checkpoint.best_metric`, minus `kl_coef` x KL: the checkpoint with the best one is kept. Absent if "
+        "the KL is above `max_kl`, or if the step trained on no completion.",
+    ),
     "checkpoint/failed_saves": ("count", "Checkpoints that failed since the start because the disk was full."),
     "memory/learner_peak_gb": ("GB", "Largest memory of a learner process so far: on its GPU, or resident on a CPU."),
     "system/driver_memory_gb": ("GB", "Resident memory of the driver process."),

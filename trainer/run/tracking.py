@@ -12,17 +12,15 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.table import Table
-from rich.text import Text
 
 from llmquest_rl.loader import did_you_mean
-from llmquest_rl.types import Completion, Group, Score
+from llmquest_rl.types import Group
 from trainer.run.folder import RunFolder
+from trainer.run.samples import KLToReference, sample_rows, unknown_kl
 
 Metrics = Mapping[str, float | None]
 
@@ -108,63 +106,6 @@ class JsonLines:
             return [line for line in file if line.endswith("\n")]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One completion with its group and score."""
-
-    group: Group
-    completion: Completion
-    score: Score
-
-    def record(self, step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "problem": self.group.problem.id,
-            "prompt": self.group.problem.prompt,
-            "completion": self.completion.text,
-            "answer": self.group.problem.answer,
-            "reward": self.score.value,
-            "rewards": self.score.parts,
-            "failure": self.score.failure,
-            "detail": self.score.detail,
-            "finish_reason": self.completion.finish_reason,
-            "num_tokens": len(self.completion.token_ids),
-            "weight_version": self.completion.weight_version,
-        }
-
-
-def sample_rows(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
-    """`count` completions as rows of `completions.jsonl`: failures first (at most half), then each group in turn."""
-    members = [list(zip(group.completions, group.scores, strict=True)) for group in groups]
-    widest = max(map(len, members), default=0)
-    pairs = list(zip(groups, members, strict=True))
-    rows = [_Row(group, *member[i]) for i in range(widest) for group, member in pairs if i < len(member)]
-    failed = [row for row in rows if row.score.failure is not None]
-    graded = [row for row in rows if row.score.failure is None]
-    chosen = [*failed[: count // 2], *graded, *failed[count // 2 :]]
-    return [row.record(step) for row in chosen[:count]]
-
-
-def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "sample completions", width: int = 400) -> Table:
-    """Sample completions as a table; the middle of texts longer than `width` characters is left out."""
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for heading in ("problem", "prompt", "completion", "answer", "reward"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        parts = [f"{name} {'-' if part is None else format(part, '.3g')}" for name, part in row["rewards"].items()]
-        total = f"unscored: {row['failure']}" if row["reward"] is None else f"{row['reward']:.3g}"
-        ending = " [cut at the token limit]" if row["finish_reason"] == "length" else ""
-        texts = (row["problem"], prompt, row["completion"] + ending, str(row["answer"]), "\n".join([total, *parts]))
-        table.add_row(*(Text(_shorten(text, width)) for text in texts))
-    return table
-
-
-def _shorten(text: str, width: int) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
-
-
 def _plain(value: Any) -> Any:
     """A value that JSON can hold: other objects, e.g. of an answer, become text, and NaN and inf become null."""
     if isinstance(value, float):
@@ -231,9 +172,11 @@ class Tracker:
             tracker.log(known, step=step)
         return row
 
-    def log_completions(self, step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
-        """Record `count` sample completions of a step, and return their rows."""
-        rows = [_plain(row) for row in sample_rows(step, groups, count)]
+    def log_completions(
+        self, step: int, groups: Sequence[Group], count: int, kl: KLToReference = unknown_kl
+    ) -> list[dict[str, Any]]:
+        """Record `count` sample completions of a step, and return their rows; `kl` gives the KL of each."""
+        rows = [_plain(row) for row in sample_rows(step, groups, count, kl)]
         for row in rows:
             self._completions.append(row)
         return rows

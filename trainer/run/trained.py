@@ -1,10 +1,15 @@
 """The trained model of a run: its place, and copies of it."""
 
+import json
+import logging
 import shutil
 from pathlib import Path
 
+from llmquest_rl.models.config.labels import POOLING
 from trainer.run import checkpoint
 from trainer.run.folder import RunFolder, check_new_folder
+
+log = logging.getLogger(__name__)
 
 MODEL = "model"
 """Name of the folder inside a checkpoint that holds the model in the Hub's layout."""
@@ -29,8 +34,8 @@ def trained_model(run: str, which: str = "latest") -> Path:
         path = checkpoint.best_checkpoint(folder.checkpoints)
         if path is None:
             raise checkpoint.CheckpointError(
-                f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric, so none is the best: give "
-                "`latest` or the number of a step"
+                f"{folder.checkpoints}: no checkpoint has a value of checkpoint.best_metric (or its KL is above "
+                "checkpoint.max_kl), so none is the best: give `latest` or the number of a step"
             )
         return path / MODEL
     if not which.isdecimal():
@@ -42,6 +47,14 @@ def trained_model(run: str, which: str = "latest") -> Path:
     return checkpoint.load(path).path / MODEL
 
 
+def newest_step(run: RunFolder) -> int | None:
+    """The step of a run's newest complete checkpoint; None = it has none. A run has ended if this is its last step."""
+    try:
+        return checkpoint.latest(run.checkpoints).step
+    except checkpoint.CheckpointError:
+        return None
+
+
 def export(run: str, out: Path, which: str = "latest") -> Path:
     """Copy the trained model of a run into the folder `out`, which transformers, vLLM and the Hub can load.
 
@@ -51,4 +64,11 @@ def export(run: str, out: Path, which: str = "latest") -> Path:
     """
     check_new_folder(out)
     shutil.copytree(trained_model(run, which), out, dirs_exist_ok=True)
+    if json.loads((out / "config.json").read_text(encoding="utf-8")).get(POOLING) == "mean":
+        log.warning(
+            "%s: its score is the mean over the tokens of a reply (%s in config.json). transformers and vLLM do not "
+            "know this field: they read the last token and give other scores. `reward_models` of a recipe honours it.",
+            out,
+            POOLING,
+        )
     return out

@@ -13,8 +13,10 @@ from llmquest_rl.packing import minibatches
 from llmquest_rl.types import Group
 from trainer.config.schema import BatchConfig, Config
 from trainer.learner.group import LearnerGroup, StepBatch
-from trainer.run.tracking import completions_table, sample_rows
+from trainer.run.samples import completions_table, sample_rows
+from trainer.sources.engine_teacher import EngineTeacher
 from trainer.sources.eval_metrics import accuracy_metrics, lengths_by_outcome
+from trainer.sources.intervals import wilson
 from trainer.sources.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,12 @@ class DatasetSource:
         return {}
 
     def evaluate(self, learners: LearnerGroup) -> dict[str, float]:
-        return learners.evaluate(self.validation)
+        metrics = learners.evaluate(self.validation)
+        if "eval/accuracy" not in metrics:
+            return metrics
+        # A sequence group is one decision: a pair, or a labelled text.
+        estimate = wilson(metrics["eval/accuracy"], len(self.validation))
+        return metrics | {"eval/accuracy_low": estimate.low, "eval/accuracy_high": estimate.high}
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
@@ -84,8 +91,17 @@ class DatasetSource:
 class RolloutSource:
     """Batches of graded completions with their advantages."""
 
-    def __init__(self, stream: PromptStream, sampler: Sampler, objective: Objective, config: Config) -> None:
+    def __init__(
+        self,
+        stream: PromptStream,
+        sampler: Sampler,
+        objective: Objective,
+        config: Config,
+        teacher: EngineTeacher | None = None,
+    ) -> None:
+        """`teacher` scores the completions of every step; None = no engine holds a teacher."""
         self.stream = stream
+        self.teacher = teacher
         self.sampler = sampler
         self.objective = objective
         self.batch = config.batch
@@ -103,6 +119,8 @@ class RolloutSource:
         metrics |= self.stream.metrics
         self._watch_zero_advantage(sequence_groups, groups)
         metrics["reward/zero_advantage_steps"] = float(self.zero_advantage_steps)
+        if self.teacher is not None:
+            sequence_groups = self.teacher.score(sequence_groups)
         step_minibatches = weighted_minibatches(sequence_groups, self.objective, self.batch)
         if self.skips_groups:  # after the weights, which count them
             kept = [list(filter(_has_signal, minibatch)) for minibatch in step_minibatches]

@@ -16,7 +16,7 @@ from llmquest_rl.algorithms.presets import Algorithm
 from llmquest_rl.algorithms.sequence_groups import is_usable
 from llmquest_rl.types import Group
 from trainer.config.schema import BatchConfig
-from trainer.run.tracking import sample_rows
+from trainer.run.samples import sample_rows
 from trainer.sources.rollouts import Sampled
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -76,6 +77,10 @@ class Rollouts:
         self.timeout_s = timeout_s
         self.answers = answers
         self._current: tuple[WeightSnapshot, int] | None = None
+        # Workers of other processes score side by side, and a thread calls each group. Those of this process take
+        # turns: they share its number of threads, and a debugger can follow them.
+        are_apart = len(rewards) > 1 and not any(reward.group.in_this_process for reward in rewards)
+        self._threads = ThreadPoolExecutor(len(rewards), "reward") if are_apart else None
         workers.on_restart = self._restore
 
     def wait_ready(self) -> None:
@@ -152,6 +157,8 @@ class Rollouts:
 
     def close(self) -> None:
         """End every worker."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         self.workers.close()
         for reward in self.rewards:
             reward.group.close()
@@ -169,7 +176,11 @@ class Rollouts:
         if self.answers is not None:
             pairs = [(problem, one) for problem, own in zip(problems, completions, strict=True) for one in own]
             items = self.answers.add(items, pairs, self.logprobs)
-        by_reward = [reward.grade(items) for reward in self.rewards]
+        if self._threads is None:
+            by_reward = [reward.grade(items) for reward in self.rewards]
+        else:
+            futures = [self._threads.submit(reward.grade, items) for reward in self.rewards]
+            by_reward = [future.result() for future in futures]
         scores = map(combine_scores, zip(*by_reward, strict=True))
         return [[next(scores) for _ in answers] for answers in completions]
 

@@ -13,8 +13,8 @@ from llmquest_rl.batch import BAD, GOOD, MISMATCHED, SequenceGroup
 from llmquest_rl.deferred import torch
 from llmquest_rl.types import Group
 
-USED = ("sides", "rollout_logprobs")
-"""Token fields of a data set or of rollouts that a preference method uses."""
+USED = ("sides", "rollout_logprobs", "ref_logprobs")
+"""Token fields of a data set, of rollouts or of a cache that a preference method uses."""
 
 
 def with_sides(group: SequenceGroup) -> SequenceGroup:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmquest_rl.algorithms import ratios
 from llmquest_rl.algorithms.surrogates import SHOW_BOUNDS, Bounds, Cuts, Surrogate, Tokens, within
-from llmquest_rl.deferred import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +20,11 @@ def loss(tokens: Tokens, settings: Bounds) -> Tensor:
 def cuts(tokens: Tokens, settings: Bounds) -> Cuts:
     """Tokens without a gradient: their KL is above its bound, and their probability is to move further away."""
     new, old, advantages = tokens.logprobs.detach(), tokens.old_logprobs, tokens.advantages
-    new_rest, old_rest = _log_complement(new), _log_complement(old)
-    kl = old.exp() * (old - new) + old_rest.exp() * (old_rest - new_rest)
+    kl = ratios.binary_kl(old, new)
     return Cuts(
         (kl > settings.clip_low) & (new < old) & (advantages < 0),
         (kl > settings.clip_high) & (new > old) & (advantages > 0),
     )
-
-
-def _log_complement(logprobs: Tensor) -> Tensor:
-    """log(1 - p), finite also where p is rounded to 1."""
-    return (-torch.expm1(logprobs)).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 SURROGATE = Surrogate(loss, Bounds, SHOW_BOUNDS, cuts)

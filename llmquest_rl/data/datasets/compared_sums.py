@@ -22,6 +22,8 @@ class Config(worked_sums.Config):
 
     direct_error_rate: worked_sums.Share = 0.5
     """Share of the answers given at once in which one digit is wrong."""
+    flip_rate: worked_sums.BelowOne = 0.0
+    """Share of the training pairs in which the wrong reply is chosen: label noise. Held-out pairs have none."""
 
 
 def load(config: Config, context: DatasetContext) -> SupervisedData:
@@ -32,12 +34,12 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
     """
     options = arithmetic.Config(digits=config.digits, template=config.template, held_out=config.held_out)
     task = arithmetic.load(options, context.seed, context.malformed)
-    train = _rows(task.train, config.rows, config)
-    held_out = _rows(task.held_out, task.held_out.size or 0, config)
+    train = _rows(task.train, config.rows, config, config.flip_rate)
+    held_out = _rows(task.held_out, task.held_out.size or 0, config, flip_rate=0.0)
     return rows_data("compared_sums", train, held_out, pairs(context), context)
 
 
-def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedFields]:
+def _rows(rows: Rows, count: int, config: Config, flip_rate: float) -> Iterator[PlacedFields]:
     for row in map(rows.row, range(count)):
         left, right = str(row.prompt).removesuffix("=").split(" + ")
         rng = random.Random(row.id)
@@ -51,7 +53,8 @@ def _rows(rows: Rows, count: int, config: Config) -> Iterator[PlacedFields]:
             raise DataError(
                 f"{MAX_REPLIES} replies to {row.prompt} are all alike: choose an error_rate between 0 and 1"
             )
-        yield row.id, {"prompt": row.prompt, "chosen": found[True], "rejected": found[False]}
+        is_flipped = rng.random() < flip_rate
+        yield row.id, {"prompt": row.prompt, "chosen": found[not is_flipped], "rejected": found[is_flipped]}
 
 
 def _reply(left: str, right: str, rng: random.Random, config: Config) -> str:

@@ -10,13 +10,13 @@ Three forms of rows are read:
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llmquest_rl.batch import SequenceGroup
 from llmquest_rl.data.conversation import is_blank
 from llmquest_rl.data.dataset import DatasetContext, Fields, PlacedFields, RowKind, SupervisedData, rows_data
 from llmquest_rl.data.files import read_rows
-from llmquest_rl.data.pairs import compared_ids, group_for_prediction, group_for_scoring
+from llmquest_rl.data.pairs import SplitIds, compared_ids, group_for_prediction, group_for_scoring, read_ids
 from llmquest_rl.data.row_source import Location, templated_rows
 from llmquest_rl.data.rows import MalformedRowError, check_message, check_prompt, question_key
 from llmquest_rl.data.tokenizer import as_messages
@@ -65,8 +65,8 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
 def pairs(context: DatasetContext) -> RowKind:
     """The kind of rows that have two replies.
 
-    If the objective has labels, the group has a score at the end of each conversation. Otherwise its targets are the
-    tokens of the last reply of each.
+    If the objective has labels, the group has a score of each conversation, which its pooling reads. Otherwise its
+    targets are the tokens of the last reply of each.
     """
     renderer = context.renderer
 
@@ -75,12 +75,17 @@ def pairs(context: DatasetContext) -> RowKind:
         sequences = [before + reply for before, reply in both]
         if sequences[0] == sequences[1]:
             raise MalformedRowError("the tokens of the chosen and the rejected reply are equal")
-        made = group_for_scoring(sequences) if context.labels else group_for_prediction(both)
+        made = _scored(both, context) if context.labels else group_for_prediction(both)
         if "margin" not in row:
             return made
         return made.with_constants("margins", [float(row["margin"])] * 2)
 
     return RowKind(_problem, group, _question)
+
+
+def _scored(both: Sequence[SplitIds], context: DatasetContext) -> SequenceGroup:
+    eos = context.renderer.tokenizer.eos_token_id
+    return group_for_scoring([read_ids(one, context.pooling, eos) for one in both], context.pooling)
 
 
 def conversation(row: Fields, reply: str) -> Fields:

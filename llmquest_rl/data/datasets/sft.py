@@ -24,6 +24,9 @@ class Config(RowSource):
 
     columns: Columns = Columns()
     """The column mapping."""
+    template: str = "{prompt}"
+    """The prompt of rows from a file; `{prompt}` and further columns in braces are replaced. Prompts of messages stay
+    as they are."""
     mask_prompt: bool = True
     """Learn the assistant's tokens only; false = every token of the row."""
 
@@ -35,7 +38,7 @@ def load(config: Config, context: DatasetContext) -> SupervisedData:
         DataError: a file is missing, or a row is malformed and `data.malformed_rows` is `error`.
     """
     kind = replies(context.renderer, config.mask_prompt)
-    return read_source("sft", config, config.columns, _gold_answer, kind, context)
+    return read_source("sft", config, config.columns, _gold_answer, kind, context, config.template)
 
 
 def _gold_answer(row: Row) -> Fields:

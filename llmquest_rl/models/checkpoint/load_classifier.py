@@ -16,10 +16,16 @@ from llmquest_rl.models.checkpoint.load_save import allocate, load_any_model, re
 from llmquest_rl.models.checkpoint.skeleton import without_memory
 from llmquest_rl.models.sequence_classifier import SequenceClassifier, SequenceClassifierConfig
 from llmquest_rl.models.weight_map import HFMap, hf_map, named_weights
+from llmquest_rl.types import Pooling
 
 
 def load_classifier(
-    path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    path: Path | str,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    pooling: Pooling | None = None,
 ) -> ClassifierModel:
     """Load a classifier of `labels` from a checkpoint folder.
 
@@ -32,13 +38,14 @@ def load_classifier(
         dtype: The dtype of the weights, except of those that stay float32.
         device: The device of the weights.
         seed: Seeds a new head.
+        pooling: The tokens at which a reward model will be read; None = it is no reward model.
 
     Raises:
         ValueError: the folder does not load (see `load_any_model`), its architecture cannot be turned into a
             classifier, or its labels have the same names in another order.
     """
     source = load_any_model(path, dtype, device)
-    kind, shape = _classifier_shape(hf_map(source), source.config, tuple(labels), path)
+    kind, shape = _classifier_shape(hf_map(source), source.config, tuple(labels), path, pooling)
     if isinstance(source, ClassifierModel) and len(source.config.labels) == len(labels):
         source.config = shape
         return source
@@ -53,7 +60,12 @@ def load_classifier(
 
 
 def new_classifier(
-    path: Path | str, labels: Sequence[str], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    path: Path | str,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    pooling: Pooling | None = None,
 ) -> ClassifierModel:
     """Create a classifier of `labels` with random weights, of the shape in `path`/config.json.
 
@@ -62,7 +74,7 @@ def new_classifier(
     Raises:
         ValueError: config.json is missing or damaged, or its architecture cannot be turned into a classifier.
     """
-    kind, shape = _classifier_shape(*read_shape(Path(path)), tuple(labels), path)
+    kind, shape = _classifier_shape(*read_shape(Path(path)), tuple(labels), path, pooling)
     with without_memory():
         model = kind(shape)
     allocate(model, dtype, device)
@@ -80,20 +92,21 @@ def check_classifier(path: Path | str, labels: Sequence[str]) -> None:
 
 
 def _classifier_shape(
-    hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str
+    hf: HFMap, shape: Any, labels: tuple[str, ...], path: Path | str, pooling: Pooling | None = None
 ) -> tuple[type[ClassifierModel], Any]:
     """Return the class and configuration of a classifier of `labels`, made of a model with this map and shape."""
     if issubclass(hf.model, ClassifierModel):
         own = shape.labels
         if own != labels and sorted(own) == sorted(labels):
             raise ValueError(f"{path} has the labels {', '.join(own)} in this order: list them in the same order")
-        return hf.model, replace(shape, labels=labels)
+        pooled = {"pooling": pooling} if issubclass(hf.model, SequenceClassifier) else {}
+        return hf.model, replace(shape, labels=labels, **pooled)
     if hf.classifier is None:
         raise ValueError(
             f"{path} holds a {hf.architecture}, which cannot be turned into a classifier: use a text decoder, a text "
             "classifier or a Vision Transformer"
         )
-    return SequenceClassifier, SequenceClassifierConfig.of_decoder(hf, shape, labels)
+    return SequenceClassifier, SequenceClassifierConfig.of_decoder(hf, shape, labels, pooling)
 
 
 def _take_over(model: ClassifierModel, weights: Mapping[str, Tensor]) -> None:

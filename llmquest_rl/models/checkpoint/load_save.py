@@ -25,6 +25,7 @@ from llmquest_rl.models.checkpoint.weight_files import (
     weight_entries,
     write_tensors,
 )
+from llmquest_rl.models.config.labels import POOLING
 from llmquest_rl.models.weight_map import (
     HFMap,
     Piece,
@@ -157,10 +158,17 @@ def _write_config(source: Path, target: Path, dtypes: list[torch.dtype], fields:
     if dtypes:
         name = "torch_dtype" if "torch_dtype" in config else "dtype"
         wanted[name] = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
+    if wanted.get(POOLING) == "eos" and _is_padding(wanted.get("eos_token_id"), wanted.get("pad_token_id")):
+        # transformers skips padding at the end, and would read the score at the token before the end-of-sequence token.
+        wanted["pad_token_id"] = None
     if wanted != config:
         (target / "config.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     elif source.resolve() != target.resolve():
         shutil.copyfile(source / "config.json", target / "config.json")
+
+
+def _is_padding(token: int | list[int] | None, padding: int | None) -> bool:
+    return padding is not None and padding in (token if isinstance(token, list) else [token])
 
 
 def disk_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:

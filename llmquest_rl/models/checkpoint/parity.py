@@ -16,6 +16,7 @@ from llmquest_rl.batch import Layout, SequenceGroup, collate
 from llmquest_rl.layers.attention.attention import PackedAttention
 from llmquest_rl.models.base import CausalLM, Model
 from llmquest_rl.models.checkpoint.load_save import load_any_model
+from llmquest_rl.models.config.labels import POOLING
 from llmquest_rl.models.sequence_classifier import SequenceClassifier
 from llmquest_rl.models.vit import ViT
 from llmquest_rl.models.weight_map import hf_map
@@ -59,7 +60,8 @@ def parity(path: Path | str, seed: int = 0) -> ParityReport:
         seed: Seeds the random inputs.
 
     Raises:
-        ValueError: the folder does not load (see `load_any_model`), or transformers does not have the class.
+        ValueError: the folder does not load (see `load_any_model`), transformers does not have the class, or it does
+            not read the scores where this model was trained to be read.
     """
     import transformers
 
@@ -91,6 +93,11 @@ def _compare_images(model: Any, theirs: Any, seed: int) -> ParityReport:
 
 
 def _compare_scores(model: Any, theirs: Any, seed: int) -> ParityReport:
+    if model.config.pooling == "mean":
+        raise ValueError(
+            f"config.json has {POOLING} 'mean': the score is the mean over the tokens of a reply. transformers ignores "
+            "this field and reads the last token, so its scores differ. Only `reward_models` of a recipe reads them so"
+        )
     prompt, *continuations = _random_tokens(model, seed)
     theirs.config.pad_token_id = None  # transformers would skip a last token with this id
     expected = [theirs(torch.cat((prompt, tail))[None], use_cache=False).logits for tail in continuations]

@@ -1,7 +1,12 @@
-"""The names of a classifier's labels in config.json."""
+"""The names of a classifier's labels in config.json, and the tokens at which a reward model is read."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+from llmquest_rl.types import Pooling
+
+POOLING = "score_pooling"
+"""Our own field of config.json; other software ignores it."""
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -31,3 +36,20 @@ def label_fields(labels: Sequence[str]) -> dict[str, Any]:
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
+
+
+def read_pooling(values: Mapping[str, Any]) -> Pooling | None:
+    """Return the pooling that a config.json states; None = it states none.
+
+    Raises:
+        ValueError: the pooling is unknown.
+    """
+    found: Pooling | None = values.get(POOLING)
+    if found is not None and found not in get_args(Pooling):
+        raise ValueError(f"config.json has {POOLING} {found!r}: expected one of {', '.join(get_args(Pooling))}")
+    return found
+
+
+def pooling_fields(pooling: Pooling | None) -> dict[str, Any]:
+    """Return the field of config.json that states a pooling."""
+    return {} if pooling is None else {POOLING: pooling}

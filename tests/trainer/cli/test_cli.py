@@ -101,7 +101,7 @@ def test_help_names_every_command_without_loading_torch(run: RunCommand) -> None
     code = "import sys, trainer.cli.main; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     text = run("--help").out
-    training = ("train", "eval", "generate", "rollout", "export", "plot")
+    training = ("train", "eval", "generate", "rollout", "export", "plot", "pipeline", "calibration")
     for command in (*training, "grade", "parity", "models", "algorithms", "configs", "reproduce", "doctor"):
         assert f" {command} " in text
 

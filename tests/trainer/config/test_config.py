@@ -222,12 +222,15 @@ BROKEN = [
     (WHITENED, "batch", ONE_SAMPLE, "batch.prompts_per_step"),
     (changed(RL, "algorithm.name", "pass_at_k"), "batch.samples_per_prompt", 4, "algorithm.pass_k"),
     (changed(RL, "algorithm.name", "reinforce"), "algorithm.dynamic_sampling", True, "algorithm.dynamic_sampling"),
-    (RL, "batch.dynamic_sampling_from", 9, "batch.dynamic_sampling_from"),
+    (RL, "batch.dynamic_sampling_from", 5, "batch.dynamic_sampling_from"),
+    (RL, "algorithm.credit", "future_kl", "algorithm.credit"),
+    (RL, "rewards", [{"name": "likelihood_gain"}], "rollout.answer_logprobs"),
     (changed(RL, "algorithm.name", "rloo"), "batch.minibatches_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "opo"), "batch.epochs_per_step", 2, "algorithm.surrogate"),
     (changed(RL, "algorithm.name", "rloo"), "algorithm.old_policy", "engine", "algorithm.old_policy"),
     (changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k1", "algorithm.kl"),
     (RL, "algorithm.kl_unbiased", True, "algorithm.kl_unbiased"),
+    (RL, "algorithm.credit", "future_kl", "algorithm.credit"),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "k2"), *UNBIASED),
     (changed(changed(RL, "algorithm.beta", 0.1), "algorithm.kl", "abs"), *UNBIASED),
     (RL, "algorithm.normalization", "batch_std", "algorithm.normalization"),
@@ -247,6 +250,7 @@ BROKEN = [
     (RL, "data.eval_size", 0, "eval.every"),
     (RL, "eval.reward", "format", "eval.reward"),
     (RL, "eval.every", 0, "checkpoint.best_metric"),
+    (RL, "checkpoint", {"max_kl": 1.0}, "checkpoint.max_kl"),
 ]
 
 
@@ -273,7 +277,8 @@ def test_every_rule_has_a_configuration_that_breaks_it() -> None:
         ("grpo", "length_weight", 0.5, "length_penalty: soft_overlong or relative"),
         ("grpo", "pass_k", 2, "advantage: pass_at_k"),
         ("grpo", "overlong_buffer", 0.5, "length_penalty: soft_overlong"),
-        ("dppo", "tis_cap", 5.0, "old_policy: learner and a tis_cap"),
+        ("dppo", "tis_cap", 5.0, "old_policy: learner, a tis_cap and a correction that bounds the ratio"),
+        ("kpop", "tis_cap", 5.0, "old_policy: learner, a tis_cap and a correction that bounds the ratio"),
     ],
 )
 def test_numbers_that_nothing_reads_are_refused(row: str, key: str, value: Any, reader: str) -> None:

@@ -16,9 +16,10 @@ from rollout.vllm_limits import check_architecture, read_vllm_shape
 from trainer.assemble import learner_request, rollout_requests
 from trainer.components import RunComponents
 from trainer.config.load import load_config
-from trainer.config.rules import build_objective
+from trainer.config.rules import build_objective, from_rollouts
 from trainer.config.schema import Config
 from trainer.config.sizes import sizes
+from trainer.pipeline.stages import load_pipeline
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PAPERS = CONFIGS / "papers"
@@ -27,13 +28,18 @@ STAGES = sorted((PAPERS / "gpu" / "stages").glob("*.yaml"))
 """Supervised runs at the same size, whose models some twins start from."""
 
 SHAPES = {
+    "Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b",
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
     "Qwen/Qwen2.5-32B": "qwen2.5-32b",
     "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
     "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
+    "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+    "Qwen/Qwen3-4B-Base": "qwen3-4b",
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "qwen2.5-1.5b",
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": "r1-distill-qwen-14b",
     "huggyllama/llama-7b": "llama-7b",
     "runs/models/hh-sft": "llama-7b",
@@ -94,16 +100,25 @@ def num_parameters(folder: Path) -> int:
     return count_parameters(folder).total
 
 
-def learner_gb(config: Config, parameters: int) -> float:
+def teacher_path(config: Config) -> str | None:
+    """The Hub id of the objective's teacher, if it has one of its own."""
+    teacher = build_objective(config).teacher
+    return None if teacher is None else teacher.path
+
+
+def learner_gb(config: Config, parameters: int, teacher: int = 0) -> float:
     """Peak gigabytes of weights and optimizer state on a learner's GPU, while it loads or while it trains.
 
-    Every learner loads the complete model in bfloat16 and keeps the complete reference. Gradients, master weights and
-    the two averages of AdamW are float32 and partitioned.
+    Every learner loads the complete model in bfloat16 and keeps the complete reference, a copy of the model or a
+    teacher with that many parameters. Gradients, master weights and the two averages of AdamW are float32 and
+    partitioned. A critic is a second model of this size.
     """
-    weights = 2e-9 * parameters
-    reference = weights * build_objective(config).needs_reference
+    weights, objective = 2e-9 * parameters, build_objective(config)
+    reference = 2e-9 * (teacher or parameters) * objective.needs_reference
     kept = weights / config.learner.processes if config.learner.zero_stage == 3 else weights
-    return reference + max(weights, kept + 16e-9 * parameters / config.learner.processes)
+    trained = kept + 16e-9 * parameters / config.learner.processes
+    critic = 0 if objective.critic is None else trained
+    return reference + critic + max(weights, trained)
 
 
 def test_every_recipe_has_a_twin() -> None:
@@ -127,9 +142,15 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
     gpus, gigabytes = hardware(path)
     for label, arguments in variants(path).items():
         config = load_config(path, arguments)
-        assert sum(r.count * r.gpus for r in [learner_request(config), *rollout_requests(config)]) <= gpus, label
+        samples = from_rollouts(config)
+        requests = [learner_request(config), *(rollout_requests(config) if samples else ())]
+        assert sum(r.count * r.gpus for r in requests) <= gpus, label
         parameters = num_parameters(folders[config.model.path])
-        assert learner_gb(config, parameters) < 0.75 * gigabytes, f"{label}: activations need the rest"
+        teacher = teacher_path(config)
+        of_teacher = 0 if teacher is None else num_parameters(folders[teacher])
+        assert learner_gb(config, parameters, of_teacher) < 0.75 * gigabytes, f"{label}: activations need the rest"
+        if not samples:
+            continue
         share = config.rollout.engine.options.model_dump()["gpu_memory_utilization"]
         assert 2e-9 * parameters < 0.75 * share * gigabytes, f"{label}: keys and values need the rest"
 
@@ -137,12 +158,16 @@ def test_it_and_its_variants_fit_their_gpus(path: Path, folders: dict[str, Path]
 @by_name
 def test_it_and_its_variants_assemble_with_their_models_shape(path: Path, folders: dict[str, Path]) -> None:
     for label, arguments in variants(path).items():
-        folder = folders[load_config(path, arguments).model.path]
-        parts = RunComponents(load_config(path, [*arguments, f"model.path={folder}"]))
-        assert parts.objective.source == "rollout", label
+        config = load_config(path, arguments)
+        folder, teacher, critic = folders[config.model.path], teacher_path(config), build_objective(config).critic
+        changes = [f"model.path={folder}"] + ([] if teacher is None else [f"objective.teacher={folders[teacher]}"])
+        changes += [f"objective.critic.path={folder}"] if critic is not None and critic.path is not None else []
+        parts = RunComponents(load_config(path, [*arguments, *changes]))
         parts.check_experts()
         setup = parts.learner_setup(folder)
         assert (setup.device, setup.dtype) == ("cuda", "bfloat16"), label
+        if parts.objective.source == "dataset":
+            continue
         shape = read_vllm_shape(folder)
         check_architecture(folder, shape)
         check_context(folder, shape["max_position_embeddings"], parts.engine_setup)
@@ -179,6 +204,21 @@ def test_the_stages_of_rlhf_read_and_write_one_form() -> None:
     assert {c.data.system_prompt for c in (rlhf, fine_tuned, reward_model)} == {preferred.system_prompt} == {None}
     longest = rlhf.data.max_prompt_tokens + rlhf.rollout.sampling.max_tokens
     assert longest <= reward_model.batch.tokens_per_sequence == fine_tuned.batch.tokens_per_sequence
+
+
+def test_the_pipeline_of_these_stages_has_their_numbers() -> None:
+    """It is one command for the three files; its last stage has another algorithm."""
+    stages = load_pipeline(CONFIGS / "rlhf_8gpu.yaml")
+    rlhf, fine_tuned, reward_model = map(load_config, (RLHF, FINE_TUNING, REWARD_MODEL))
+    assert stages["hh-sft"] == fine_tuned
+    model = reward_model.model.model_copy(update={"path": "stage:hh-sft"})
+    assert stages["hh-reward-model"] == reward_model.model_copy(update={"model": model})
+    policy = stages["rlhf-8gpu"]
+    same = ("steps", "data", "batch", "rollout", "optimizer", "learner", "cluster")
+    assert {key: getattr(policy, key) for key in same} == {key: getattr(rlhf, key) for key in same}
+    assert policy.reward_models[0].model_copy(update={"path": rlhf.reward_models[0].path}) == rlhf.reward_models[0]
+    gpus, _ = hardware(CONFIGS / "rlhf_8gpu.yaml")
+    assert all({name: value for name, value, _ in sizes(config)}["GPUs"] == str(gpus) for config in stages.values())
 
 
 def test_the_stages_of_rlhf_read_the_rows_of_hh(tmp_path: Path) -> None:

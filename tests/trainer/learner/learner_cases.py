@@ -132,8 +132,8 @@ def run_steps(learner: Learner, case: Case, rank: int, first: int = 0) -> dict[s
     return metrics
 
 
-def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float]]]]:
-    """Real processes over gloo: [ranks][setups] of final weights and metrics."""
+def run_group(case: Case) -> list[list[tuple[dict[str, Tensor], dict[str, float], list[Tensor]]]]:
+    """Real processes over gloo: [ranks][setups] of final weights, metrics, and log-probs before the first step."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.pt"
         torch.save(replace(case, port=quiet_ports(len(case.setups))), path)
@@ -172,8 +172,9 @@ def main() -> None:
     for i, setup in enumerate(case.setups):
         learner = Learner(setup, rank, case.world_size, "127.0.0.1", case.port + i)
         assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "other interfaces are left alone"
+        scored = learner.logprobs(case.draw(0, count=1, groups=case.groups)[0][rank :: case.world_size])
         metrics = run_steps(learner, case, rank)
-        results.append((whole_weights(learner), metrics))
+        results.append((whole_weights(learner), metrics, scored))
         if case.save_to is not None:
             folder = case.save_to / str(i)
             folder.mkdir(parents=True, exist_ok=True)

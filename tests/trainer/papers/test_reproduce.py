@@ -20,16 +20,17 @@ from tests.trainer.conftest import REWARDS, ROOT
 from trainer.cli.main import main
 from trainer.config.tree import ConfigError
 from trainer.papers.measures import gradient_noise
-from trainer.papers.recipe import find_recipe, load_recipe
+from trainer.papers.recipe import arm_config, find_recipe, load_recipe
 from trainer.papers.reproduce import WORK, Report, reproduce
 from trainer.papers.runs import ArmError
+from trainer.pipeline.stages import with_models
 
 BOUND = {"says": "", "kind": "inside", "metric": "m", "high": 1.0}
 RECIPES = sorted((ROOT / "configs" / "papers").glob("*.yaml"))
 
 
 def values() -> dict[str, Any]:
-    """Two arms of two steps from a model of one step."""
+    """Two arms of two steps from a model of one step; a reward model of one step scores the second arm, too."""
     base = yaml.safe_load((ROOT / "configs" / "papers" / "parts" / "sums.yaml").read_text())
     start, run = base["start"], base["run"]
     start["run"] |= {"steps": 1, "batch": {"sequences_per_step": 4, "tokens_per_sequence": 96}}
@@ -39,11 +40,18 @@ def values() -> dict[str, Any]:
     run["data"]["eval_size"] = 4
     run["rewards"] = [{"name": "length", "max": 8, "cache": 8}]  # an untrained model gets some of it
     run["rollout"] = {"dtype": "float32", "sampling": {"max_tokens": 8}}
+    pairs = {"dataset": {"name": "compared_sums", "rows": 8, "held_out": 4}, "chat_template": "none", "eval_size": 4}
+    scorer = start["run"] | {"objective": {"name": "reward_model"}, "data": pairs}
+    judge = {"name": "scorer", "path": "stage:scorer", "chat_template": "none", "dtype": "float32"}
     return {
         "paper": "nobody's",
         "start": start,
+        "stages": {"scorer": scorer},
         "run": run,
-        "arms": {"one": {"algorithm": {"name": "grpo"}}, "two": {"algorithm": {"name": "dr_grpo"}}},
+        "arms": {
+            "one": {"algorithm": {"name": "grpo"}},
+            "two": {"algorithm": {"name": "dr_grpo", "beta": 0.01}, "reward_models": [judge]},
+        },
         "panels": [{"metric": "rollout/completion_tokens", "title": "tokens", "x": "generated tokens"}],
         "claims": [{"says": "few tokens", "kind": "inside", "arm": "one", "metric": "rollout/tokens", "high": 1000}],
     }
@@ -72,6 +80,11 @@ class Done:
         """Time of the last change of each run."""
         return {path: path.stat().st_mtime_ns for path in self.work.glob("small/*/runs/*/*/metrics.jsonl")}
 
+    def arm(self, name: str, seed: int) -> Path:
+        """The run folder of one arm."""
+        [run] = self.work.glob(f"small/{name}-seed{seed}-*/runs/{name}/*")
+        return run
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
@@ -89,7 +102,28 @@ def test_a_recipe_runs_draws_and_decides(done: Done) -> None:
     curve = numbers["curves"]["rollout/completion_tokens over generated tokens"]
     assert {arm: sorted(seeds) for arm, seeds in curve.items()} == {"one": ["0", "1"], "two": ["0", "1"]}
     assert curve["one"]["0"] != curve["one"]["1"], "seeds differ"
-    assert len(done.times()) == 4 and len(done.lines) == 5
+    assert len(done.times()) == 6 and len(done.lines) == 7
+
+
+def test_an_arm_uses_the_models_that_its_seed_trained_in_stages(done: Done) -> None:
+    for seed in (0, 1):
+        config = yaml.safe_load((done.arm("arm-two", seed) / "config.yaml").read_text())
+        [judge] = config["reward_models"]
+        assert Path(judge["path"]) == done.arm("stage-scorer", seed).resolve() / "checkpoints" / "step-000001" / "model"
+        row = json.loads((done.arm("arm-two", seed) / "metrics.jsonl").read_text().splitlines()[-1])
+        assert row["reward/mean"] == pytest.approx(row["reward/length"] + row["reward/scorer"], rel=1e-5)
+        assert row["policy/kl_sequence"] > 0
+        assert "reward_models: []" in (done.arm("arm-one", seed) / "config.yaml").read_text()
+
+
+def test_a_curve_over_the_root_of_the_kl_marks_its_peak(done: Done, tmp_path: Path) -> None:
+    panel = {"metric": "reward/scorer", "title": "score", "x": "sqrt KL", "mark_peak": True}
+    report = reproduce(write(tmp_path, panels=[panel]), 2, tmp_path / "out", print, done.work)
+    [(name, curves)] = [item for item in json.loads(report.numbers.read_text())["curves"].items() if "over" in item[0]]
+    rows = [json.loads(line) for line in (done.arm("arm-two", 0) / "metrics.jsonl").read_text().splitlines()]
+    expected = [[row["policy/kl_sequence"] ** 0.5, row["reward/scorer"]] for row in rows if "reward/scorer" in row]
+    assert name == "reward/scorer over sqrt KL" and list(curves) == ["two"]
+    assert curves["two"]["0"] == [pytest.approx(pair, rel=1e-5) for pair in expected]
 
 
 def test_what_was_run_is_not_run_again(done: Done, tmp_path: Path) -> None:
@@ -200,6 +234,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
             "not an arm; .* one, own weights",
         ),
         ({"arms": {"one": {"seed": 3}}}, "arms.one: remove seed;"),
+        ({"stages": {}}, "stage:scorer: there is no such stage before this one"),
+        ({"stages": {"scorer": {"name": "mine"}}}, "stages.scorer: remove name;"),
         ({"run": {"name": "mine", "model": {"path": "m"}}}, "run: remove model.path, name;"),
     ],
 )
@@ -218,3 +254,16 @@ def test_every_recipe_loads_and_says_what_it_shows(path: Path) -> None:
     load_recipe(path)
     text = path.read_text()
     assert all(f"# {part}: " in text for part in ("Paper", "Here", "Hardware"))
+
+
+def test_an_arm_may_learn_from_a_second_model(tmp_path: Path) -> None:
+    arms = {"one": {"objective": {"name": "distill", "teacher": "stage:teacher"}, "algorithm": {"name": "reinforce"}}}
+    changed = values() | {"arms": arms}
+    with pytest.raises(ConfigError, match="there is no such stage before this one"):
+        load_recipe(write(tmp_path, arms=arms))
+    recipe = load_recipe(write(tmp_path, arms=arms, teacher={"run": {"steps": 7}}))
+    assert recipe.teacher_start is not None and recipe.teacher_start.model == recipe.start.model
+    assert recipe.teacher_start.run == changed["start"]["run"] | {"steps": 7}
+    named = arm_config(recipe, "one", 0, tmp_path / "start", "here")
+    config = with_models(named, {"stage:teacher": tmp_path / "second"}, "here")
+    assert config.objective.options.teacher == str(tmp_path / "second")

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llmquest_rl.types import Completion, Group, Problem, Score
 from trainer.run.folder import RunFolder
-from trainer.run.tracking import JsonLines, Tracker, check_trackers, completions_table, sample_rows, system_metrics
+from trainer.run.samples import completions_table, sample_rows
+from trainer.run.tracking import JsonLines, Tracker, check_trackers, system_metrics
 
 KILLED = """
 import sys
@@ -151,6 +152,8 @@ def test_the_table_of_completions_holds_all_that_explains_a_reward(folder: RunFo
         "detail": "",
         "finish_reason": "stop",
         "num_tokens": 2,
+        "repetition": 0.0,
+        "kl": None,
         "weight_version": 3,
     }
     assert (rows[0]["reward"], rows[0]["failure"], rows[0]["detail"]) == (None, "timeout", "5 s")

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,26 @@ from llmquest_rl.data.rows import MalformedRows
 from llmquest_rl.data.stream import SequenceGroupStream
 from llmquest_rl.models.checkpoint.load_classifier import load_classifier
 from llmquest_rl.models.checkpoint.load_save import save_model
+from llmquest_rl.models.checkpoint.parity import parity
 from llmquest_rl.models.weight_map import disk_tensors
-from llmquest_rl.types import Score
+from llmquest_rl.objectives.reward_model import BIN_STARTS
+from llmquest_rl.types import Completion, Problem, Score
+from rewards.failures import TooManyUnscoredError
 from rewards.grader import combine_scores
 from rewards.types import GradeItem
 from tests.trainer.conftest import REWARDS, Runs, assert_equal_runs, rows
 from tests.trainer.sources.pair_cases import write_pairs
 from tests.trainer.test_resume import resumed_at_every_step
 from trainer import inference
+from trainer.cli.calibration import calibration, reliability
 from trainer.cli.dry_run import dry_run
+from trainer.cluster.worker_group import InlineWorkerGroup
 from trainer.config.reward_model import RewardModelConfig
 from trainer.config.tree import ConfigError
 from trainer.learner.microbatches import split_to_budget
 from trainer.run import trained
 from trainer.sources.reward_model_worker import RewardModelSetup, RewardModelWorker
+from trainer.sources.rollouts import RewardWorkers, Rollouts
 
 REWARD_MODEL = {"name": "scorer", "system_prompt": "Add.", "dtype": "float32"}
 ITEMS = [
@@ -90,7 +97,7 @@ def test_the_worker_gives_the_scores_that_the_learner_gave(reward_model_run: Pat
         for ids in sequence_group.completions
     }
     items = [GradeItem(pair["prompt"], pair[reply], None) for pair in pairs for reply in ("chosen", "rejected")]
-    read = [tuple(judging.token_ids(item)) for item in items]
+    read = [tuple(sum(judging.token_ids(item), [])) for item in items]
     assert held_out <= set(read), "a rollout is judged by the tokens of a training pair"
 
     last = rows(reward_model_run)[-1]
@@ -115,7 +122,7 @@ def test_scores_are_those_of_transformers_however_they_are_batched(model: Path, 
     scores = judging.grade([*ITEMS, ITEMS[1]])
     assert 0 < sum(score.seconds for score in scores) < time.perf_counter() - started, "each has its share of the time"
     with torch.no_grad():
-        expected = [float(theirs(torch.tensor([judging.token_ids(item)])).logits) for item in ITEMS]
+        expected = [float(theirs(torch.tensor([sum(judging.token_ids(item), [])])).logits) for item in ITEMS]
     assert [score.parts["scorer"] for score in scores] == pytest.approx([*expected, expected[1]], abs=1e-5)
     assert [score.value for score in scores] == pytest.approx([0.5 * score.parts["scorer"] for score in scores])  # type: ignore[operator]
     assert judging.grade([]) == []
@@ -123,7 +130,7 @@ def test_scores_are_those_of_transformers_however_they_are_batched(model: Path, 
 
 def test_system_prompt_and_template_are_those_of_its_training(model: Path) -> None:
     plain, prompted = worker(model, system_prompt=None, chat_template="none"), worker(model)
-    texts = [judging.renderer.decode(judging.token_ids(ITEMS[0])) for judging in (plain, prompted)]
+    texts = [judging.renderer.decode(sum(judging.token_ids(ITEMS[0]), [])) for judging in (plain, prompted)]
     assert texts[0] == "12 + 34=46<|im_end|>"
     assert texts[1].startswith("<|im_start|>system\nAdd.<|im_end|>") and texts[1].endswith("46<|im_end|>")
     [refused] = plain.grade([ITEMS[3]])
@@ -138,7 +145,141 @@ def test_what_cannot_be_judged_is_a_failure_and_its_neighbours_are_not(model: Pa
     plain = worker(model).grade([ITEMS[0], ITEMS[1]])
     assert [scores[0].value, scores[2].value] == pytest.approx([score.value for score in plain], abs=1e-5)
     broken = worker(with_head(model, tmp_path / "nan", float("nan"))).grade(ITEMS[:2])
-    assert [score.failure for score in broken] == ["invalid", "invalid"] and "score is nan" in broken[0].detail
+    assert [score.failure for score in broken] == ["invalid", "invalid"]
+    assert "the reward model `scorer`: the score is nan" in broken[0].detail
+
+
+def test_a_judge_that_answers_nan_ends_the_run_and_is_named(runs: Runs, model: Path, tmp_path: Path) -> None:
+    scored_by(runs, with_head(model, tmp_path / "nan", float("nan")))
+    with pytest.raises(
+        TooManyUnscoredError, match=r"100% of 16 completions (.|\n)*reward model `scorer`: the score is nan"
+    ):
+        runs.train()
+    runs.values["rewards"] = [{"function": f"{REWARDS}:low_characters"}]
+    runs.values["graders"] |= {"max_unscored_share": 1.0}
+    row = rows(runs.train("steps=1", "optimizer.warmup_steps=0", "eval.every=0"))[-1]
+    assert row["reward/failed_invalid"] == row["reward/unscored_share"] * 16 == 16
+    assert "reward/mean" not in row, "and it is nowhere a number"
+
+
+def test_a_total_that_is_not_finite_is_a_failure() -> None:
+    large = Score(1e308, {"a": 1e308})
+    failed = combine_scores([large, large])
+    assert (failed.value, failed.failure) == (None, "invalid") and "the total reward is inf" in failed.detail
+    assert combine_scores([Score(float("nan"), {"a": 1.0})]).failure == "invalid"
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean"])
+def test_another_pooling_is_trained_exported_and_honoured(
+    runs: Runs, tmp_path: Path, pooling: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = write_pairs(runs.folder / "pairs.jsonl", 300)
+    runs.values["data"] = {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add."}
+    runs.values["batch"] |= {"sequences_per_step": 16, "tokens_per_sequence": 100}
+    options = (f"objective={{name: reward_model, pooling: {pooling}}}", "eval.every=3", "data.eval_size=100")
+    run = runs.train(*options)
+    out = trained.export(str(run), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["score_pooling"] == pooling
+    assert ("mean over the tokens" in caplog.text) == (pooling == "mean")
+    judging = worker(out)
+    scores = judging.grade(ITEMS)
+    theirs = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    for item, found in zip(ITEMS, scores, strict=True):
+        before, reply = judging.token_ids(item)
+        ids = before + reply
+        assert (ids[-1] == judging.renderer.tokenizer.eos_token_id) == (pooling == "mean")
+        read = range(len(before), len(ids)) if pooling == "mean" else [len(ids) - 1]
+        with torch.no_grad():
+            at_each = [float(theirs(torch.tensor([ids[: i + 1]])).logits) for i in read]
+        assert found.value == pytest.approx(sum(at_each) / len(at_each), abs=1e-5)
+    if pooling == "mean":
+        with pytest.raises(ValueError, match="score_pooling 'mean'.*transformers ignores"):
+            parity(out)
+    else:
+        assert parity(out).worst < 1e-5
+    last = rows(run)[-1]
+    assert 0 <= last["eval/accuracy_low"] < last["eval/accuracy"] < last["eval/accuracy_high"] <= 1
+    assert sum(last[f"eval/pairs_at_{start}"] for start in BIN_STARTS) == last["eval/pairs"] > 10
+    assert 0 <= last["eval/ece"] <= 0.5 and "train/ece" not in last
+
+
+def test_the_reliability_curve_is_drawn_and_its_numbers_agree(
+    reward_model_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = rows(reward_model_run)[-1]
+    bins = reliability(last)
+    assert sum(one.pairs for one in bins) == last["eval/pairs"] == 100
+    right = sum(one.pairs * one.right.value for one in bins)
+    assert right == pytest.approx(100 * last["eval/accuracy"])
+    error = sum(one.pairs * abs(one.right.value - one.confidence) for one in bins) / 100
+    assert error == pytest.approx(last["eval/ece"], abs=1e-6)
+    assert all(one.start / 100 - 1e-6 <= one.confidence <= one.start / 100 + 0.05 + 1e-6 for one in bins)
+    assert all(one.right.low <= one.right.value <= one.right.high for one in bins)
+    calibration(str(reward_model_run), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"100 held-out pairs, accuracy {last['eval/accuracy']:.3f} (95 % CI" in printed
+    assert f"expected calibration error {last['eval/ece']:.3f}" in printed
+
+
+def test_a_run_without_pairs_has_no_reliability_curve(runs: Runs) -> None:
+    run = runs.train("steps=1", "optimizer.warmup_steps=0")
+    with pytest.raises(ValueError, match="no evaluation of a reward model on held-out pairs"):
+        calibration(str(run))
+
+
+def test_an_exported_reward_model_has_no_padding_that_ends_its_texts(runs: Runs, tiny_model: Path) -> None:
+    """transformers skips padding at the end. If it is the end-of-sequence token, it would read the token before."""
+    runs.values["model"]["path"] = str(shutil.copytree(tiny_model, runs.folder / "padded"))
+    config = runs.folder / "padded" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 1}))
+    pairs = write_pairs(runs.folder / "pairs.jsonl", 300)
+    runs.values["data"] = {"dataset": {"name": "preferences", "path": str(pairs)}, "system_prompt": "Add."}
+    runs.values["batch"] |= {"sequences_per_step": 16, "tokens_per_sequence": 100}
+    out = trained.trained_model(str(runs.train("objective.name=reward_model", "steps=1", "optimizer.warmup_steps=0")))
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] is None
+    judging = worker(out)
+    theirs = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [float(theirs(torch.tensor([sum(judging.token_ids(item), [])])).logits) for item in ITEMS]
+    assert [score.value for score in judging.grade(ITEMS)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_unknown_pooling_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "max")
+    config = tmp_path / "max" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_pooling": "max"}))
+    with pytest.raises(ValueError, match="`scorer`: .*score_pooling 'max': expected one of eos, last_token, mean"):
+        worker(tmp_path / "max")
+
+
+class Waiting:
+    """A judge that answers only when all others are asked as well."""
+
+    def __init__(self, everyone: threading.Barrier, value: float) -> None:
+        self.everyone, self.value = everyone, value
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Score]:
+        self.everyone.wait(timeout=30)
+        return [Score(self.value, {f"{self.value:g}": self.value}) for _ in items]
+
+    def close(self) -> None: ...
+
+
+class Elsewhere(InlineWorkerGroup[Any]):
+    """Workers that may be called side by side."""
+
+    in_this_process = False
+
+
+def test_judges_score_side_by_side() -> None:
+    everyone = threading.Barrier(3)
+    judges = [RewardWorkers(Elsewhere("judge", [Waiting(everyone, value)]), 60.0) for value in (1.0, 2.0, 4.0)]
+    rollouts = Rollouts(InlineWorkerGroup("rollout", []), judges, 0, 60.0)
+    problem, completion = Problem("p", "1+1=", [1], "2"), Completion([1], [0.0], "2", "stop", 0)
+    [[score, again]] = rollouts._grade([problem], [[completion, completion]])
+    assert score == again and (score.value, list(score.parts)) == (7.0, ["1", "2", "4"]), "in the order of the judges"
+    rollouts.close()
 
 
 def test_a_policy_learns_from_it_alone(runs: Runs, model: Path) -> None:
