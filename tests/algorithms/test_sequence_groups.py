@@ -185,8 +185,10 @@ def test_whatever_comes_back_advantages_and_weights_are_finite(
     parts: list[list[tuple[float | None, int]]], preset: str, normalization: str, penalty: str
 ) -> None:
     """All-equal rewards, groups of one, failures, empty completions."""
-    nonnegative = ADVANTAGES[resolve(preset).advantage].nonnegative
-    if nonnegative:
+    advantage = ADVANTAGES[resolve(preset).advantage]
+    if advantage.by_critic:
+        normalization = "whiten"  # the learner normalises the critic's advantages, so other values are refused
+    if advantage.nonnegative:
         penalty, parts = "none", [[(reward and abs(reward), length) for reward, length in part] for part in parts]
     algorithm = resolve(preset, {"normalization": normalization, "length_penalty": penalty})
     groups = [group([reward for reward, _ in part], [length for _, length in part]) for part in parts]

@@ -202,7 +202,7 @@ def test_two_processes_are_one(
     learner.close()
     shared = replace(setup, learner=LearnerConfig(processes=2, zero_stage=3, timeout_s=60))
     ranks = run_group(replace(case, setups=[shared], world_size=2, port=free_port("127.0.0.1")))
-    ((weights, metrics),) = ranks[0]
+    ((weights, metrics, _),) = ranks[0]
     for name in ("train/loss", "train/accuracy", "train/sequences", "learner/grad_norm"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
     for name, tensor in expected_weights.items():

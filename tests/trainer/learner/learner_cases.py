@@ -172,7 +172,8 @@ def main() -> None:
     for i, setup in enumerate(case.setups):
         learner = Learner(setup, rank, case.world_size, "127.0.0.1", case.port + i)
         assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "other interfaces are left alone"
-        scored = learner.logprobs(case.draw(0, count=1, groups=case.groups)[0][rank :: case.world_size])
+        groups = case.draw(0, groups=case.groups)[0]
+        scored = [] if setup.objective.labels else learner.logprobs(groups[rank :: case.world_size])
         metrics = run_steps(learner, case, rank)
         results.append((whole_weights(learner), metrics, scored))
         if case.save_to is not None:

@@ -57,7 +57,7 @@ def alone(
 ) -> Result:
     """One process on the same data."""
     learner = Learner(make_setup(folder, tokens_per_microbatch=tokens_per_microbatch, **changes))
-    scored = learner.logprobs(draw(0, count=1, groups=groups)[0])
+    scored = learner.logprobs(draw(0, groups=groups)[0])
     metrics = run_steps(learner, Case([], 1, 0, groups=groups, draw=draw), 0)
     weights = whole_weights(learner)
     learner.close()
