@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llmquest_rl.data.rows import DataError
 from rewards.grader import Grader, check_rewards
-from rollout.engine import check_engine
+from rollout.engine import EngineSetup, check_engine
 from rollout.worker import RolloutWorker
 from trainer.cluster.open_cluster import open_cluster
-from trainer.cluster.worker_group import Cluster, ResourceRequest
+from trainer.cluster.worker_group import Cluster, ResourceRequest, WorkerGroup
 from trainer.components import RunComponents
 from trainer.config.load import dump
 from trainer.config.reward_model import RewardModelConfig
@@ -114,16 +114,19 @@ def start_learners(setup: LearnerSetup, config: Config, cluster: Cluster) -> Lea
     return LearnerGroup(group, config.learner.timeout_s, setup.objective.needs_reference)
 
 
+def start_engines(
+    config: Config, cluster: Cluster, name: str, model_path: Path, setup: EngineSetup
+) -> WorkerGroup[RolloutWorker]:
+    """Begin to build a group of workers with the engine of `rollout`."""
+    engine = config.rollout.engine
+    kwargs = {"engine": engine.name, "config": engine.options, "model_path": model_path, "setup": setup}
+    return cluster.spawn(RolloutWorker, name, lambda i: kwargs, max_restarts=MAX_RESTARTS)
+
+
 def start_rollouts(components: RunComponents, cluster: Cluster, model_path: Path) -> Rollouts:
     """Begin to build the rollout workers and the reward workers."""
-    config, engine = components.config, components.config.rollout.engine
-    kwargs = {
-        "engine": engine.name,
-        "config": engine.options,
-        "model_path": model_path,
-        "setup": components.engine_setup,
-    }
-    group = cluster.spawn(RolloutWorker, "rollout", lambda i: kwargs, max_restarts=MAX_RESTARTS)
+    config = components.config
+    group = start_engines(config, cluster, "rollout", model_path, components.engine_setup)
     options = config.rollout.answer_logprobs
     answers = None if options is None else AnswerScorer(options, components.renderer)
     return Rollouts(group, start_reward_workers(components, cluster), config.seed, config.rollout.timeout_s, answers)
@@ -218,13 +221,9 @@ class OpenRollouts:
 
     def _teacher(self, cluster: Cluster, stack: ExitStack) -> EngineTeacher:
         components, config = self.components, self.components.config
-        kwargs = {
-            "engine": config.rollout.engine.name,
-            "config": config.rollout.engine.options,
-            "model_path": components.reference_path,
-            "setup": components.teacher_engine_setup,
-        }
-        workers = cluster.spawn(RolloutWorker, TEACHER, lambda i: kwargs, max_restarts=MAX_RESTARTS)
+        assert components.reference_path is not None, "the objective requires a teacher"
+        setup = components.teacher_engine_setup
+        workers = start_engines(config, cluster, TEACHER, components.reference_path, setup)
         stack.callback(workers.close)
         workers.wait_ready()
         return EngineTeacher(workers, config.rollout.timeout_s)

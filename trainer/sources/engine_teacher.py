@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from llmquest_rl.batch import SequenceGroup
 from rollout.worker import RolloutWorker
 from trainer.cluster.worker_group import WorkerGroup
-from trainer.sources.rollouts import split_evenly
+from trainer.sources.rollouts import engine_logprobs
 
 TEACHER = "teacher"
 """Name of the worker group, in logs and error messages."""
@@ -36,8 +35,7 @@ class EngineTeacher:
             for prompt, group in zip(prompts, groups, strict=True)
             for completion in group.completions
         ]
-        work = [(share,) for share in split_evenly(sequences, self.workers.size)]
-        found = chain.from_iterable(self.workers.map(RolloutWorker.logprobs, work, timeout_s=self.timeout_s))
+        found = iter(engine_logprobs(self.workers, sequences, self.timeout_s))
         return [
             group.with_token_field("ref_logprobs", [next(found)[len(prompt) - 1 :] for _ in group.completions])
             for prompt, group in zip(prompts, groups, strict=True)

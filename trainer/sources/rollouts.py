@@ -100,9 +100,8 @@ class Rollouts:
         return list(chain.from_iterable(self.workers.map(RolloutWorker.generate, work, timeout_s=self.timeout_s)))
 
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """Log-prob of each token given those before it, by the rollout workers: `[sequences][len - 1]`."""
-        work = [(share,) for share in split_evenly(sequences, self.workers.size)]
-        return list(chain.from_iterable(self.workers.map(RolloutWorker.logprobs, work, timeout_s=self.timeout_s)))
+        """See `engine_logprobs`."""
+        return engine_logprobs(self.workers, sequences, self.timeout_s)
 
     def sync_weights(self, snapshot: WeightSnapshot, version: int) -> list[SyncReport]:
         """Load new weights into every rollout worker, which verifies their checksums first."""
@@ -183,6 +182,14 @@ class Rollouts:
             by_reward = [future.result() for future in futures]
         scores = map(combine_scores, zip(*by_reward, strict=True))
         return [[next(scores) for _ in answers] for answers in completions]
+
+
+def engine_logprobs(
+    workers: WorkerGroup[RolloutWorker], sequences: Sequence[list[int]], timeout_s: float
+) -> list[list[float]]:
+    """Log-prob of each token given those before it, by the engines of rollout workers: `[sequences][len - 1]`."""
+    work = [(share,) for share in split_evenly(sequences, workers.size)]
+    return list(chain.from_iterable(workers.map(RolloutWorker.logprobs, work, timeout_s=timeout_s)))
 
 
 def grade_item(problem: Problem, completion: Completion) -> GradeItem:
