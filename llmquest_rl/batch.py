@@ -10,10 +10,11 @@ predicted from the prompt's last token, so predictions are (source, target) pair
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from llmquest_rl.deferred import torch
 from llmquest_rl.soft_targets import SoftTargets, TopTokens, joined_or_blank
@@ -69,6 +70,12 @@ class SequenceGroup:
         pairs = zip(values, self.completions, strict=True)
         return self.with_token_field(name, [[value] * len(completion) for value, completion in pairs])
 
+    def with_target_values(self, name: str, values: Sequence[float]) -> SequenceGroup:
+        """A copy of the group with a token field that has one value for each target, in order; other tokens have 0."""
+        remaining = iter(values)
+        by_token = [[next(remaining) if is_target else 0.0 for is_target in mask] for mask in self.targets]
+        return self.with_token_field(name, by_token)
+
     def expanded(self) -> list[SequenceGroup]:
         """One group per completion, each with its own copy of the prompt, for models that cannot share it."""
         return [
@@ -100,6 +107,22 @@ class SequenceGroup:
             [[False] * size + mask for mask in masks],
             top_tokens=None if self.top_tokens is None else [tokens.after(size) for tokens in self.top_tokens],
         )
+
+
+class LazyGroups(Sequence[SequenceGroup], ABC):
+    """Sequence groups, each of which is made when it is read."""
+
+    @abstractmethod
+    def at(self, index: int) -> SequenceGroup:
+        """The group of an index from 0 to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> SequenceGroup: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
+    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import LazyGroups, SequenceGroup
 from llmquest_rl.data.conversation import check_row, tokenize_row
 from llmquest_rl.data.images import ImageReader, check_images, image_list
 from llmquest_rl.data.rows import DataError, MalformedRowError, MalformedRows, RawImage, held_out_keys, question_key
@@ -86,7 +86,7 @@ class UnreadSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequences(Sequence[SequenceGroup]):
+class Sequences(LazyGroups):
     """Sequences in memory. The images of a sequence are read on access, so they are never in memory all at once."""
 
     unread: Sequence[UnreadSequence]
@@ -95,13 +95,8 @@ class Sequences(Sequence[SequenceGroup]):
     def __len__(self) -> int:
         return len(self.unread)
 
-    @overload
-    def __getitem__(self, index: int) -> SequenceGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
-    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def at(self, index: int) -> SequenceGroup:
+        """See `LazyGroups.at`."""
         found = self.unread[index]
         if self.images is None or not found.images:
             return found.group

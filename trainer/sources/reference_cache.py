@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import LazyGroups, SequenceGroup
 from llmquest_rl.cached_tensors import load_tensors, save_tensors
 from llmquest_rl.data.stream import SequenceGroupStream
 from llmquest_rl.deferred import torch
@@ -26,7 +26,7 @@ GROUPS_PER_CALL = 256
 
 
 @dataclass(frozen=True, slots=True)
-class WithReference(Sequence[SequenceGroup]):
+class WithReference(LazyGroups):
     """Groups with the token field `ref_logprobs`."""
 
     groups: Sequence[SequenceGroup]
@@ -36,16 +36,9 @@ class WithReference(Sequence[SequenceGroup]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    @overload
-    def __getitem__(self, index: int) -> SequenceGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
-    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        group, values = self.groups[index], iter(self.logprobs[index].tolist())
-        by_token = [[next(values) if is_target else 0.0 for is_target in mask] for mask in group.targets]
-        return group.with_token_field("ref_logprobs", by_token)
+    def at(self, index: int) -> SequenceGroup:
+        """See `LazyGroups.at`."""
+        return self.groups[index].with_target_values("ref_logprobs", self.logprobs[index].tolist())
 
 
 def with_reference(

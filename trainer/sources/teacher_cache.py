@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import LazyGroups, SequenceGroup
 from llmquest_rl.cached_tensors import load_tensors, save_tensors
 from llmquest_rl.data.stream import SequenceGroupStream
 from llmquest_rl.objectives import Teacher
@@ -49,7 +48,7 @@ def with_teacher_cache(
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled(Sequence[SequenceGroup]):
+class Labelled(LazyGroups):
     """Sequence groups with a teacher's most likely tokens."""
 
     groups: Sequence[SequenceGroup]
@@ -61,13 +60,8 @@ class Labelled(Sequence[SequenceGroup]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    @overload
-    def __getitem__(self, index: int) -> SequenceGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
-    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def at(self, index: int) -> SequenceGroup:
+        """See `LazyGroups.at`."""
         group = self.groups[index]
         ends = list(accumulate(map(len, group.completions), initial=self.starts[index]))
         ids, logprobs = self.tensors["ids"], self.tensors["logprobs"]

@@ -4,16 +4,16 @@ A block may hold the end of one document and the beginning of others. Attention 
 pretraining. A document is either trained on or validated on as a whole.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, overload
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from llmquest_rl.batch import SequenceGroup
+from llmquest_rl.batch import LazyGroups, SequenceGroup
 from llmquest_rl.data.dataset import DatasetContext, SupervisedData
 from llmquest_rl.data.documents import Document, read_documents
 from llmquest_rl.data.rows import DataError, held_out_keys
@@ -41,7 +41,7 @@ class Config(Options):
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks(Sequence[SequenceGroup]):
+class Blocks(LazyGroups):
     """Consecutive blocks of one long sequence of tokens; the last may be shorter."""
 
     tokens: NDArray[np.int32]
@@ -51,14 +51,9 @@ class Blocks(Sequence[SequenceGroup]):
         full, rest = divmod(len(self.tokens), self.length)
         return full + (rest >= 2)  # a single token predicts nothing
 
-    @overload
-    def __getitem__(self, index: int) -> SequenceGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SequenceGroup]: ...
-    def __getitem__(self, index: int | slice) -> SequenceGroup | list[SequenceGroup]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        start = range(len(self))[index] * self.length
+    def at(self, index: int) -> SequenceGroup:
+        """See `LazyGroups.at`."""
+        start = index * self.length
         return SequenceGroup([], [self.tokens[start : start + self.length].tolist()])
 
 
