@@ -208,9 +208,6 @@ class Preference(Objective):
         value, metrics = self.pair_losses(output.logprobs, batch)
         return with_aux(value, output.aux, batch, metrics)
 
-    def value_loss(self, critic: nn.Module, batch: TokenBatch) -> Loss:
-        raise NotImplementedError("a preference method has no critic")
-
     def pair_losses(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The weighted loss of a microbatch, a scalar, and metrics.
 

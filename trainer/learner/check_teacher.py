@@ -37,13 +37,33 @@ def check_teacher(teacher: Path, student: Path, longest: int) -> None:
             f"the teacher {teacher} supports {shape.max_positions} positions, but sequences may have {longest} tokens: "
             "lower data.max_prompt_tokens and rollout.sampling.max_tokens, or batch.tokens_per_sequence"
         )
-    theirs, ours = ({i: t for t, i in load_tokenizer(path).get_vocab().items()} for path in (teacher, student))
+    check_same_tokens(
+        f"the teacher {teacher}",
+        teacher,
+        student,
+        "A teacher judges the student's tokens one by one, so use a teacher with the same tokenizer, mostly a larger "
+        "model of the same family",
+    )
+
+
+def check_same_tokens(name: str, other: Path, model: Path, remedy: str) -> None:
+    """Check that two tokenizers give every token the same number.
+
+    Args:
+        name: the other model in the error.
+        other: its folder.
+        model: folder of the model that is trained.
+        remedy: last sentence of the error, without its full stop.
+
+    Raises:
+        ValueError: they do not; the message shows some tokens that differ.
+    """
+    theirs, ours = ({i: t for t, i in load_tokenizer(path).get_vocab().items()} for path in (other, model))
     if theirs != ours:
         examples = "; ".join(_differences(theirs, ours))
         raise ValueError(
-            f"the teacher {teacher} has another tokenizer than the model {student} ({len(theirs):,} and {len(ours):,} "
-            f"tokens): {examples}. A teacher judges the student's tokens one by one, so use a teacher with the same "
-            "tokenizer, mostly a larger model of the same family"
+            f"{name} has another tokenizer than the model {model} ({len(theirs):,} and {len(ours):,} tokens): "
+            f"{examples}. {remedy}"
         )
 
 

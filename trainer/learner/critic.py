@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmquest_rl.batch import TokenBatch
-from llmquest_rl.data.tokenizer import load_tokenizer
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import ClassifierModel
 from llmquest_rl.models.checkpoint.hub import check_model_files
 from llmquest_rl.models.checkpoint.load_classifier import check_classifier, load_classifier, new_classifier
 from llmquest_rl.models.checkpoint.load_save import read_shape
-from llmquest_rl.optim.groups import decay_groups
-from trainer.learner.distributed import apply_gradients, wrap_model
+from trainer.learner.check_teacher import check_same_tokens
+from trainer.learner.distributed import apply_gradients, trainable
 from trainer.learner.microbatches import Plan
 from trainer.learner.setup import LearnerSetup
 
@@ -40,12 +39,8 @@ def check_critic(model_path: Path, critic_path: Path | None) -> None:
         return
     check_model_files(critic_path)
     check_classifier(critic_path, LABELS)
-    policy, critic = (load_tokenizer(path).get_vocab() for path in (model_path, critic_path))
-    if policy != critic:
-        raise ValueError(
-            f"objective.critic.path: {critic_path} has another tokenizer than {model_path}: the critic reads "
-            "the model's token ids, so give a model with the same tokenizer"
-        )
+    remedy = "The critic reads the model's token ids, so give a model with the same tokenizer"
+    check_same_tokens(f"objective.critic.path: {critic_path}", critic_path, model_path, remedy)
 
 
 def _holds_scorer(path: Path) -> bool:
@@ -70,11 +65,7 @@ class Critic:
         if not _holds_scorer(path):
             for weight in model.get_submodule(model.new_head).parameters():
                 nn.init.zeros_(weight)
-        groups = decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
-        self.adamw = torch.optim.AdamW(
-            groups, lr=options.lr, betas=setup.optimizer.betas, eps=setup.optimizer.eps, fused=True
-        )
-        self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
+        self.engine, self.adamw = trainable(model, options.lr, setup, rank, world_size)
         self.model: ClassifierModel = self.engine.module
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import Model
 from llmquest_rl.models.weight_map import named_weights
+from llmquest_rl.optim.groups import decay_groups
 from trainer.config.schema import LearnerConfig
 from trainer.learner.setup import LearnerSetup
 
@@ -35,8 +36,28 @@ ON_HOST = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offl
 """DeepSpeed's configuration sections for each value of `learner.offload`."""
 
 
-def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSetup, rank: int, world_size: int) -> Any:
-    """Wrap the model and its optimizer in a DeepSpeed engine. The process must have joined its process group before."""
+def trainable(
+    model: Model, lr: float, setup: LearnerSetup, rank: int, world_size: int
+) -> tuple[Any, torch.optim.Optimizer]:
+    """A DeepSpeed engine around the model, and the model's AdamW.
+
+    The process must have joined its process group before.
+
+    Args:
+        model: the model.
+        lr: peak learning rate; the other options are those of `setup.optimizer`.
+        setup: the learner's setup.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+    options, groups = setup.optimizer, decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
+    with _without_compiler():
+        adamw = torch.optim.AdamW(groups, lr, options.betas, options.eps, fused=True)
+        return _wrap_model(model, adamw, setup, rank, world_size), adamw
+
+
+def _wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSetup, rank: int, world_size: int) -> Any:
+    """Wrap the model and its optimizer in a DeepSpeed engine."""
     import deepspeed.ops
     from accelerate import Accelerator
 
@@ -59,7 +80,7 @@ def wrap_model(model: Model, optimizer: torch.optim.Optimizer, setup: LearnerSet
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
+def _without_compiler() -> Iterator[None]:
     """Import DeepSpeed and build optimizers without loading torch's compiler, which takes 2 s of processor time.
 
     DeepSpeed's Muon asks for it at import, and torch's optimizers to keep a method from being compiled. Learners use

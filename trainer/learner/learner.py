@@ -22,7 +22,6 @@ from llmquest_rl.metrics import Metrics
 from llmquest_rl.models.base import CausalLM, ClassifierModel, image_format
 from llmquest_rl.models.checkpoint.load_save import save_model
 from llmquest_rl.models.weight_map import disk_tensors
-from llmquest_rl.optim.groups import decay_groups
 from llmquest_rl.optim.schedules import lr_factor
 from rollout.weights import WeightSnapshot, take_snapshot
 from trainer.learner.build_models import build_model, build_reference
@@ -35,9 +34,8 @@ from trainer.learner.distributed import (
     over_processes,
     peak_memory_gb,
     sum_over_processes,
+    trainable,
     whole_weights,
-    without_compiler,
-    wrap_model,
 )
 from trainer.learner.microbatches import (
     Plan,
@@ -88,10 +86,7 @@ class Learner(TopTokenScorer):
         model = build_model(setup)
         model.gradient_checkpointing = setup.gradient_checkpointing
         self.reference = build_reference(setup)
-        options, groups = setup.optimizer, decay_groups(model.named_parameters(), setup.optimizer.weight_decay)
-        with without_compiler():
-            self.adamw = torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True)
-            self.engine = wrap_model(model, self.adamw, setup, rank, world_size)
+        self.engine, self.adamw = trainable(model, setup.optimizer.lr, setup, rank, world_size)
         self.model: CausalLM | ClassifierModel = self.engine.module
         self.critic = Critic(setup, rank, world_size) if setup.objective.critic is not None else None
 
@@ -173,7 +168,7 @@ class Learner(TopTokenScorer):
         """The microbatches of these updates, with the log-probs of old policy and reference that they need."""
         objective, budget = self.setup.objective, self.setup.tokens_per_microbatch
         if objective.teacher is not None:
-            minibatches = with_hinted_logprobs(minibatches, self.reference, self.setup, self.device)
+            minibatches = with_hinted_logprobs(minibatches, self.reference, self.setup)
         shares_prompts = self.model.shares_prompts and (self.reference is None or self.reference.shares_prompts)
         fitted = [
             split_to_budget(sequence_groups, budget, shares_prompts, objective.needs_whole_group)

@@ -15,17 +15,16 @@ from llmquest_rl.models.checkpoint.load_save import read_shape
 from llmquest_rl.packing import pack
 from llmquest_rl.soft_targets import TopTokens, joined
 from trainer.learner.build_models import load_frozen
-from trainer.learner.microbatches import split_to_budget
+from trainer.learner.microbatches import split_to_budget, target_logprobs
 from trainer.learner.setup import LearnerSetup
 
 Row = TypeVar("Row")
 Minibatches = Sequence[Sequence[SequenceGroup]]
 
 
-def with_hinted_logprobs(
-    minibatches: Minibatches, teacher: nn.Module | None, setup: LearnerSetup, device: torch.device
-) -> Minibatches:
+def with_hinted_logprobs(minibatches: Minibatches, teacher: nn.Module | None, setup: LearnerSetup) -> Minibatches:
     """If the teacher reads hints, the groups with the field `ref_logprobs`: log-probs given their `reference_prompt`.
+    A collective call.
 
     Otherwise the groups themselves; the teacher then scores the packed microbatches.
     """
@@ -37,9 +36,9 @@ def with_hinted_logprobs(
         replace(group, prompt=group.reference_prompt or group.prompt, token_fields={}, reference_prompt=None)
         for group in chain.from_iterable(minibatches)
     ]
-    scores = iter(_logprobs(groups, teacher, setup, device))
+    scores = iter(target_logprobs(groups, teacher, teacher, setup))
     return [
-        [group.with_token_field("ref_logprobs", [next(scores) for _ in group.completions]) for group in minibatch]
+        [group.with_target_values("ref_logprobs", next(scores).tolist()) for group in minibatch]
         for minibatch in minibatches
     ]
 
@@ -93,19 +92,6 @@ def _at_targets(tokens: TopTokens, mask: list[bool]) -> TopTokens:
     """The rows of the targets, with blank rows where the mask leaves a token out."""
     rows = torch.tensor(mask, dtype=torch.long).cumsum(0) * torch.tensor(mask, dtype=torch.long)
     return joined([tokens.blank(1), tokens]).rows(rows.tolist())
-
-
-def _logprobs(
-    groups: Sequence[SequenceGroup], teacher: CausalLM, setup: LearnerSetup, device: torch.device
-) -> list[list[float]]:
-    """Log-probs of every token of each completion, in the order of the groups; 0 where the mask leaves a token out."""
-
-    def compute(batch: TokenBatch) -> Callable[[slice], list[float]]:
-        values: list[float] = teacher(batch, temperature=setup.objective.temperature).logprobs.tolist()
-        return values.__getitem__
-
-    found = zip(_of_completions(groups, teacher, setup, device, compute), _masks(groups), strict=True)
-    return [[next(own) if kept else 0.0 for kept in mask] for own, mask in ((iter(row), mask) for row, mask in found)]
 
 
 def _masks(groups: Sequence[SequenceGroup]) -> list[list[bool]]:
